@@ -15,7 +15,7 @@ from dsv4lab.sim.api import Compiled, Executed, capture, compile, describe, exec
 from dsv4lab.sim.contract import ContractError
 from dsv4lab.sim.descriptor import TensorMap
 from dsv4lab.sim.errors import SimulatorError
-from dsv4lab.sim.exploration import explore
+from dsv4lab.sim.exploration import Exploration, Finding, explore
 from dsv4lab.sim.machine import Checks, Stats
 from dsv4lab.sim.program import Kernel, Launch
 from dsv4lab.sim.ptx import ParseError
@@ -28,6 +28,8 @@ __all__ = [
     "Compiled",
     "ContractError",
     "Executed",
+    "Exploration",
+    "Finding",
     "Kernel",
     "Launch",
     "ParseError",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,6 +145,7 @@ class GlobalMemory:
 
     def __init__(self) -> None:
         self.allocations: list[Allocation] = []
+        self.added: Callable[[Allocation], None] | None = None  # told about allocations registered from now on
         self._starts: list[int] = []
 
     def add(self, name: str, address: int, size: int, extent: Extent | None = None) -> None:
@@ -156,9 +158,11 @@ class GlobalMemory:
             if low <= address and end <= high:
                 return
         self.allocations = [a for a in self.allocations if not (address <= a.base + a.lead and a.base + a.size <= end)]
-        self.allocations.append(Allocation(name, address, size, extent))
+        self.allocations.append(made := Allocation(name, address, size, extent))
         self.allocations.sort(key=lambda a: a.base + a.lead)
         self._starts = [a.base + a.lead for a in self.allocations]
+        if self.added is not None:
+            self.added(made)
 
     def find(self, address: int) -> Allocation:
         """The allocation that holds `address`, or the error that says what lies nearest."""

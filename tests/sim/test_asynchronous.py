@@ -51,10 +51,11 @@ def test_a_missing_wait_is_found_by_exploring():
     fill = "shl.b32 %r2, %r0, 2; add.s32 %r3, %r1, %r2; st.shared.b32 [%r3+128], 5; bar.sync 0;"
     arrays = {"source": source, "out": out}
     good = kernel(START + fill + BULK + wait("%r1", 0) + FINISH, 2)
-    assert explore(launch_of(good, source, out, block=64), memory_of(**arrays), seeds=3)[:2] == ["eager", "lazy"]
+    found = explore(launch_of(good, source, out, block=64), memory=memory_of(**arrays), seeds=3)
+    assert found and found.schedules == ["eager", "lazy", "random:0", "random:1", "random:2"]
     bad = kernel(START + fill + BULK + FINISH, 2)
     with pytest.raises(ScheduleDependence, match=r"out\[0\] .*differs between eager and lazy"):
-        explore(launch_of(bad, source, out, block=64), memory_of(**arrays), seeds=1)
+        explore(launch_of(bad, source, out, block=64), memory=memory_of(**arrays), seeds=1)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
