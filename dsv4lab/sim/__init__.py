@@ -17,6 +17,7 @@ from dsv4lab.sim.descriptor import TensorMap
 from dsv4lab.sim.errors import SimulatorError
 from dsv4lab.sim.exploration import Exploration, Finding, explore
 from dsv4lab.sim.machine import Checks, Stats
+from dsv4lab.sim.observe import Observer
 from dsv4lab.sim.program import Kernel, Launch
 from dsv4lab.sim.ptx import ParseError
 from dsv4lab.sim.session import CaptureError, disable, doctor, enable
@@ -32,6 +33,7 @@ __all__ = [
     "Finding",
     "Kernel",
     "Launch",
+    "Observer",
     "ParseError",
     "ShimError",
     "SimulatorError",

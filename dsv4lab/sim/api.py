@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from dsv4lab.sim import session as _session
 from dsv4lab.sim.descriptor import DESCRIPTOR_BYTES, TensorMap, decode, looks_like_descriptor
 from dsv4lab.sim.machine import Checks, Machine, Stats
 from dsv4lab.sim.memory import GlobalMemory
+from dsv4lab.sim.observe import Observer
 from dsv4lab.sim.program import Kernel, Launch
 from dsv4lab.sim.schedule import Schedule
 from dsv4lab.sim.session import CaptureError, Session
@@ -44,9 +45,17 @@ class Compiled:
         self.kernels = kernels
         self._signature = signature
 
-    def __call__(self, *args: Any, schedule: str = "eager", checks: Checks | None = None, seed: int = 0) -> list[Executed]:
+    def __call__(
+        self,
+        *args: Any,
+        schedule: str = "eager",
+        checks: Checks | None = None,
+        seed: int = 0,
+        observers: Sequence[Observer] = (),
+    ) -> list[Executed]:
         """Call the host function; every kernel it launches is run. Returns them in order. Errors: see `execute`."""
-        return self._run(args, lambda launch, memory: execute(launch, memory, schedule=schedule, checks=checks, seed=seed))
+        options: dict[str, Any] = {"schedule": schedule, "checks": checks, "seed": seed, "observers": observers}
+        return self._run(args, lambda launch, memory: execute(launch, memory, **options))
 
     def capture(self, *args: Any) -> list[Launch]:
         """Call the host function without running its kernels."""
@@ -132,6 +141,7 @@ def simulating(
     checks: Checks | None = None,
     seed: int = 0,
     names: Mapping[str, Any] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Iterator[Runs]:
     """Run every kernel launched inside in the simulator, whoever compiled it, as long as that was after `enable`.
 
@@ -141,17 +151,18 @@ def simulating(
 
     def handle(launch: Launch) -> None:
         memory = session.tensors.memory(names)
-        runs.executed.append(execute(launch, memory, schedule=schedule, checks=checks, seed=seed))
+        run = execute(launch, memory, schedule=schedule, checks=checks, seed=seed, observers=observers)
+        runs.executed.append(run)
 
     with _session.handling(session, handle):
         yield runs
 
 
 def run(fn: Any, *args: Any, arch: str | None = None, schedule: str = "eager", seed: int = 0, **more: Any) -> list[Executed]:
-    """Compile and run in one go: `run(host_function, a, b, c, schedule="lazy")`. more: `options` and `checks`."""
-    checks = more.pop("checks", None)
+    """Compile and run in one go: `run(host_function, a, b, c, schedule="lazy")`. more: `options`, `checks`, `observers`."""
+    checks, observers = more.pop("checks", None), more.pop("observers", ())
     compiled = fn if isinstance(fn, Compiled) else compile(fn, *args, arch=arch, **more)
-    return compiled(*args, schedule=schedule, checks=checks, seed=seed)
+    return compiled(*args, schedule=schedule, checks=checks, seed=seed, observers=observers)
 
 
 def execute(
@@ -161,10 +172,12 @@ def execute(
     schedule: str = "eager",
     checks: Checks | None = None,
     seed: int = 0,
+    observers: Sequence[Observer] = (),
 ) -> Executed:
     """Run one launch, captured before or made by hand.
 
     memory: what it may touch; by default every live tensor. schedule: "eager", "lazy" or "random", the latter fixed by seed.
+    observers: who is told of every event (see `dsv4lab.sim.observe`).
     Raises SimulatorError, one subclass for each kind of fault, with the PTX and the Python line it happened at.
     """
     session = _session.current()
@@ -173,8 +186,12 @@ def execute(
         machine = session.machine = Machine(GlobalMemory())  # kept, as it decodes every kernel only once
     machine.memory = memory or session.tensors.memory()
     machine.schedule, machine.checks = Schedule(schedule, seed), checks or Checks()
+    machine.observers[:] = observers
     start = time.perf_counter()
-    stats = machine.run(launch)
+    try:
+        stats = machine.run(launch)
+    finally:
+        machine.observers.clear()
     return Executed(launch, stats, time.perf_counter() - start)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dsv4lab.sim.decode import ALL_LANES, EXIT, Block, Program, decode
 from dsv4lab.sim.errors import BarrierMisuse, Deadlock, HazardError, ResourceError, SimulatorError
 from dsv4lab.sim.memory import PARAM_WINDOW, GlobalMemory, Region
+from dsv4lab.sim.observe import Observers, Operation, Site
 from dsv4lab.sim.program import Kernel, Launch
 from dsv4lab.sim.registers import WARP, Lanes, RegisterFile
 from dsv4lab.sim.schedule import Schedule
@@ -109,7 +110,9 @@ class Machine:
         self.current: Fault | None = None
         self.resumed: Wait | None = None  # the wait that the instruction now executing comes back from
         self.printed: list[str] = []
+        self.observers = Observers()
         self._serial = 0
+        self._operations = 0
         self._programs: dict[int, tuple[Kernel, Program]] = {}
         self._files: dict[tuple[int, int], list[RegisterFile]] = {}
 
@@ -137,6 +140,10 @@ class Machine:
         limit = resident or (len(waiting) if launch.attributes.get("cooperative") else 1)
         self.waiting_clusters = waiting
         self.units, self.clusters, self.queues = [], [], OrderedDict()
+        self.observers.begin()
+        self.memory.observers = self.observers
+        if self.observers:
+            self.observers.tell("launch_begin", self)
         try:
             with np.errstate(all="ignore"):
                 while waiting or self.clusters:
@@ -147,7 +154,14 @@ class Machine:
             if error.where is None:
                 error.where = self._where(self.current)
             raise
+        if self.observers:
+            self.observers.tell("launch_end", self)
         return self.stats
+
+    @property
+    def step(self) -> int:
+        """Warp-instructions that the launch has executed so far; within a block of them the count is the block's last."""
+        return self.stats.instructions
 
     def _check_launch(self, launch: Launch) -> None:
         kernel, threads = launch.kernel, int(np.prod(launch.block))
@@ -174,6 +188,8 @@ class Machine:
                 self.units.append(self._unit(cta, warp, 1))
             self.stats.ctas += 1
         self.clusters.append(cluster)
+        if self.observers:
+            self.observers.tell("cluster_begin", cluster)
 
     def _unit(self, cta: Cta, warp: int, warps: int) -> Unit:
         lanes = cta.lanes(warp, warps)
@@ -190,12 +206,25 @@ class Machine:
 
     # asynchronous operations
 
-    def issue(self, queue: Hashable, effect: Callable[[], None], what: str, lanes: Lanes, index: int) -> None:
+    def issue(
+        self,
+        queue: Hashable,
+        effect: Callable[[], None],
+        what: str,
+        lanes: Lanes,
+        index: int,
+        by: Iterable[int] | None = None,
+        note: str = "",
+        operation: Operation | None = None,
+    ) -> None:
         """Start an asynchronous operation. Operations of one queue happen in order; queue None stands alone.
 
-        lanes and index name the instruction, for errors that come up when the operation happens.
+        lanes and index name the instruction, for errors that come up when the operation happens. by: the lanes that issue it
+        (None: all), note: words about it, operation: its record if it has one already; all three are for observers.
         """
         self.stats.async_operations += 1
+        if self.observers:
+            effect = self._watched(effect, operation or self.operation(what, lanes, index, by, note))
         if queue is None:
             self._serial += 1
             queue = self._serial
@@ -209,6 +238,45 @@ class Machine:
             effect()
 
         self.queues.setdefault(queue, deque()).append(Pending(located, what))
+
+    def operation(
+        self,
+        kind: str,
+        lanes: Lanes,
+        index: int,
+        by: Iterable[int] | None = None,
+        note: str = "",
+        operation: Operation | None = None,
+    ) -> Operation:
+        """A record of an asynchronous operation that a warp issues, or `operation` with this warp as its issuer."""
+        chosen = range(WARP) if by is None else [int(lane) for lane in by]
+        where = Site(lanes.cta, lanes.warp + chosen[0] // WARP, index, tuple(lane % WARP for lane in chosen))
+        if operation is not None:
+            operation.site = where
+            return operation
+        self._operations += 1
+        return Operation(self._operations, kind, where, self.step, note)
+
+    def begin(self, operation: Operation) -> Operation:
+        """An observed operation is issued and happens now, until `end`."""
+        self.observers.tell("issued", operation)
+        self.observers.operation = operation
+        return operation
+
+    def end(self, operation: Operation) -> None:
+        self.observers.operation = None
+        operation.performed = self.step
+        self.observers.tell("performed", operation)
+
+    def _watched(self, effect: Callable[[], None], operation: Operation) -> Callable[[], None]:
+        self.observers.tell("issued", operation)
+
+        def watched() -> None:
+            self.observers.operation = operation
+            effect()
+            self.end(operation)
+
+        return watched
 
     def perform(self, queue: Hashable | None = None) -> None:
         """Let the oldest operation of a queue (or of the oldest queue) happen."""
@@ -248,7 +316,7 @@ class Machine:
 
     def _turn(self, ready: list[Unit]) -> None:
         if self.schedule.kind != "random":
-            if self.schedule.batch and len(ready) > 1:
+            if self.schedule.batch and len(ready) > 1 and not self.observers:
                 ready = self._merge(ready)
             for unit in ready:
                 self._run(unit)
@@ -266,6 +334,8 @@ class Machine:
                 self.perform()
             self.clusters.remove(cluster)
             self._end(cluster)
+            if self.observers:
+                self.observers.tell("cluster_end", cluster)
         return bool(finished)
 
     def _end(self, cluster: Cluster) -> None:
@@ -334,7 +404,7 @@ class Machine:
         for group in groups:
             wait = group.wait
             if wait is not None and not wait.repeat and wait.ready():
-                group.pc, group.wait = group.pc + 1, None
+                self._resume(unit, group, wait)
         if len(groups) > 1:
             groups.sort(key=lambda g: g.pc)
             merged = [groups[0]]
@@ -352,6 +422,13 @@ class Machine:
             return None
         # A group that only spins must not starve the others of its warp.
         return able[unit.turns % len(able)] if unit.turns else able[0]
+
+    def _resume(self, unit: Unit, group: Group, wait: Wait) -> None:
+        """A wait that need not be repeated is over."""
+        if self.observers:
+            self.observers.warps("barrier_pass", unit.lanes, group.mask, group.pc, wait.subject, wait.generation)
+            self.observers.warps("wait_end", unit.lanes, group.mask, group.pc, wait)
+        group.pc, group.wait = group.pc + 1, None
 
     def _run(self, unit: Unit) -> None:
         """Run a unit until it waits, exits, splits, or has had its turn."""
@@ -476,6 +553,8 @@ class Machine:
             self.current = Fault(lanes, at, mask)
             raise
         self.stats.instructions += lanes.warps
+        if self.observers:
+            self._tell_wait(lanes, mask, at, self.resumed, result)
         self.resumed = None
         if result is None:
             group.wait = None
@@ -487,6 +566,12 @@ class Machine:
         assert isinstance(result, Wait)
         group.wait = result
         return True
+
+    def _tell_wait(self, lanes: Lanes, mask: Array | None, at: int, before: Wait | None, result: object) -> None:
+        if before is not None and not isinstance(result, Wait):
+            self.observers.warps("wait_end", lanes, mask, at, before)
+        elif before is None and isinstance(result, Wait):
+            self.observers.warps("wait_begin", lanes, mask, at, result)
 
     def _members(self, unit: Unit, slot: int, mask: Array) -> Array:
         """Lanes that must be present, of the warps that have a lane in `mask`."""
@@ -520,6 +605,8 @@ class Machine:
         before = np.asarray(live.reshape(-1, WARP).any(axis=1))
         dead = int(np.count_nonzero(before & ~left.reshape(-1, WARP).any(axis=1)))
         unit.live = left
+        if self.observers and dead:
+            self.observers.warps("warp_exit", lanes, gone, group.pc)
         unit.groups = [g for g in unit.groups if g is not group]
         if not unit.groups:
             self.units.remove(unit)

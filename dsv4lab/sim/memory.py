@@ -11,11 +11,16 @@ import ctypes
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsv4lab.sim.errors import MemoryFault, UninitializedRead
+
+if TYPE_CHECKING:
+    from dsv4lab.sim.observe import Observers
+    from dsv4lab.sim.state import Cta
 
 SHARED_WINDOW = 1 << 48
 LOCAL_WINDOW = 1 << 49
@@ -143,6 +148,8 @@ class Allocation(Region):
 class GlobalMemory:
     """The allocations a kernel may touch. Overlapping registrations are allowed when one contains the other."""
 
+    observers: Observers | None = None  # of the machine that runs on it
+
     def __init__(self) -> None:
         self.allocations: list[Allocation] = []
         self.added: Callable[[Allocation], None] | None = None  # told about allocations registered from now on
@@ -215,6 +222,9 @@ class GlobalMemory:
 class SharedMemory(Region):
     """One CTA's shared memory: bytes, and for every 4-byte word whether anything was ever written there."""
 
+    observers: Observers | None = None
+    cta: Cta | None = None
+
     def __init__(self, rank: int, size: int, check_reads: bool) -> None:
         total = SHARED_RESERVED + (size + 127) // 128 * 128
         super().__init__(f"shared memory of CTA {rank} in its cluster", rank << RANK_SHIFT, np.zeros(total, np.uint8))
@@ -260,6 +270,8 @@ class SharedMemory(Region):
 
     def gather(self, index: Array, start: int, what: str) -> Array:
         """Bytes at `start + index` for an asynchronous reader (TMA, tensor core)."""
+        if self.observers:
+            self.observers.read("shared", self.cta, start, index)
         place = index + start  # swizzled offsets may be negative, so they count only from the start of shared memory
         try:
             if start < 0 or place.min() < 0:
@@ -276,6 +288,8 @@ class SharedMemory(Region):
 
     def scatter(self, index: Array, start: int, values: Array, what: str) -> None:
         """Bytes written at `start + index` by an asynchronous writer."""
+        if self.observers:
+            self.observers.write("shared", self.cta, start, index)
         last = start + int(index.max()) if index.size else start
         if start < 0 or last >= self.size:
             raise MemoryFault(f"out of bounds: {what} writes {self.describe(last)}")

@@ -29,12 +29,14 @@ class Cta:
         self.index = index
         self.serial = self.machine.stats.ctas + rank  # position among the launch's CTAs
         self.shared = shared
+        shared.observers, shared.cta = self.machine.observers, self
         self.registers = registers
         self.threads = threads
         self.warps = (threads + WARP - 1) // WARP
         self.live_warps = self.warps
         self.live_threads = threads
         self.tensor = TensorMemory(self.machine.checks.uninitialized)
+        self.tensor.observers, self.tensor.cta = self.machine.observers, self
         self.mbarriers: dict[int, MBarrier] = {}
         self.named: dict[int, NamedBarrier] = {}
         self.bulk_groups: dict[int, Groups] = {}  # by thread

@@ -7,15 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dsv4lab.sim.errors import BarrierMisuse
+from dsv4lab.sim.observe import Observers, Site
 
 HISTORY = 8  # events kept for a barrier's report
 TX_LIMIT = (1 << 20) - 1  # bytes an mbarrier can hold outstanding in one phase
 
 
 class MBarrier:
-    """An mbarrier object: a phase completes when no arrival and no byte is outstanding."""
+    """An mbarrier object: a phase completes when no arrival and no byte is outstanding.
 
-    def __init__(self, rank: int, offset: int, count: int, who: str) -> None:
+    who acts on it is a thread's Site, or the name of an asynchronous operation.
+    """
+
+    def __init__(self, rank: int, offset: int, count: int, who: Site, observers: Observers) -> None:
         if not 0 < count <= TX_LIMIT:
             raise BarrierMisuse(f"mbarrier.init needs a count from 1 to {TX_LIMIT}, got {count}")
         self.rank = rank
@@ -24,23 +28,35 @@ class MBarrier:
         self.pending = count
         self.bytes = 0  # may go negative while complete_tx runs ahead of expect_tx
         self.phase = 0  # phases completed so far
-        self.history: deque[str] = deque([f"init({count}) by {who}"], maxlen=HISTORY)
+        self.observers = observers
+        self._events: deque[tuple[str, int, int, Site | str]] = deque([("init({})", count, 0, who)], maxlen=HISTORY)
 
-    def arrive(self, count: int, who: str, expect: int = 0) -> None:
-        self.history.append(f"arrive({count}{f', expect {expect} bytes' if expect else ''}) by {who}")
+    @property
+    def history(self) -> list[str]:
+        """The last events, in words."""
+        return [f"{what.format(count, size)} by {who}" for what, count, size, who in self._events]
+
+    def arrive(self, count: int, who: Site | str, expect: int = 0) -> None:
+        self._events.append(("arrive({}, expect {} bytes)" if expect else "arrive({})", count, expect, who))
+        if self.observers:
+            self.observers.tell("mbarrier_arrive", self.observers.origin(who), self, count, expect)
         self.bytes += expect
         self.pending -= count
         if self.pending < 0:
             raise BarrierMisuse(f"{self}: {-self.pending} more arrivals in one phase than its count")
         self._settle()
 
-    def expect(self, size: int, who: str) -> None:
-        self.history.append(f"expect {size} bytes by {who}")
+    def expect(self, size: int, who: Site | str) -> None:
+        self._events.append(("expect {1} bytes", 0, size, who))
+        if self.observers:
+            self.observers.tell("mbarrier_expect", self.observers.origin(who), self, size)
         self.bytes += size
         self._settle()
 
-    def complete(self, size: int, who: str) -> None:
-        self.history.append(f"complete {size} bytes by {who}")
+    def complete(self, size: int, who: Site | str) -> None:
+        self._events.append(("complete {1} bytes", 0, size, who))
+        if self.observers:
+            self.observers.tell("mbarrier_complete", self.observers.origin(who), self, size)
         self.bytes -= size
         self._settle()
 
@@ -58,6 +74,8 @@ class MBarrier:
         if self.pending == 0 and self.bytes == 0:
             self.phase += 1
             self.pending = self.count
+            if self.observers:
+                self.observers.tell("mbarrier_flip", self, self.phase - 1)
 
     def __str__(self) -> str:
         return (
@@ -161,5 +179,6 @@ class Wait:
     ready: Callable[[], bool]
     repeat: bool = True
     subject: object = None
+    generation: int = -1  # of the named barrier waited for
     timed: bool = False  # try_wait may give up when nothing else in the machine can happen
     expired: bool = False

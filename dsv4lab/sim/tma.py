@@ -122,6 +122,14 @@ def _clip(tensor: Plan, coordinates: list[int], memory: GlobalMemory) -> tuple[A
     return view, tuple(slice(lo, h) for lo, h in zip(low[::-1], high[::-1], strict=True))
 
 
+def _runs(view: Array) -> tuple[int, Array, int]:
+    """A strided byte view of global memory as contiguous runs: the first's address, their offsets, bytes of each."""
+    index = np.zeros(1, np.int64)
+    for count, stride in zip(view.shape[:-2], view.strides[:-2], strict=True):
+        index = (index[:, None] + np.arange(count) * stride).reshape(-1)
+    return view.ctypes.data, index, view.shape[-2] * view.shape[-1]
+
+
 def _check(tensor: Plan, coordinates: list[int], offset: int) -> None:
     if len(coordinates) != tensor.rank:
         raise MemoryFault(f"{len(coordinates)} coordinates for a TMA descriptor of rank {tensor.rank}")
@@ -147,6 +155,8 @@ def read_box(tensor: Plan, coordinates: list[int], memory: GlobalMemory) -> Arra
         out[...] = np.frombuffer(_NAN[tensor.element].to_bytes(tensor.element_bytes, "little"), np.uint8)
     view, where = _clip(tensor, coordinates, memory)
     if view is not None:
+        if memory.observers:
+            memory.observers.read("global", None, *_runs(view))
         out[where] = view
     return out.reshape(-1)
 
@@ -170,6 +180,8 @@ def store(
     view, where = _clip(tensor, coordinates, memory)
     if view is None:
         return
+    if memory.observers:
+        memory.observers.write("global", None, *_runs(view))
     if reduction is None:
         view[...] = box[where]
         return

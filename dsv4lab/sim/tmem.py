@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsv4lab.sim.errors import MemoryFault, ResourceError, UninitializedRead
 
+if TYPE_CHECKING:
+    from dsv4lab.sim.observe import Observers
+    from dsv4lab.sim.state import Cta
+
 LANES, COLUMNS = 128, 512
 MINIMUM = 32  # columns of the smallest allocation
 Array = NDArray
 
 
+@lru_cache(maxsize=1024)
+def cell_index(low: int, high: int, columns: int) -> Array:
+    """Cells (lane * 512 + column) of lanes low .. high - 1 and the first columns."""
+    return (np.arange(low, high)[:, None] * COLUMNS + np.arange(columns)).reshape(-1)
+
+
 class TensorMemory:
     """One CTA's TMEM."""
+
+    observers: Observers | None = None
+    cta: Cta | None = None
 
     def __init__(self, check_reads: bool) -> None:
         self.check_reads = check_reads
@@ -71,6 +85,8 @@ class TensorMemory:
     def read(self, lanes: slice, start: int, columns: int, what: str) -> Array:
         """A (lanes, columns) view."""
         self._inside(start, columns, what)
+        if self.observers:
+            self.observers.read("tmem", self.cta, start, cell_index(lanes.start or 0, lanes.stop, columns))
         cells = self.cells[lanes, start : start + columns]
         if self.check_reads and self._written is not None:
             seen = self._written[lanes, start : start + columns]
@@ -85,6 +101,8 @@ class TensorMemory:
         """Store (lanes, columns) words."""
         columns = values.shape[1]
         self._inside(start, columns, what)
+        if self.observers:
+            self.observers.write("tmem", self.cta, start, cell_index(lanes.start or 0, lanes.stop, columns))
         self.cells[lanes, start : start + columns] = values
         if self._written is not None:
             self._written[lanes, start : start + columns] = True
@@ -93,9 +111,15 @@ class TensorMemory:
         """Store words at (row, column) relative to the first lane and `start`."""
         self._inside(start, int(column.max()) + 1, what)
         first = lanes.start or 0
+        if self.observers:
+            self.observers.write("tmem", self.cta, first * COLUMNS + start, _fragment_cells(row, column))
         self.cells[row + first, column + start] = values
         if self._written is not None:
             self._written[row + first, column + start] = True
+
+
+def _fragment_cells(row: Array, column: Array) -> Array:
+    return (row * COLUMNS + column).reshape(-1)
 
 
 @lru_cache(maxsize=64)

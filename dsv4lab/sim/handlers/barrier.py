@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from dsv4lab.sim.decode import ALL_LANES, ORDER, Action, Decoder, Form, Run, family
 from dsv4lab.sim.errors import BarrierMisuse, UnknownInstruction
 from dsv4lab.sim.handlers.alu import assign
+from dsv4lab.sim.observe import site
 from dsv4lab.sim.program import Address, Instruction
 from dsv4lab.sim.registers import WARP, Lanes
 from dsv4lab.sim.sync import MBarrier, NamedBarrier, Wait
@@ -17,11 +18,6 @@ from dsv4lab.sim.sync import MBarrier, NamedBarrier, Wait
 Array = NDArray
 _SHARED = ("shared", "shared::cta", "shared::cluster")
 _SPURIOUS = 0.05  # how often a random schedule lets try_wait give up at once, as the hardware may
-
-
-def name(w: Lanes, lane: int) -> str:
-    """Who does something, for a barrier's history."""
-    return f"CTA {w.cta.rank} warp {w.warp + lane // WARP} lane {lane % WARP}"
 
 
 def locate(w: Lanes, base: int, offset: int, lane: int) -> MBarrier:
@@ -43,8 +39,11 @@ def mbarrier(d: Decoder, i: Instruction, f: Form) -> Run | Action:
         def invalidate(w: Lanes, m: Any) -> None:
             for lane in w.active(m):
                 cta, place = w.cta.cluster.resolve(int(w.u[base][lane]) + offset)
-                if cta.mbarriers.pop(place, None) is None:
+                barrier = cta.mbarriers.pop(place, None)
+                if barrier is None:
                     raise BarrierMisuse(f"mbarrier.inval: no mbarrier at {cta.shared.describe(place)}")
+                if observers := w.cta.machine.observers:
+                    observers.tell("mbarrier_inval", site(w, int(lane), i.index), barrier)
 
         return invalidate
     if what in ("try_wait", "test_wait"):
@@ -67,7 +66,11 @@ def _init(d: Decoder, i: Instruction) -> Run:
                 raise BarrierMisuse(f"mbarrier.init: {cta.shared.describe(place)} is not a multiple of 8")
             cta.shared.span(place, 8)
             cta.shared.mark(place, 8)
-            cta.mbarriers[place] = MBarrier(cta.rank, place, int(w.u[count][lane]), name(w, int(lane)))
+            who = site(w, int(lane), i.index)
+            barrier = MBarrier(cta.rank, place, int(w.u[count][lane]), who, cta.machine.observers)
+            cta.mbarriers[place] = barrier
+            if cta.machine.observers:
+                cta.machine.observers.tell("mbarrier_init", who, barrier)
 
     return run
 
@@ -92,14 +95,15 @@ def _arrive(d: Decoder, i: Instruction, f: Form, what: str) -> Run:
             value = 1 if amount is None else int(w.u[amount][lane])
             if state is not None:
                 w.u[state][lane] = barrier.phase & 1  # the token that a wait without .parity takes
+            who = site(w, lane, i.index)
             if what == "expect_tx":
-                barrier.expect(value, name(w, lane))
+                barrier.expect(value, who)
             elif what == "complete_tx":
-                barrier.complete(value, name(w, lane))
+                barrier.complete(value, who)
             elif expects:
-                barrier.arrive(1, name(w, lane), expect=value)
+                barrier.arrive(1, who, expect=value)
             else:
-                barrier.arrive(value, name(w, lane))
+                barrier.arrive(value, who)
                 if what == "arrive_drop":
                     barrier.count -= value
 
@@ -141,9 +145,21 @@ def _wait(d: Decoder, i: Instruction, f: Form, what: str) -> Action:
                 timed=True,
             )
         assign(w, target, passed, m)
+        if machine.observers and some:
+            _tell_passed(w, m, i.index, barriers, wanted)
         return None
 
     return Action(run, stop=True)
+
+
+def _tell_passed(w: Lanes, m: Any, index: int, barriers: list[MBarrier], wanted: list[int]) -> None:
+    observers = w.cta.machine.observers
+    if len(barriers) == 1:
+        observers.warps("mbarrier_pass", w, m, index, barriers[0], barriers[0].phase - 1)
+        return
+    for lane, barrier, parity in zip(w.active(m), barriers, wanted, strict=True):
+        if barrier.passed(parity):
+            observers.tell("mbarrier_pass", site(w, int(lane), index), barrier, barrier.phase - 1)
 
 
 @family("bar", "barrier")
@@ -153,9 +169,14 @@ def bar(d: Decoder, i: Instruction, f: Form) -> Action:
     if f.has("warp"):
         f.drop("sync")
         members = d.source(i.operands[0], "b32")
-        return Action(lambda w, m: None, stop=True, members=members)
+
+        def warp(w: Lanes, m: Any) -> None:
+            if w.cta.machine.observers:
+                w.cta.machine.observers.warps("warp_sync", w, m, i.index)
+
+        return Action(warp, stop=True, members=members)
     if f.has("cluster"):
-        return _cluster(f, aligned)
+        return _cluster(i, f, aligned)
     mode = f.take("sync", "arrive", "red")
     if mode is None:
         raise UnknownInstruction(f"{i.opcode} is not simulated")
@@ -165,15 +186,19 @@ def bar(d: Decoder, i: Instruction, f: Form) -> Action:
     count = d.source(i.operands[1], "b32") if len(i.operands) > 1 else None
 
     def run(w: Lanes, m: Any) -> Any:
-        barrier, generation = _arrive_named(w, m, number, count, aligned)
-        if mode == "arrive" or barrier.generation != generation:
+        barrier, generation = _arrive_named(w, m, i.index, number, count, aligned)
+        if mode == "arrive":
+            return None
+        if barrier.generation != generation:
+            if w.cta.machine.observers:
+                w.cta.machine.observers.warps("barrier_pass", w, m, i.index, barrier, generation)
             return None
         return _named_wait(barrier, generation)
 
     return Action(run, stop=True, members=ALL_LANES if aligned else None)
 
 
-def _arrive_named(w: Lanes, m: Any, number: int, count: int | None, aligned: bool) -> tuple[NamedBarrier, int]:
+def _arrive_named(w: Lanes, m: Any, index: int, number: int, count: int | None, aligned: bool) -> tuple[NamedBarrier, int]:
     """Count the active lanes (whole warps for aligned forms) on a named barrier."""
     lane = 0 if m is None else int(m.argmax())
     barrier = w.cta.barrier(int(w.u[number][lane]))
@@ -181,6 +206,8 @@ def _arrive_named(w: Lanes, m: Any, number: int, count: int | None, aligned: boo
     if expected is not None and (expected == 0 or expected % WARP):
         raise BarrierMisuse(f"named barrier {barrier.number}: the thread count must be a multiple of {WARP}, got {expected}")
     w.cta.machine.progress += 1
+    if w.cta.machine.observers:
+        w.cta.machine.observers.warps("barrier_arrive", w, m, index, barrier, barrier.generation)
     arrived = w.n if m is None else int(np.count_nonzero(m))
     if expected is None:
         return barrier, barrier.arrive(arrived, None, w.cta.live_threads)
@@ -190,7 +217,14 @@ def _arrive_named(w: Lanes, m: Any, number: int, count: int | None, aligned: boo
 
 
 def _named_wait(barrier: NamedBarrier, generation: int) -> Wait:
-    return Wait("bar", f"waits at {barrier}", lambda: barrier.generation != generation, repeat=False, subject=barrier)
+    return Wait(
+        "bar",
+        f"waits at {barrier}",
+        lambda: barrier.generation != generation,
+        repeat=False,
+        subject=barrier,
+        generation=generation,
+    )
 
 
 def _named_reduce(d: Decoder, i: Instruction, f: Form, aligned: bool) -> Action:
@@ -212,9 +246,11 @@ def _named_reduce(d: Decoder, i: Instruction, f: Form, aligned: bool) -> Action:
             lane = 0 if m is None else int(m.argmax())
             votes = (~w.u[p] if negated else w.u[p]) if m is None else (~w.u[p] if negated else w.u[p])[m]
             w.cta.barrier(int(w.u[number][lane])).vote([bool(v) for v in votes])
-            barrier, generation = _arrive_named(w, m, number, count, aligned)
+            barrier, generation = _arrive_named(w, m, i.index, number, count, aligned)
             if barrier.generation == generation:
                 return Wait("bar", f"waits at {barrier}", lambda: barrier.generation != generation, subject=barrier)
+        if w.cta.machine.observers:
+            w.cta.machine.observers.warps("barrier_pass", w, m, i.index, barrier, barrier.generation - 1)
         every, some, total = barrier.result
         assign(w, target, {"and": every, "or": some, "popc": total}[operation], m)
         return None
@@ -222,13 +258,15 @@ def _named_reduce(d: Decoder, i: Instruction, f: Form, aligned: bool) -> Action:
     return Action(run, stop=True, members=ALL_LANES if aligned else None)
 
 
-def _cluster(f: Form, aligned: bool) -> Action:
+def _cluster(i: Instruction, f: Form, aligned: bool) -> Action:
     mode = f.take("arrive", "wait")
     f.drop("relaxed", "release", "acquire", "aligned")
 
     def arrive(w: Lanes, m: Any) -> None:
         cluster = w.cta.cluster
         w.cta.machine.progress += 1
+        if w.cta.machine.observers:
+            w.cta.machine.observers.warps("barrier_arrive", w, m, i.index, cluster.barrier, cluster.barrier.generation)
         threads = _threads(w, m)
         generation = cluster.barrier.arrive(threads, cluster.live_threads)
         for warp, _ in w.warps_active(m):
@@ -241,6 +279,8 @@ def _cluster(f: Form, aligned: bool) -> Action:
         if ticket is None:
             raise BarrierMisuse("barrier.cluster.wait without an arrive before it")
         if cluster.barrier.generation != ticket:
+            if w.cta.machine.observers:
+                w.cta.machine.observers.warps("barrier_pass", w, m, i.index, cluster.barrier, ticket)
             return None
         what = f"waits for the cluster barrier: {cluster.barrier.arrived} of {cluster.live_threads} threads arrived"
         return Wait("cluster", what, lambda: cluster.barrier.generation != ticket, subject=cluster.barrier)

@@ -191,6 +191,11 @@ def redux(d: Decoder, i: Instruction, f: Form) -> Action:
     return Action(run, stop=True, members=members)
 
 
+def _first_lanes(w: Lanes, count: int) -> Array:
+    """The first `count` lanes of each warp: those that give addresses."""
+    return (np.arange(w.warps)[:, None] * WARP + np.arange(count)).reshape(-1)
+
+
 def _matrices(f: Form) -> int:
     part = f.take("x1", "x2", "x4")
     return int(part[1:]) if part else 1
@@ -205,10 +210,12 @@ def ldmatrix(d: Decoder, i: Instruction, f: Form) -> Action:
     if f.type() != "b16":
         raise UnknownInstruction(f"{i.opcode}: only .m8n8.b16 is simulated")
     targets = [d.register(o) for o in d.items(i.operands[0])]
-    access = Access(d, i.operands[1], "shared", 8, 2)
+    access = Access(d, i, i.operands[1], "shared", 8, 2)
 
     def run(w: Lanes, m: Any) -> None:
         addresses = access.addresses(w, None).reshape(w.warps, WARP)[:, : 8 * count].reshape(-1)
+        if w.cta.machine.observers.accesses:
+            access.tell(w, m, "read", addresses, _first_lanes(w, 8 * count))
         data = access._load_shared(w, addresses).view(np.uint16).reshape(w.warps, count, 8, 8)
         if transpose:
             data = data.swapaxes(2, 3)
@@ -227,7 +234,7 @@ def stmatrix(d: Decoder, i: Instruction, f: Form) -> Action:
     if shape is None or f.type() != "b16":
         raise UnknownInstruction(f"{i.opcode}: only .m8n8.b16 is simulated")
     sources = [d.register(o) for o in d.items(i.operands[1])]
-    access = Access(d, i.operands[0], "shared", 8, 2)
+    access = Access(d, i, i.operands[0], "shared", 8, 2)
 
     def run(w: Lanes, m: Any) -> None:
         words = np.stack([rows(w, w.u[s]) for s in sources], axis=1)  # (warps, count, 32)
@@ -236,6 +243,8 @@ def stmatrix(d: Decoder, i: Instruction, f: Form) -> Action:
             data = data.swapaxes(2, 3)
         lines = np.ascontiguousarray(data).view(np.uint64).reshape(-1, 2)
         addresses = access.addresses(w, None).reshape(w.warps, WARP)[:, : 8 * count].reshape(-1)
+        if w.cta.machine.observers.accesses:
+            access.tell(w, m, "write", addresses, _first_lanes(w, 8 * count))
         access._store_shared(w, addresses, lines)
 
     return Action(run, stop=True, members=ALL_LANES)

@@ -9,6 +9,7 @@ import numpy as np
 from dsv4lab.sim.decode import ALL_LANES, EXIT, TYPE_BYTES, Action, Decoder, Form, Run, family
 from dsv4lab.sim.errors import ResourceError, SimulatorError, UnknownInstruction
 from dsv4lab.sim.memory import PARAM_WINDOW
+from dsv4lab.sim.observe import Fence, Order
 from dsv4lab.sim.program import Immediate, Instruction, Register, Vector
 from dsv4lab.sim.registers import Lanes
 from dsv4lab.sim.startup import TIMERS
@@ -41,9 +42,7 @@ def trap(d: Decoder, i: Instruction, f: Form) -> Action:
 @family(
     "nop",
     "pragma",
-    "griddepcontrol",
     "nanosleep",
-    "membar",
     "prefetch",
     "prefetchu",
     "discard",
@@ -51,7 +50,7 @@ def trap(d: Decoder, i: Instruction, f: Form) -> Action:
     "createpolicy",
 )
 def no_effect(d: Decoder, i: Instruction, f: Form) -> Run:
-    """Ordering, cache and timing hints: memory is sequentially consistent here, dependent launches run one by one."""
+    """Cache and timing hints."""
     f.left.clear()
     if f.family == "createpolicy":
         target = d.register(i.operands[0])
@@ -63,12 +62,33 @@ def no_effect(d: Decoder, i: Instruction, f: Form) -> Run:
     return nothing
 
 
-@family("fence")
+@family("griddepcontrol")
+def dependent_grids(d: Decoder, i: Instruction, f: Form) -> Run:
+    """Dependent launches run one by one, so there is nothing to wait for."""
+    what = f.take("wait", "launch_dependents")
+
+    def run(w: Lanes, m: Any) -> None:
+        if w.cta.machine.observers:
+            w.cta.machine.observers.warps("griddepcontrol", w, m, i.index, what)
+
+    return run
+
+
+@family("fence", "membar")
 def fence(d: Decoder, i: Instruction, f: Form) -> Run:
-    f.drop("proxy", "async", "async::generic", "alias", "sc", "acq_rel", "acquire", "release", "cta", "cluster", "gpu", "sys")
-    f.drop("mbarrier_init", "global", "shared::cta", "shared::cluster", "async.global", "async.shared::cta")
-    f.drop("tensormap::generic", "sync_restrict::shared::cta", "sync_restrict::shared::cluster")
-    return nothing
+    """Memory is sequentially consistent here and has no proxies; only observers care."""
+    proxy = f.take("async", "async::generic", "alias", "tensormap::generic", "generic::tensormap") if f.has("proxy") else None
+    order = f.take("sc", "acq_rel", "acquire", "release") or "sc"
+    scope = f.take("cta", "cluster", "gpu", "gl", "sys") or ("" if proxy is None else "cta")
+    f.drop("mbarrier_init", "sync_restrict::shared::cta", "sync_restrict::shared::cluster")
+    spaces = tuple(s for s in ("global", "shared::cta", "shared::cluster") if f.has(s))
+    told = Fence(proxy or "", Order(order, "gpu" if scope == "gl" else scope), spaces)
+
+    def run(w: Lanes, m: Any) -> None:
+        if w.cta.machine.observers:
+            w.cta.machine.observers.warps("fence", w, m, i.index, told)
+
+    return run
 
 
 @family("setmaxnreg")
@@ -89,6 +109,8 @@ def setmaxnreg(d: Decoder, i: Instruction, f: Form) -> Action:
         total = 32 * sum(w.cta.register_budget.values())
         if total > _REGISTER_POOL:
             raise ResourceError(f"setmaxnreg: warps claim {total} registers, the multiprocessor has {_REGISTER_POOL}")
+        if w.cta.machine.observers:
+            w.cta.machine.observers.warps("set_registers", w, m, i.index, count)
 
     return Action(run, stop=True, members=ALL_LANES)
 

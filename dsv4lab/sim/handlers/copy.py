@@ -12,13 +12,14 @@ from dsv4lab.sim.decode import Action, Decoder, Form, Run, family
 from dsv4lab.sim.descriptor import DESCRIPTOR_BYTES
 from dsv4lab.sim.errors import MemoryFault, UnknownInstruction
 from dsv4lab.sim.handlers.barrier import locate
-from dsv4lab.sim.handlers.control import nothing
 from dsv4lab.sim.memory import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOW_BYTES
+from dsv4lab.sim.observe import Fence, Order, accesses
 from dsv4lab.sim.program import Address, Immediate, Instruction
 from dsv4lab.sim.registers import Lanes
 from dsv4lab.sim.state import Cta
 from dsv4lab.sim.sync import Groups, MBarrier, Wait
 
+_FIRST = np.zeros(1, np.int64)
 _BULK_ALIGNMENT = 16  # bytes, of addresses and size
 
 
@@ -35,6 +36,16 @@ def bytes_at(cta: Cta, address: int, size: int) -> np.ndarray:
     return cta.machine.memory.span(address, size)
 
 
+def tell_bytes(w: Lanes, lane: int, index: int, kind: str, address: int, size: int, space: str = "") -> None:
+    """One lane's access of `size` bytes at a generic address (or one of the given space), for observers."""
+    if not space:
+        space = "shared" if SHARED_WINDOW <= address < SHARED_WINDOW + WINDOW_BYTES else "global"
+        address -= SHARED_WINDOW if space == "shared" else 0
+    where = np.array([address], np.uint64)
+    for access in accesses(w, np.array([lane]), index, space, kind, where, size, Order()):
+        w.cta.machine.observers.tell("access", access)
+
+
 @family("cp")
 def cp(d: Decoder, i: Instruction, f: Form) -> Run | Action:
     reduction = f.has("reduce")
@@ -43,20 +54,20 @@ def cp(d: Decoder, i: Instruction, f: Form) -> Run | Action:
     if not f.has("bulk"):
         return _element_copy(d, i, f)
     if f.has("commit_group"):
-        return _commit(lambda w, lane: w.cta.bulk_groups.get(w.first + lane))
+        return _commit(i, "bulk", lambda w, lane: w.cta.bulk_groups.get(w.first + lane))
     if f.has("wait_group"):
-        f.drop("read")
-        return _wait_bulk(i)
+        return _wait_bulk(i, f.has("read"))
     if f.has("prefetch"):
-        f.left.clear()
-        return nothing
+        return _prefetch(d, i, f)
     if f.has("tensor"):
         return _tensor(d, i, f, reduction)
     return _bulk(d, i, f, reduction)
 
 
-def _commit(groups_of: Callable[[Lanes, int], Groups | None]) -> Run:
+def _commit(i: Instruction, kind: str, groups_of: Callable[[Lanes, int], Groups | None]) -> Run:
     def run(w: Lanes, m: Any) -> None:
+        if w.cta.machine.observers:
+            w.cta.machine.observers.warps("commit_group", w, m, i.index, kind)
         for lane in w.active(m):
             groups = groups_of(w, int(lane))
             if groups is not None:
@@ -72,7 +83,7 @@ def _allowed(i: Instruction) -> int:
     return operand.value
 
 
-def _wait_bulk(i: Instruction) -> Action:
+def _wait_bulk(i: Instruction, read: bool) -> Action:
     allowed = _allowed(i)
 
     def run(w: Lanes, m: Any) -> Any:
@@ -80,6 +91,8 @@ def _wait_bulk(i: Instruction) -> Action:
             return None
         mine = [g for lane in w.active(m) if (g := w.cta.bulk_groups.get(w.first + int(lane))) is not None]
         if all(groups.done(allowed) for groups in mine):
+            if w.cta.machine.observers:
+                w.cta.machine.observers.warps("wait_group", w, m, i.index, "bulk", allowed, read)
             return None
         return Wait("bulk group", f"waits for all but {allowed} of its bulk groups", lambda: all(g.done(allowed) for g in mine))
 
@@ -91,7 +104,7 @@ def _wait_bulk(i: Instruction) -> Action:
 
 def _element_copy(d: Decoder, i: Instruction, f: Form) -> Run | Action:
     if f.has("commit_group"):
-        return _commit(lambda w, lane: w.cta.copy_groups.get(w.first + lane))
+        return _commit(i, "cp.async", lambda w, lane: w.cta.copy_groups.get(w.first + lane))
     if f.has("wait_group") or f.has("wait_all"):
         allowed = _allowed(i) if i.operands else 0
 
@@ -100,7 +113,11 @@ def _element_copy(d: Decoder, i: Instruction, f: Form) -> Run | Action:
             if not i.operands:
                 for groups in mine:
                     groups.commit()
+                if w.cta.machine.observers:
+                    w.cta.machine.observers.warps("commit_group", w, m, i.index, "cp.async")
             if all(groups.done(allowed) for groups in mine):
+                if w.cta.machine.observers:
+                    w.cta.machine.observers.warps("wait_group", w, m, i.index, "cp.async", allowed, False)
                 return None
             return Wait(
                 "cp.async", f"waits for all but {allowed} of its cp.async groups", lambda: all(g.done(allowed) for g in mine)
@@ -139,10 +156,12 @@ def _element_copy(d: Decoder, i: Instruction, f: Form) -> Run | Action:
                 for row in np.flatnonzero(counts):
                     flat[row, : counts[row]] = machine.memory.span(int(at[row]), int(counts[row]))
             cta.shared.store(to, values, width, count)
+            machine.observers.read("global", None, 0, at.view(np.int64), size)
+            machine.observers.write("shared", cta, 0, to.view(np.int64), size)
             for group in mine:
                 group.outstanding -= 1
 
-        machine.issue(("cp.async", id(cta)), effect, "cp.async", w, i.index)
+        machine.issue(("cp.async", id(cta)), effect, "cp.async", w, i.index, lanes)
 
     return run
 
@@ -163,7 +182,7 @@ def _arrive_after_copies(d: Decoder, i: Instruction, f: Form) -> Run:
             def effect(barrier: MBarrier = barrier, thread: int = w.first + int(lane)) -> None:
                 barrier.arrive(1, f"cp.async of thread {thread} of CTA {w.cta.rank}")
 
-            machine.issue(("cp.async", id(w.cta)), effect, "cp.async arrival", w, i.index)
+            machine.issue(("cp.async", id(w.cta)), effect, "cp.async arrival", w, i.index, (lane,))
 
     return run
 
@@ -202,6 +221,7 @@ def _bulk(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
 
         def read() -> np.ndarray:
             if origin == "global":
+                machine.observers.read("global", None, start, _FIRST, size)
                 return machine.memory.span(start, size)
             owner, offset = cta.cluster.resolve(start)
             return owner.shared.gather(np.arange(size), offset, "bulk copy")
@@ -215,9 +235,10 @@ def _bulk(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
 
             def to_global() -> None:
                 write(machine.memory.span(destination, size), read())
+                machine.observers.write("global", None, destination, _FIRST, size)
                 group.outstanding -= 1
 
-            machine.issue(None, to_global, "bulk copy to global memory", w, i.index)
+            machine.issue(None, to_global, "bulk reduce" if name else "bulk store", w, i.index, (lane,))
             return
         assert bar is not None
         where, at_bar = cta.cluster.resolve(destination)
@@ -229,10 +250,11 @@ def _bulk(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
             for other in targets:
                 write(other.shared.span(at_bar, size), data)
                 other.shared.mark(at_bar, size)
+                machine.observers.write("shared", other, at_bar, _FIRST, size)
                 owner = other if mask is not None else bar_cta
                 owner.mbarrier(bar_place).complete(size, "bulk copy")
 
-        machine.issue(None, to_shared, "bulk copy to shared memory", w, i.index)
+        machine.issue(None, to_shared, "bulk load", w, i.index, (lane,))
 
     slots = [to, at, amount, *([bar[0]] if bar is not None else []), *([mask] if mask is not None else [])]
 
@@ -244,6 +266,17 @@ def _bulk(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
 
 
 # tensor copies
+
+
+def _prefetch(d: Decoder, i: Instruction, f: Form) -> Run:
+    """Into L2: no effect that a kernel can see."""
+    f.left.clear()
+
+    def run(w: Lanes, m: Any) -> None:
+        if w.cta.machine.observers:
+            w.cta.machine.issue(None, lambda: None, "prefetch", w, i.index, w.active(m))
+
+    return run
 
 
 def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
@@ -269,6 +302,10 @@ def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
         raw = bytes_at(w.cta, int(w.u[tensor][lane]) + tensor_offset, DESCRIPTOR_BYTES).tobytes()
         return tma.plan(raw), [int(w.s[c][lane]) for c in coordinates]
 
+    def tell_descriptor(w: Lanes, address: int) -> None:
+        if address < SHARED_WINDOW:
+            w.cta.machine.observers.read("tensormap", None, address, _FIRST, DESCRIPTOR_BYTES)
+
     def pieces(plan: tma.Plan, place: list[int], offset: int) -> list[tuple[list[int], int]]:
         """gather4 and scatter4 give one column and four rows of a matrix whose box is one row."""
         if not rows:
@@ -281,13 +318,15 @@ def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
         owner, offset = cta.cluster.resolve(int(w.u[shared][lane]) + shared_offset)
         group = cta.bulk_groups.setdefault(w.first + lane, Groups()).open
         group.outstanding += 1
+        descriptor = int(w.u[tensor][lane]) + tensor_offset
 
         def effect() -> None:
+            tell_descriptor(w, descriptor)
             for at, start in pieces(plan, place, offset):
                 tma.store(plan, at, machine.memory, owner.shared, start, name)
             group.outstanding -= 1
 
-        machine.issue(None, effect, "TMA store", w, i.index)
+        machine.issue(None, effect, "TMA reduce" if name else "TMA store", w, i.index, (lane,), f"at {tuple(place)}")
 
     def fetch(w: Lanes, lane: int) -> None:
         cta, machine = w.cta, w.cta.machine
@@ -304,14 +343,17 @@ def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
             # With cta_group::2 the barrier lies in the CTA of the target's pair that has the given one's parity.
             return cluster.cta((target.rank & ~1) | (bar_cta.rank & 1)) if pair else target
 
+        descriptor = int(w.u[tensor][lane]) + tensor_offset
+
         def effect() -> None:
+            tell_descriptor(w, descriptor)
             size = plan.counted_bytes * (4 if rows else 1)
             for target in targets:
                 for at, start in pieces(plan, place, offset):
                     tma.load(plan, at, machine.memory, target.shared, start)
                 barrier_of(target).mbarrier(bar_place).complete(size, f"TMA load at {tuple(place)}")
 
-        machine.issue(None, effect, "TMA load", w, i.index)
+        machine.issue(None, effect, "TMA load", w, i.index, (lane,), f"at {tuple(place)}")
 
     each = fetch if load else store
 
@@ -331,11 +373,19 @@ def tensormap(d: Decoder, i: Instruction, f: Form) -> Run:
         to, to_offset = d.address(i.operands[0])
         at, at_offset = d.address(i.operands[1])
 
+        release = Fence("tensormap::generic", Order("release", "gpu"))
+
         def copy(w: Lanes, m: Any) -> None:
             for _, lane in w.warps_active(m):
                 owner, offset = w.cta.cluster.resolve(int(w.u[at][lane]) + at_offset)
                 source = owner.shared.span(offset, DESCRIPTOR_BYTES)
-                bytes_at(w.cta, int(w.u[to][lane]) + to_offset, DESCRIPTOR_BYTES)[...] = source
+                target = int(w.u[to][lane]) + to_offset
+                bytes_at(w.cta, target, DESCRIPTOR_BYTES)[...] = source
+                if w.cta.machine.observers.accesses:
+                    tell_bytes(w, lane, i.index, "read", owner.shared.base + offset, DESCRIPTOR_BYTES, "shared")
+                    tell_bytes(w, lane, i.index, "write", target, DESCRIPTOR_BYTES)
+            if w.cta.machine.observers:
+                w.cta.machine.observers.warps("fence", w, m, i.index, release)
 
         return copy
     f.drop("replace", "tile", "b1024")
@@ -353,6 +403,8 @@ def tensormap(d: Decoder, i: Instruction, f: Form) -> Run:
             if shared and address < SHARED_WINDOW:
                 address += SHARED_WINDOW
             tma.replace_field(bytes_at(w.cta, address, DESCRIPTOR_BYTES), field, ordinal, int(w.u[value][lane]))
+            if w.cta.machine.observers.accesses:
+                tell_bytes(w, int(lane), i.index, "write", address, DESCRIPTOR_BYTES)
 
     return run
 
@@ -384,9 +436,10 @@ def launch_control(d: Decoder, i: Instruction, f: Form) -> Run:
                     for target in targets:
                         target.shared.span(place, 16)[...] = answer.view(np.uint8)
                         target.shared.mark(place, 16)
+                        machine.observers.write("shared", target, place, _FIRST, 16)
                         target.mbarrier(bar_place).complete(16, "clusterlaunchcontrol")
 
-                machine.issue(None, effect, "clusterlaunchcontrol.try_cancel", w, i.index)
+                machine.issue(None, effect, "clusterlaunchcontrol", w, i.index, (lane,))
 
         return cancel
     f.drop("query_cancel", "b128")

@@ -12,6 +12,7 @@ from dsv4lab.sim.decode import ORDER, TYPE_BYTES, Action, Decoder, Form, Run, fa
 from dsv4lab.sim.errors import MemoryFault, UnknownInstruction
 from dsv4lab.sim.handlers.alu import assign, signed
 from dsv4lab.sim.memory import LOCAL_WINDOW, PARAM_WINDOW, RANK_SHIFT, SHARED_WINDOW, WINDOW_BYTES
+from dsv4lab.sim.observe import Order, accesses
 from dsv4lab.sim.program import Address, Instruction, Symbol
 from dsv4lab.sim.registers import Lanes
 
@@ -32,12 +33,14 @@ _CACHE: tuple[str, ...] = (
 )
 _CACHE += ("L1::evict_unchanged", "L2::64B", "L2::128B", "L2::256B", "L2::evict_first", "L2::evict_last", "L2::evict_normal")
 _SHARED = np.uint64(SHARED_WINDOW)
+_FIRST = np.zeros(1, np.int64)
 
 
 class Access:
     """Addresses of one instruction and how its space is reached."""
 
-    def __init__(self, d: Decoder, operand: Any, space: str | None, size: int, count: int) -> None:
+    def __init__(self, d: Decoder, i: Instruction, operand: Any, space: str | None, size: int, count: int) -> None:
+        self.index, self.order = i.index, memory_order(i.opcode)
         self.base, offset = d.address(operand)
         self.offset = np.uint64(offset & (2**64 - 1))
         self.wide = d.width(self.base) == 8
@@ -58,6 +61,8 @@ class Access:
     def load(self, w: Lanes, m: Any) -> Array:
         """(active lanes,) or (active lanes, count) elements."""
         addresses = self.addresses(w, m)
+        if w.cta.machine.observers.accesses:
+            self.tell(w, m, "read", addresses)
         space = self.space
         if space == "global":
             return w.cta.machine.memory.load(addresses, self.size, self.count)
@@ -78,6 +83,8 @@ class Access:
 
     def store(self, w: Lanes, m: Any, values: Array) -> None:
         addresses = self.addresses(w, m)
+        if w.cta.machine.observers.accesses:
+            self.tell(w, m, "write", addresses)
         space = self.space or _window(int(addresses[0]))
         if space == "global":
             w.cta.machine.memory.store(addresses, values, self.size, self.count)
@@ -87,6 +94,21 @@ class Access:
             self._local(w, m, addresses, values)
         else:
             raise MemoryFault("the kernel's parameters cannot be written")
+
+    def tell(self, w: Lanes, m: Any, kind: str, addresses: Array, lanes: Array | None = None, size: int = 0) -> None:
+        """Tell observers of the access; addresses as the instruction gives them, by default one for each active lane."""
+        space = self.space or _window(int(addresses[0]))
+        lanes = w.active(m) if lanes is None else lanes
+        if space == "param":
+            return
+        if space == "shared" and self.space is None:
+            addresses = addresses - _SHARED
+        elif space == "local":
+            threads = (lanes + w.first).astype(np.uint64)
+            addresses = addresses - np.uint64(LOCAL_WINDOW) + threads * np.uint64(w.cta.local_stride)
+        size = size or self.size * self.count
+        for access in accesses(w, lanes, self.index, space, kind, addresses, size, self.order):
+            w.cta.machine.observers.tell("access", access)
 
     def _load_shared(self, w: Lanes, addresses: Array) -> Array:
         shared = w.cta.shared
@@ -131,6 +153,15 @@ class Access:
         return values
 
 
+def memory_order(opcode: str) -> Order:
+    """Order and scope that a load, store or atomic spells out; atomics are relaxed at gpu scope by default."""
+    parts = opcode.split(".")
+    atomic = parts[0] in ("atom", "red")
+    name = next((p for p in parts if p in ("relaxed", "acquire", "release", "acq_rel", "volatile", "mmio")), "")
+    scope = next((p for p in parts if p in ("cta", "cluster", "gpu", "sys")), "")
+    return Order(name or ("relaxed" if atomic else "weak"), scope or ("gpu" if atomic else ""))
+
+
 def _window(address: int) -> str:
     if address < SHARED_WINDOW:
         return "global"
@@ -168,7 +199,7 @@ def ld(d: Decoder, i: Instruction, f: Form) -> Run:
         uniform = _load_param(d, i, targets, t, size)
         if uniform is not None:
             return uniform
-    access = Access(d, i.operands[1], space, size, count)
+    access = Access(d, i, i.operands[1], space, size, count)
     widen = f"i{size}" if signed(t) else None
 
     def write(w: Lanes, target: int, value: Array, m: Any) -> None:
@@ -200,7 +231,7 @@ def ld(d: Decoder, i: Instruction, f: Form) -> Run:
 
 
 def _load_b128(d: Decoder, i: Instruction, targets: list[int | None], space: str | None) -> Run:
-    access = Access(d, i.operands[1], space, 8, 2)
+    access = Access(d, i, i.operands[1], space, 8, 2)
 
     def run(w: Lanes, m: Any) -> None:
         values = access.load(w, m)
@@ -248,10 +279,10 @@ def st(d: Decoder, i: Instruction, f: Form) -> Run:
     if space is not None and space.startswith("param"):
         return lambda w, m: None  # arguments of vprintf, the only function that is simulated
     if t == "b128":
-        wide = Access(d, i.operands[0], space, 8, 2)
+        wide = Access(d, i, i.operands[0], space, 8, 2)
         source = d.source(i.operands[1], t)
         return lambda w, m: wide.store(w, m, w.u[source] if m is None else w.u[source][m])
-    access = Access(d, i.operands[0], space, size, count)
+    access = Access(d, i, i.operands[0], space, size, count)
     sources = [d.source(o, t, wider=True) for o in d.items(i.operands[1])]
     dtype = f"u{size}"
     if count == 1:
@@ -277,23 +308,25 @@ def _async_store(d: Decoder, i: Instruction, f: Form) -> Run:
     f.drop("mbarrier::complete_tx::bytes", "shared::cluster")
     count = _vector(f)
     t, size = _element(f)
-    access = Access(d, i.operands[0], "shared", size, count)
+    access = Access(d, i, i.operands[0], "shared", size, count)
     sources = [d.source(o, t) for o in d.items(i.operands[1])]
-    barrier = Access(d, i.operands[2], "shared", 8, 1)
+    barrier = Access(d, i, i.operands[2], "shared", 8, 1)
 
     def run(w: Lanes, m: Any) -> None:
         values = np.stack([w.u[s] for s in sources], axis=1)
-        values = values if m is None else values[m]
+        values, active = values if m is None else values[m], w.active(m)
         addresses, targets = access.addresses(w, m), barrier.addresses(w, m)
         for lane, (address, target) in enumerate(zip(addresses, targets, strict=True)):
             one = np.array([address]), values[lane : lane + 1] if count > 1 else values[lane : lane + 1, 0]
 
             def effect(one: tuple[Array, Array] = one, target: int = int(target)) -> None:
                 access._store_shared(w, *one)
+                owner, place = w.cta.cluster.resolve(int(one[0][0]))
+                w.cta.machine.observers.write("shared", owner, place, _FIRST, size * count)
                 cta, offset = w.cta.cluster.resolve(target)
                 cta.mbarrier(offset).complete(size * count, "st.async")
 
-            w.cta.machine.issue(None, effect, "st.async", w, i.index)
+            w.cta.machine.issue(None, effect, "st.async", w, i.index, (int(active[lane]),))
 
     return run
 
@@ -351,7 +384,7 @@ def atomic(d: Decoder, i: Instruction, f: Form) -> Action:
     returns = f.family == "atom"
     operands = i.operands[1:] if returns else i.operands
     targets = [d.sink(o) for o in d.items(i.operands[0])] if returns else []
-    access = Access(d, operands[0], space, size, 1)
+    access = Access(d, i, operands[0], space, size, 1)
     sources = [d.source(o, t) for o in d.items(operands[1])]
     third = d.source(operands[2], t) if name == "cas" else None
 
@@ -360,6 +393,8 @@ def atomic(d: Decoder, i: Instruction, f: Form) -> Action:
         machine.progress += 1
         lanes = w.active(m)
         addresses = access.addresses(w, m)
+        if machine.observers.accesses:
+            access.tell(w, m, "atomic", addresses, size=size * count)
         for position, lane in enumerate(lanes):
             for part in range(count):
                 address = addresses[position : position + 1] + np.uint64(part * size)

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from dsv4lab.sim import operands
 from dsv4lab.sim.decode import ALL_LANES, Action, Decoder, Form, Run, family
 from dsv4lab.sim.errors import BarrierMisuse, ResourceError, UnknownInstruction
-from dsv4lab.sim.handlers.barrier import name
+from dsv4lab.sim.handlers.copy import tell_bytes
 from dsv4lab.sim.handlers.tensor_mma import build_mma
 from dsv4lab.sim.layouts import decode_descriptor, operand_index
+from dsv4lab.sim.observe import site
 from dsv4lab.sim.program import Instruction
 from dsv4lab.sim.registers import WARP, Lanes
 from dsv4lab.sim.state import Cta
@@ -46,8 +47,9 @@ def tcgen05(d: Decoder, i: Instruction, f: Form) -> Run | Action:
         return _dealloc(d, i, f, pair)
     if what == "relinquish_alloc_permit":
         return Action(lambda w, m: _relinquish(w), stop=True, members=ALL_LANES)
-    if what in ("fence::before_thread_sync", "fence::after_thread_sync", "wait::ld", "wait::st"):
-        return lambda w, m: None
+    kind, _, rest = what.partition("::")
+    if rest and kind in ("fence", "wait"):
+        return lambda w, m: _order(w, m, i.index, kind, rest)
     if what == "commit":
         return _commit(d, i, f, pair)
     if what in ("ld", "st"):
@@ -57,6 +59,12 @@ def tcgen05(d: Decoder, i: Instruction, f: Form) -> Run | Action:
     if what == "shift":
         return _shift(d, i, f, pair)
     raise UnknownInstruction(f"{i.opcode} is not simulated")
+
+
+def _order(w: Lanes, m: Any, index: int, kind: str, what: str) -> None:
+    """tcgen05.fence and tcgen05.wait: TMEM is sequentially consistent here; only observers care."""
+    if w.cta.machine.observers:
+        w.cta.machine.observers.warps(f"tcgen05_{kind}", w, m, index, what)
 
 
 def _alloc(d: Decoder, i: Instruction, f: Form, pair: bool) -> Action:
@@ -77,6 +85,9 @@ def _alloc(d: Decoder, i: Instruction, f: Form, pair: bool) -> Action:
         owner, place = cta.cluster.resolve(int(w.u[base][0]) + offset)
         owner.shared.store(np.array([place], np.uint64), np.array([start], np.uint32), 4)
         cta.machine.progress += 1
+        if cta.machine.observers:
+            cta.machine.observers.warps("tmem_alloc", w, m, i.index, start, columns)
+            tell_bytes(w, 0, i.index, "write", owner.shared.base + place, 4, "shared")
         return None
 
     return Action(run, stop=True, members=ALL_LANES, single=True)
@@ -87,8 +98,11 @@ def _dealloc(d: Decoder, i: Instruction, f: Form, pair: bool) -> Action:
     where, amount = d.source(i.operands[0], "b32"), d.source(i.operands[1], "b32")
 
     def run(w: Lanes, m: Any) -> None:
-        w.cta.tensor.free(int(w.u[where][0]) & 0xFFFF, int(w.u[amount][0]))
+        start, columns = int(w.u[where][0]) & 0xFFFF, int(w.u[amount][0])
+        w.cta.tensor.free(start, columns)
         w.cta.machine.progress += 1
+        if w.cta.machine.observers:
+            w.cta.machine.observers.warps("tmem_free", w, m, i.index, start, columns)
 
     return Action(run, stop=True, members=ALL_LANES, single=True)
 
@@ -111,13 +125,13 @@ def _commit(d: Decoder, i: Instruction, f: Form, pair: bool) -> Run:
             targets = [owner] if mask is None else cta.cluster.masked(int(w.u[mask][lane]))
             if not targets:
                 raise BarrierMisuse("tcgen05.commit with an empty multicast mask")
-            who = f"tcgen05.commit of {name(w, lane)}"
+            who = f"tcgen05.commit of {site(w, lane, i.index)}"
 
             def effect(place: int = place, targets: list[Cta] = targets, who: str = who) -> None:
                 for target in targets:
                     target.mbarrier(place).arrive(1, who)
 
-            cta.machine.issue(pipe(cta, pair), effect, "tcgen05.commit", w, i.index)
+            cta.machine.issue(pipe(cta, pair), effect, "tcgen05.commit", w, i.index, (lane,))
 
     return run
 
@@ -157,6 +171,8 @@ def _transfer(d: Decoder, i: Instruction, f: Form, what: str) -> Action:
                 raise ResourceError(f"{i.opcode} at lane {lane} leaves the warp's quarter of TMEM")
             span = slice(row, row + height)
             part = slice(first, first + WARP)
+            machine = w.cta.machine
+            operation = machine.begin(machine.operation(f"tcgen05.{what}", w, i.index)) if machine.observers else None
             if load:
                 cells = w.cta.tensor.read(span, column, width, i.opcode)
                 values = cells[lanes, columns]
@@ -169,6 +185,8 @@ def _transfer(d: Decoder, i: Instruction, f: Form, what: str) -> Action:
                 if packed:
                     values = np.stack([values & np.uint32(0xFFFF), values >> np.uint32(16)], axis=1).reshape(-1, WARP)
                 w.cta.tensor.put(span, column, lanes, columns, values, i.opcode)
+            if operation is not None:
+                machine.end(operation)
 
     return Action(run, stop=True, members=ALL_LANES)
 
@@ -208,7 +226,7 @@ def _copy(d: Decoder, i: Instruction, f: Form, pair: bool) -> Run:
                     for span, part in _placement(words, spread):
                         target.tensor.write(span, address & 0xFFFF, part, "tcgen05.cp")
 
-            cta.machine.issue(pipe(cta, pair), effect, "tcgen05.cp", w, i.index)
+            cta.machine.issue(pipe(cta, pair), effect, "tcgen05.cp", w, i.index, (lane,))
 
     return run
 
@@ -239,6 +257,6 @@ def _shift(d: Decoder, i: Instruction, f: Form, pair: bool) -> Run:
                     rows = target.tensor.read(slice(0, 128), column, 8, i.opcode).copy()
                     target.tensor.write(slice(0, 127), column, rows[1:], i.opcode)
 
-            w.cta.machine.issue(pipe(w.cta, pair), effect, "tcgen05.shift", w, i.index)
+            w.cta.machine.issue(pipe(w.cta, pair), effect, "tcgen05.shift", w, i.index, (lane,))
 
     return run

@@ -122,7 +122,7 @@ def build_mma(d: Decoder, i: Instruction, f: Form) -> Run:
                 accumulate=bool(w.u[enable][lane]) != negated,
             )
             owner = w.cta.cluster.pair(w.cta)[0] if pair else w.cta
-            w.cta.machine.issue(("tcgen05", id(owner)), product.perform, "tcgen05.mma", w, i.index)
+            w.cta.machine.issue(("tcgen05", id(owner)), product.perform, "tcgen05.mma", w, i.index, (lane,))
 
     return run
 

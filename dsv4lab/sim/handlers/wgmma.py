@@ -19,6 +19,7 @@ from dsv4lab.sim import operands
 from dsv4lab.sim.decode import ALL_LANES, Action, Decoder, Form, family
 from dsv4lab.sim.errors import HazardError, UnknownInstruction
 from dsv4lab.sim.layouts import accumulator_fragment, decode_descriptor, operand_index
+from dsv4lab.sim.observe import Operation
 from dsv4lab.sim.program import Immediate, Instruction, Vector
 from dsv4lab.sim.registers import WARP, Lanes
 from dsv4lab.sim.state import Cta
@@ -48,6 +49,7 @@ class Collected:
     descriptors: dict[int, tuple[int, int, bool]] = field(default_factory=dict)  # a, b, accumulate
     fragments: dict[int, list[Array]] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
+    operation: Operation | None = None
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ class Shape:
 def wgmma(d: Decoder, i: Instruction, f: Form) -> Action:
     f.drop("sync", "aligned")
     if f.has("fence"):
-        return Action(lambda w, m: None, stop=True, members=ALL_LANES, owner=True)
+        return Action(lambda w, m: _fence(w, m, i.index), stop=True, members=ALL_LANES, owner=True)
     if f.has("commit_group"):
-        return Action(_commit, stop=True, members=ALL_LANES, owner=True)
+        return Action(lambda w, m: _commit(w, m, i.index), stop=True, members=ALL_LANES, owner=True)
     if f.has("wait_group"):
         return _wait(i)
     if not f.has("mma_async"):
@@ -79,7 +81,14 @@ def wgmma(d: Decoder, i: Instruction, f: Form) -> Action:
     return _multiply(d, i, f)
 
 
-def _commit(w: Lanes, m: Any) -> None:
+def _fence(w: Lanes, m: Any, index: int) -> None:
+    if w.cta.machine.observers:
+        w.cta.machine.observers.warps("wgmma_fence", w, m, index)
+
+
+def _commit(w: Lanes, m: Any, index: int) -> None:
+    if w.cta.machine.observers:
+        w.cta.machine.observers.warps("commit_group", w, m, index, "wgmma")
     for warp in range(w.warp, w.warp + w.warps):
         w.cta.wgmma_groups[warp].commit()
         flight = _flight(w.cta, warp)
@@ -111,6 +120,8 @@ def _wait(i: Instruction) -> Action:
                 cta.in_flight[warp] = slots
             else:
                 cta.in_flight.pop(warp, None)
+        if cta.machine.observers:
+            cta.machine.observers.warps("wait_group", w, m, i.index, "wgmma", allowed, False)
         return None
 
     return Action(run, stop=True, members=ALL_LANES, owner=True)
@@ -178,6 +189,9 @@ def _multiply(d: Decoder, i: Instruction, f: Form) -> Action:
             collected.groups.append(group)
             flight = _flight(cta, warp)
             flight.open.update(shape.d_slots)
+            if cta.machine.observers:
+                collected.operation = cta.machine.operation("wgmma", w, i.index, None, operation=collected.operation)
+                cta.machine.observers.tell("contributed", collected.operation.site, collected.operation)
             cta.in_flight[warp] = cta.in_flight[warp] | flight.open
             if len(collected.descriptors) == _GROUP:
                 del pending[sequence]
@@ -199,7 +213,7 @@ def _start(w: Lanes, index: int, warpgroup: int, shape: Shape, collected: Collec
         for group in collected.groups:
             group.outstanding -= 1
 
-    cta.machine.issue(("wgmma", id(cta), warpgroup), effect, "wgmma", w, index)
+    cta.machine.issue(("wgmma", id(cta), warpgroup), effect, "wgmma", w, index, operation=collected.operation)
 
 
 def _product(cta: Cta, shape: Shape, collected: Collected, first: int, a_bits: int, b_bits: int) -> Array:

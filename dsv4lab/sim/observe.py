@@ -1,0 +1,280 @@
+"""What an observer of a launch is told: every memory access, barrier event, fence and asynchronous operation, in order.
+
+    class Counter(Observer):
+        wants = frozenset({"access"})
+        def access(self, access): ...
+
+    machine.observers.append(Counter())
+
+A machine without observers pays one test of an empty list for each event. Warps that run in step are told apart: every event
+names one warp. `machine.step` (warp-instructions executed so far) places an event in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsv4lab.sim.registers import WARP
+
+if TYPE_CHECKING:
+    from dsv4lab.sim.machine import Machine
+    from dsv4lab.sim.registers import Lanes
+    from dsv4lab.sim.state import Cluster, Cta
+    from dsv4lab.sim.sync import ClusterBarrier, MBarrier, NamedBarrier, Wait
+
+Array = NDArray
+
+
+class Site(NamedTuple):
+    """An instruction that a warp executes. pc: its index; lanes: its active lanes (0 .. 31), ascending."""
+
+    cta: Cta
+    warp: int
+    pc: int
+    lanes: tuple[int, ...] = tuple(range(WARP))
+
+    @property
+    def lane(self) -> int:
+        return self.lanes[0]
+
+    def __str__(self) -> str:
+        return f"CTA {self.cta.rank} warp {self.warp}" + (f" lane {self.lane}" if len(self.lanes) == 1 else "")
+
+
+class Order(NamedTuple):
+    """Memory order and scope of an access or fence, as the opcode says; "weak" and "" where it says nothing."""
+
+    name: str = "weak"
+    scope: str = ""
+
+
+class Access(NamedTuple):
+    """Generic-proxy loads and stores of one warp by one instruction.
+
+    space: "global", "shared" or "local". addresses: uint64, the first byte of each of the accesses: a global address,
+    rank << 24 | offset of the shared byte, or an offset into the CTA's local memory. lanes: the lane of each. bytes: of each.
+    kind: "read", "write" or "atomic".
+    """
+
+    site: Site
+    space: str
+    kind: str
+    addresses: Array
+    lanes: Array
+    bytes: int
+    order: Order
+
+
+class Fence(NamedTuple):
+    """fence and membar. proxy: "" for a memory fence, else what `fence.proxy` names ("async", "tensormap::generic", ...)."""
+
+    proxy: str
+    order: Order
+    spaces: tuple[str, ...] = ()  # a proxy fence limited to "global", "shared::cta"
+
+
+class Touch(NamedTuple):
+    """Bytes that an asynchronous operation reads or writes: `width` of them from every base + offset.
+
+    space: "shared" (offsets: bytes of owner's shared memory), "tmem" (lane * 512 + column, 32-bit cells) or "global".
+    offsets of shared memory and TMEM mostly come from a cache, so that the array's identity may serve as a key. A TMA
+    descriptor in global memory that an operation reads has the space "tensormap".
+    """
+
+    space: str
+    owner: Cta | None
+    base: int
+    offsets: Array
+    width: int = 1
+
+    @property
+    def bytes(self) -> int:
+        return int(self.offsets.size) * self.width * (4 if self.space == "tmem" else 1)
+
+
+@dataclass(eq=False, slots=True)
+class Operation:
+    """An asynchronous operation, from its issue to its effect.
+
+    kind: "TMA load", "TMA store", "TMA reduce", "bulk load" (to shared memory), "bulk store", "bulk reduce", "prefetch",
+    "cp.async", "cp.async arrival", "st.async", "wgmma", "tcgen05.mma", "tcgen05.cp", "tcgen05.shift", "tcgen05.ld",
+    "tcgen05.st", "tcgen05.commit", "clusterlaunchcontrol". serial counts the launch's operations. site: who issued it
+    (the last warp to hand in its part, for wgmma). note: coordinates and the like, for people. reads and writes are filled
+    when it happens, those of shared memory, TMEM and global memory.
+    """
+
+    serial: int
+    kind: str
+    site: Site
+    issued: int  # machine.step
+    note: str = ""
+    reads: list[Touch] = field(default_factory=list)
+    writes: list[Touch] = field(default_factory=list)
+    performed: int | None = None  # machine.step
+
+    def __str__(self) -> str:
+        return f"{self.kind}{f' {self.note}' if self.note else ''} of {self.site}"
+
+
+Origin = Site | Operation  # who acts on an mbarrier
+
+
+class Observer:
+    """Handlers of events; each does nothing here. `wants` says which costly events are needed.
+
+    "access": `access`. "touch": the reads and writes of operations. Without them these are not computed.
+    """
+
+    wants: frozenset[str] = frozenset()
+
+    # a launch and its parts
+
+    def launch_begin(self, machine: Machine) -> None: ...
+    def launch_end(self, machine: Machine) -> None:
+        """Not called when the launch fails."""
+
+    def cluster_begin(self, cluster: Cluster) -> None:
+        """All warps of its CTAs begin."""
+
+    def cluster_end(self, cluster: Cluster) -> None: ...
+    def warp_exit(self, site: Site) -> None:
+        """The last lanes of a warp exited."""
+
+    # memory
+
+    def access(self, access: Access) -> None: ...
+    def fence(self, site: Site, fence: Fence) -> None: ...
+
+    # asynchronous operations
+
+    def contributed(self, site: Site, operation: Operation) -> None:
+        """A warp handed in its part of a wgmma; `issued` follows when all four have."""
+
+    def issued(self, operation: Operation) -> None: ...
+    def performed(self, operation: Operation) -> None: ...
+    def commit_group(self, site: Site, kind: str) -> None:
+        """kind: "bulk" or "cp.async" (groups of a thread), "wgmma" (groups of a warp)."""
+
+    def wait_group(self, site: Site, kind: str, allowed: int, read: bool) -> None:
+        """The wait is over: all but `allowed` groups are done, or (read) have read their sources."""
+
+    def wgmma_fence(self, site: Site) -> None: ...
+    def tcgen05_wait(self, site: Site, what: str) -> None:
+        """tcgen05.wait::ld or ::st passed; what is "ld" or "st"."""
+
+    def tcgen05_fence(self, site: Site, what: str) -> None:
+        """what: "before_thread_sync" or "after_thread_sync"."""
+
+    # barriers. A phase is the number of phases that completed before it.
+
+    def mbarrier_init(self, site: Site, barrier: MBarrier) -> None: ...
+    def mbarrier_inval(self, site: Site, barrier: MBarrier) -> None: ...
+    def mbarrier_arrive(self, origin: Origin, barrier: MBarrier, count: int, expect: int) -> None:
+        """Before it counts, so that `barrier.phase` is the phase it belongs to; likewise for expect and complete."""
+
+    def mbarrier_expect(self, origin: Origin, barrier: MBarrier, size: int) -> None: ...
+    def mbarrier_complete(self, origin: Origin, barrier: MBarrier, size: int) -> None: ...
+    def mbarrier_flip(self, barrier: MBarrier, phase: int) -> None:
+        """That phase completed."""
+
+    def mbarrier_pass(self, site: Site, barrier: MBarrier, phase: int) -> None:
+        """A try_wait or test_wait returned true: that phase is over. -1: the one before the first."""
+
+    def barrier_arrive(self, site: Site, barrier: NamedBarrier | ClusterBarrier, generation: int) -> None: ...
+    def barrier_pass(self, site: Site, barrier: NamedBarrier | ClusterBarrier, generation: int) -> None: ...
+    def warp_sync(self, site: Site) -> None:
+        """bar.warp.sync."""
+
+    def griddepcontrol(self, site: Site, what: str) -> None:
+        """what: "wait" or "launch_dependents"."""
+
+    # waiting
+
+    def wait_begin(self, site: Site, wait: Wait) -> None:
+        """Told again if more lanes of the warp come to wait."""
+
+    def wait_end(self, site: Site, wait: Wait) -> None: ...
+
+    # resources
+
+    def tmem_alloc(self, site: Site, start: int, columns: int) -> None: ...
+    def tmem_free(self, site: Site, start: int, columns: int) -> None: ...
+    def set_registers(self, site: Site, count: int) -> None:
+        """setmaxnreg passed."""
+
+
+class Observers(list[Observer]):
+    """A machine's observers. operation: the asynchronous one that is happening, while there are observers."""
+
+    operation: Operation | None = None
+    accesses = False  # whether any wants Access events; so with the reads and writes of operations
+    touches = False
+
+    def begin(self) -> None:
+        """A launch begins: see what is wanted."""
+        self.operation = None
+        self.accesses, self.touches = (any(what in observer.wants for observer in self) for what in ("access", "touch"))
+
+    def origin(self, who: Site | str) -> Origin:
+        """Who acts on an mbarrier: the operation that is happening, or the thread."""
+        if self.operation is not None:
+            return self.operation
+        assert isinstance(who, Site), f"{who} acts on an mbarrier outside of an asynchronous operation"
+        return who
+
+    def read(self, space: str, owner: Cta | None, base: int, index: Array, width: int = 1) -> None:
+        """The operation that is happening, if it is watched, reads these bytes (see Touch)."""
+        if self.touches and self.operation is not None:
+            self.operation.reads.append(Touch(space, owner, base, index, width))
+
+    def write(self, space: str, owner: Cta | None, base: int, index: Array, width: int = 1) -> None:
+        if self.touches and self.operation is not None:
+            self.operation.writes.append(Touch(space, owner, base, index, width))
+
+    def tell(self, event: str, *values: Any) -> None:
+        for observer in self:
+            getattr(observer, event)(*values)
+
+    def warps(self, event: str, w: Lanes, mask: Array | None, index: int, *values: Any) -> None:
+        """Tell an event once for each warp with an active lane."""
+        for site in sites(w, mask, index):
+            for observer in self:
+                getattr(observer, event)(site, *values)
+
+
+_WHOLE = tuple(range(WARP))
+_LANES = np.arange(WARP)
+
+
+def sites(w: Lanes, mask: Array | None, index: int) -> Iterator[Site]:
+    """The instruction at `index` as executed by each warp that has an active lane."""
+    for position in range(w.warps):
+        if mask is None:
+            yield Site(w.cta, w.warp + position, index, _WHOLE)
+            continue
+        lanes = np.flatnonzero(mask[position * WARP : (position + 1) * WARP])
+        if len(lanes):
+            yield Site(w.cta, w.warp + position, index, tuple(lanes.tolist()))
+
+
+def site(w: Lanes, lane: int, index: int) -> Site:
+    """The instruction as executed by one lane, counted within the window."""
+    return Site(w.cta, w.warp + lane // WARP, index, (lane % WARP,))
+
+
+def accesses(
+    w: Lanes, lanes: Array, index: int, space: str, kind: str, addresses: Array, size: int, order: Order
+) -> Iterator[Access]:
+    """One Access for each warp; lanes: the lane, counted within the window, of each address."""
+    warps = lanes // WARP
+    for position in range(w.warps):
+        here = warps == position
+        if here.any():
+            mine = lanes[here] % WARP
+            site = Site(w.cta, w.warp + position, index, tuple(np.unique(mine).tolist()))
+            yield Access(site, space, kind, addresses[here], mine, size, order)
