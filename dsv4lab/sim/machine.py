@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from dsv4lab.sim.decode import ALL_LANES, EXIT, Block, Program, decode
 from dsv4lab.sim.errors import BarrierMisuse, Deadlock, HazardError, ResourceError, SimulatorError
 from dsv4lab.sim.memory import PARAM_WINDOW, GlobalMemory, Region
-from dsv4lab.sim.observe import Observers, Operation, Site
+from dsv4lab.sim.observe import Observers, Operation
 from dsv4lab.sim.program import Kernel, Launch
 from dsv4lab.sim.registers import WARP, Lanes, RegisterFile
 from dsv4lab.sim.schedule import Schedule
+from dsv4lab.sim.startup import check_launch, start_cta
 from dsv4lab.sim.state import Cluster, Cta
 from dsv4lab.sim.sync import Wait
 
 Array = NDArray
 _PATIENCE = 64  # times that try_wait may give up all over the machine before nothing happening is a deadlock
 _SPIN_LIMIT = 8_000_000  # blocks of instructions that may run without any barrier or asynchronous operation moving
-_SHARED_LIMIT = 232_448  # bytes of shared memory that a CTA of sm_90 and sm_100 may have
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,6 @@ class Machine:
         self.printed: list[str] = []
         self.observers = Observers()
         self._serial = 0
-        self._operations = 0
         self._programs: dict[int, tuple[Kernel, Program]] = {}
         self._files: dict[tuple[int, int], list[RegisterFile]] = {}
 
@@ -128,7 +127,7 @@ class Machine:
         """Execute a launch to its end. resident: clusters that run at the same time (all of them if cooperative, else 1)."""
         self.stats = Stats()
         self.schedule.restart()
-        self._check_launch(launch)
+        check_launch(launch)
         self.launch = launch
         self.compiled = self.program(launch.kernel)
         padding = -len(launch.params) % 32 + 32
@@ -140,7 +139,7 @@ class Machine:
         limit = resident or (len(waiting) if launch.attributes.get("cooperative") else 1)
         self.waiting_clusters = waiting
         self.units, self.clusters, self.queues = [], [], OrderedDict()
-        self.observers.begin()
+        self.observers.begin(self)
         self.memory.observers = self.observers
         if self.observers:
             self.observers.tell("launch_begin", self)
@@ -163,22 +162,7 @@ class Machine:
         """Warp-instructions that the launch has executed so far; within a block of them the count is the block's last."""
         return self.stats.instructions
 
-    def _check_launch(self, launch: Launch) -> None:
-        kernel, threads = launch.kernel, int(np.prod(launch.block))
-        if not 0 < threads <= 1024:
-            raise ResourceError(f"{kernel.name}: a block must have 1 to 1024 threads, got {launch.block}")
-        if launch.shared_bytes > _SHARED_LIMIT:
-            raise ResourceError(f"{kernel.name}: {launch.shared_bytes} bytes of shared memory, the limit is {_SHARED_LIMIT}")
-        if any(g % c for g, c in zip(launch.grid, launch.cluster, strict=True)):
-            raise ResourceError(f"{kernel.name}: grid {launch.grid} is not a multiple of cluster {launch.cluster}")
-        if int(np.prod(launch.cluster)) > 16:
-            raise ResourceError(f"{kernel.name}: a cluster has at most 16 CTAs, got {launch.cluster}")
-        if kernel.max_threads is not None and tuple(kernel.max_threads) != tuple(launch.block):
-            raise ResourceError(f"{kernel.name}: compiled for blocks of {kernel.max_threads}, launched with {launch.block}")
-
     def _start_cluster(self, index: tuple[int, int, int]) -> None:
-        from dsv4lab.sim.startup import start_cta
-
         cluster = Cluster(self, index)
         for rank in range(int(np.prod(self.launch.cluster))):
             cta = start_cta(self, cluster, rank, self._register_file())
@@ -224,7 +208,7 @@ class Machine:
         """
         self.stats.async_operations += 1
         if self.observers:
-            effect = self._watched(effect, operation or self.operation(what, lanes, index, by, note))
+            effect = self.observers.watched(effect, operation or self.observers.record(what, lanes, index, by, note))
         if queue is None:
             self._serial += 1
             queue = self._serial
@@ -238,45 +222,6 @@ class Machine:
             effect()
 
         self.queues.setdefault(queue, deque()).append(Pending(located, what))
-
-    def operation(
-        self,
-        kind: str,
-        lanes: Lanes,
-        index: int,
-        by: Iterable[int] | None = None,
-        note: str = "",
-        operation: Operation | None = None,
-    ) -> Operation:
-        """A record of an asynchronous operation that a warp issues, or `operation` with this warp as its issuer."""
-        chosen = range(WARP) if by is None else [int(lane) for lane in by]
-        where = Site(lanes.cta, lanes.warp + chosen[0] // WARP, index, tuple(lane % WARP for lane in chosen))
-        if operation is not None:
-            operation.site = where
-            return operation
-        self._operations += 1
-        return Operation(self._operations, kind, where, self.step, note)
-
-    def begin(self, operation: Operation) -> Operation:
-        """An observed operation is issued and happens now, until `end`."""
-        self.observers.tell("issued", operation)
-        self.observers.operation = operation
-        return operation
-
-    def end(self, operation: Operation) -> None:
-        self.observers.operation = None
-        operation.performed = self.step
-        self.observers.tell("performed", operation)
-
-    def _watched(self, effect: Callable[[], None], operation: Operation) -> Callable[[], None]:
-        self.observers.tell("issued", operation)
-
-        def watched() -> None:
-            self.observers.operation = operation
-            effect()
-            self.end(operation)
-
-        return watched
 
     def perform(self, queue: Hashable | None = None) -> None:
         """Let the oldest operation of a queue (or of the oldest queue) happen."""
@@ -426,8 +371,7 @@ class Machine:
     def _resume(self, unit: Unit, group: Group, wait: Wait) -> None:
         """A wait that need not be repeated is over."""
         if self.observers:
-            self.observers.warps("barrier_pass", unit.lanes, group.mask, group.pc, wait.subject, wait.generation)
-            self.observers.warps("wait_end", unit.lanes, group.mask, group.pc, wait)
+            self.observers.resumed(unit.lanes, group.mask, group.pc, wait)
         group.pc, group.wait = group.pc + 1, None
 
     def _run(self, unit: Unit) -> None:
@@ -554,7 +498,7 @@ class Machine:
             raise
         self.stats.instructions += lanes.warps
         if self.observers:
-            self._tell_wait(lanes, mask, at, self.resumed, result)
+            self.observers.stopped(lanes, mask, at, self.resumed, result)
         self.resumed = None
         if result is None:
             group.wait = None
@@ -566,12 +510,6 @@ class Machine:
         assert isinstance(result, Wait)
         group.wait = result
         return True
-
-    def _tell_wait(self, lanes: Lanes, mask: Array | None, at: int, before: Wait | None, result: object) -> None:
-        if before is not None and not isinstance(result, Wait):
-            self.observers.warps("wait_end", lanes, mask, at, before)
-        elif before is None and isinstance(result, Wait):
-            self.observers.warps("wait_begin", lanes, mask, at, result)
 
     def _members(self, unit: Unit, slot: int, mask: Array) -> Array:
         """Lanes that must be present, of the warps that have a lane in `mask`."""

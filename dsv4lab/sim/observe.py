@@ -12,7 +12,7 @@ names one warp. `machine.step` (warp-instructions executed so far) places an eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -215,9 +215,9 @@ class Observers(list[Observer]):
     accesses = False  # whether any wants Access events; so with the reads and writes of operations
     touches = False
 
-    def begin(self) -> None:
+    def begin(self, machine: Machine) -> None:
         """A launch begins: see what is wanted."""
-        self.operation = None
+        self.machine, self.operation, self._serial = machine, None, 0
         self.accesses, self.touches = (any(what in observer.wants for observer in self) for what in ("access", "touch"))
 
     def origin(self, who: Site | str) -> Origin:
@@ -226,6 +226,59 @@ class Observers(list[Observer]):
             return self.operation
         assert isinstance(who, Site), f"{who} acts on an mbarrier outside of an asynchronous operation"
         return who
+
+    def record(
+        self,
+        kind: str,
+        lanes: Lanes,
+        index: int,
+        by: Iterable[int] | None = None,
+        note: str = "",
+        operation: Operation | None = None,
+    ) -> Operation:
+        """A record of an asynchronous operation issued by a warp (its lanes `by`), or `operation` with this warp as its issuer."""
+        chosen = range(WARP) if by is None else [int(lane) for lane in by]
+        where = Site(lanes.cta, lanes.warp + chosen[0] // WARP, index, tuple(lane % WARP for lane in chosen))
+        if operation is not None:
+            operation.site = where
+            return operation
+        self._serial += 1
+        return Operation(self._serial, kind, where, self.machine.step, note)
+
+    def start(self, operation: Operation) -> Operation:
+        """An operation is issued and happens at once, until `end`."""
+        self.tell("issued", operation)
+        self.operation = operation
+        return operation
+
+    def end(self, operation: Operation) -> None:
+        self.operation = None
+        operation.performed = self.machine.step
+        self.tell("performed", operation)
+
+    def watched(self, effect: Callable[[], None], operation: Operation) -> Callable[[], None]:
+        """The effect of an operation that is issued now."""
+        self.tell("issued", operation)
+
+        def run() -> None:
+            self.operation = operation
+            effect()
+            self.end(operation)
+
+        return run
+
+    def stopped(self, w: Lanes, mask: Array | None, index: int, before: Wait | None, result: object) -> None:
+        """An instruction that may wait was executed; before: the wait it comes back from."""
+        waits = getattr(result, "ready", None) is not None
+        if before is not None and not waits:
+            self.warps("wait_end", w, mask, index, before)
+        elif before is None and waits:
+            self.warps("wait_begin", w, mask, index, result)
+
+    def resumed(self, w: Lanes, mask: Array | None, index: int, wait: Wait) -> None:
+        """A wait for a named barrier is over, and its instruction with it."""
+        self.warps("barrier_pass", w, mask, index, wait.subject, wait.generation)
+        self.warps("wait_end", w, mask, index, wait)
 
     def read(self, space: str, owner: Cta | None, base: int, index: Array, width: int = 1) -> None:
         """The operation that is happening, if it is watched, reads these bytes (see Touch)."""

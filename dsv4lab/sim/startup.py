@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4lab.sim.errors import UnknownInstruction
+from dsv4lab.sim.errors import ResourceError, UnknownInstruction
 from dsv4lab.sim.memory import LOCAL_WINDOW, PARAM_WINDOW, RANK_SHIFT, SHARED_RESERVED, Region, SharedMemory
+from dsv4lab.sim.program import Launch
 from dsv4lab.sim.registers import RegisterFile
 from dsv4lab.sim.state import Cluster, Cta, Dim3
 
 if TYPE_CHECKING:
     from dsv4lab.sim.machine import Machine
 
+_SHARED_LIMIT = 232_448  # bytes of shared memory that a CTA of sm_90 and sm_100 may have
 TIMERS = ("%clock", "%clock64", "%clock_hi", "%globaltimer", "%globaltimer_lo", "%globaltimer_hi")
 
 
@@ -28,6 +30,21 @@ def _volume(shape: Dim3) -> int:
 def static_shared(machine: Machine) -> int:
     """Bytes of shared memory that the kernel declares besides the dynamic array."""
     return max((v.offset + v.size for v in machine.launch.kernel.shared), default=0)
+
+
+def check_launch(launch: Launch) -> None:
+    """Raise ResourceError for a launch that no GPU accepts."""
+    kernel, threads = launch.kernel, int(np.prod(launch.block))
+    if not 0 < threads <= 1024:
+        raise ResourceError(f"{kernel.name}: a block must have 1 to 1024 threads, got {launch.block}")
+    if launch.shared_bytes > _SHARED_LIMIT:
+        raise ResourceError(f"{kernel.name}: {launch.shared_bytes} bytes of shared memory, the limit is {_SHARED_LIMIT}")
+    if any(g % c for g, c in zip(launch.grid, launch.cluster, strict=True)):
+        raise ResourceError(f"{kernel.name}: grid {launch.grid} is not a multiple of cluster {launch.cluster}")
+    if int(np.prod(launch.cluster)) > 16:
+        raise ResourceError(f"{kernel.name}: a cluster has at most 16 CTAs, got {launch.cluster}")
+    if kernel.max_threads is not None and tuple(kernel.max_threads) != tuple(launch.block):
+        raise ResourceError(f"{kernel.name}: compiled for blocks of {kernel.max_threads}, launched with {launch.block}")
 
 
 def start_cta(machine: Machine, cluster: Cluster, rank: int, registers: RegisterFile) -> Cta:

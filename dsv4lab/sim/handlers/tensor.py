@@ -171,8 +171,8 @@ def _transfer(d: Decoder, i: Instruction, f: Form, what: str) -> Action:
                 raise ResourceError(f"{i.opcode} at lane {lane} leaves the warp's quarter of TMEM")
             span = slice(row, row + height)
             part = slice(first, first + WARP)
-            machine = w.cta.machine
-            operation = machine.begin(machine.operation(f"tcgen05.{what}", w, i.index)) if machine.observers else None
+            observers = w.cta.machine.observers
+            operation = observers.start(observers.record(f"tcgen05.{what}", w, i.index)) if observers else None
             if load:
                 cells = w.cta.tensor.read(span, column, width, i.opcode)
                 values = cells[lanes, columns]
@@ -186,7 +186,7 @@ def _transfer(d: Decoder, i: Instruction, f: Form, what: str) -> Action:
                     values = np.stack([values & np.uint32(0xFFFF), values >> np.uint32(16)], axis=1).reshape(-1, WARP)
                 w.cta.tensor.put(span, column, lanes, columns, values, i.opcode)
             if operation is not None:
-                machine.end(operation)
+                observers.end(operation)
 
     return Action(run, stop=True, members=ALL_LANES)
 

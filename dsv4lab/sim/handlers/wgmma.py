@@ -190,7 +190,7 @@ def _multiply(d: Decoder, i: Instruction, f: Form) -> Action:
             flight = _flight(cta, warp)
             flight.open.update(shape.d_slots)
             if cta.machine.observers:
-                collected.operation = cta.machine.operation("wgmma", w, i.index, None, operation=collected.operation)
+                collected.operation = cta.machine.observers.record("wgmma", w, i.index, None, operation=collected.operation)
                 cta.machine.observers.tell("contributed", collected.operation.site, collected.operation)
             cta.in_flight[warp] = cta.in_flight[warp] | flight.open
             if len(collected.descriptors) == _GROUP:
