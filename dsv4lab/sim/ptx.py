@@ -127,7 +127,7 @@ def parse_module(text: str) -> dict[str, Kernel]:
 class _Module:
     def __init__(self, text: str) -> None:
         self.source = text
-        self.text = _without_comments(text)
+        self.text = _without_comments(_without_assembly_lines(text))
         target = re.search(r"\.target\s+(\w+)", self.text)
         self.target = target[1] if target else ""
         self.files = {int(number): path for number, path in _FILE.findall(self.text)}
@@ -544,3 +544,9 @@ def _without_comments(text: str) -> str:
     """The text with comments blanked, line numbers and strings kept."""
     pattern = re.compile(r'"(?:[^"\\\n]|\\.)*"|//[^\n]*|/\*.*?\*/', re.S)
     return pattern.sub(lambda m: m[0] if m[0][0] == '"' else "\n" * m[0].count("\n"), text)
+
+
+def _without_assembly_lines(text: str) -> str:
+    """The text without `.loc` inside inline assembly, where NVVM counts the assembly's own lines on from the Python line."""
+    inside = re.compile(r"// begin inline asm\n.*?// end inline asm", re.S)
+    return inside.sub(lambda m: re.sub(r"(?m)^\s*\.loc\b[^\n]*", "", m[0]), text)

@@ -109,6 +109,12 @@ def test_dynamic_shared_memory_follows_the_static_variables() -> None:
     assert [(v.name, v.offset, v.size) for v in found.shared] == [("bars", 0, 24), ("flag", 24, 4), ("dynamic", 1024, 0)]
 
 
+def test_lines_of_inline_assembly_are_the_python_line_that_wrote_it() -> None:
+    assembly = "// begin inline asm\n{\n.loc 1 19 4\nWAIT:\n.loc 1 20 4\nmov.b32 %r1, 2;\n}\n// end inline asm\n"
+    found = kernel(".loc 1 17 4\n" + assembly + "mov.b32 %r1, 3;\nret;", after='.file 1 "k.py"\n')
+    assert [str(i.location) for i in found.instructions] == ["k.py:17"] * 3
+
+
 def test_locals_constants_and_calls() -> None:
     before = (
         ".extern .func  (.param .b32 func_retval0) vprintf\n(\n.param .b64 p0,\n.param .b64 p1\n)\n;\n"
