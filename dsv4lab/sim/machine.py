@@ -395,6 +395,8 @@ class Machine:
         warps, watched = lanes.warps, lanes.cta.in_flight
         while left > 0:
             block = blocks[pc]
+            if self.observers.instructions:
+                self.observers.executed(lanes, block.start, block.end + 1 if block.kind == "branch" else block.end)
             if block.runs:
                 stats.instructions += len(block.runs) * warps
                 if watched:
@@ -468,6 +470,8 @@ class Machine:
             active = np.count_nonzero(p)
             if not active:
                 self.stats.instructions += lanes.warps
+                if self.observers.instructions:
+                    self.observers.executed(lanes, at, at + 1)
                 return None
             if active != (lanes.n if mask is None else np.count_nonzero(mask)):
                 rest = ~p if mask is None else mask & ~p
@@ -497,6 +501,8 @@ class Machine:
             self.current = Fault(lanes, at, mask)
             raise
         self.stats.instructions += lanes.warps
+        if self.observers.instructions:
+            self.observers.executed(lanes, at, at + 1)
         if self.observers:
             self.observers.stopped(lanes, mask, at, self.resumed, result)
         self.resumed = None

@@ -127,7 +127,8 @@ Origin = Site | Operation  # who acts on an mbarrier
 class Observer:
     """Handlers of events; each does nothing here. `wants` says which costly events are needed.
 
-    "access": `access`. "touch": the reads and writes of operations. Without them these are not computed.
+    "access": `access`. "touch": the reads and writes of operations. "executed": `executed`. They are costly, so
+    they are told only where wanted.
     """
 
     wants: frozenset[str] = frozenset()
@@ -144,6 +145,9 @@ class Observer:
     def cluster_end(self, cluster: Cluster) -> None: ...
     def warp_exit(self, site: Site) -> None:
         """The last lanes of a warp exited."""
+
+    def executed(self, cta: Cta, warp: int, start: int, end: int) -> None:
+        """A warp executes instructions start .. end - 1, told before their events; one that may wait, each time it is tried."""
 
     # memory
 
@@ -214,11 +218,19 @@ class Observers(list[Observer]):
     operation: Operation | None = None
     accesses = False  # whether any wants Access events; so with the reads and writes of operations
     touches = False
+    instructions = False
 
     def begin(self, machine: Machine) -> None:
         """A launch begins: see what is wanted."""
         self.machine, self.operation, self._serial = machine, None, 0
-        self.accesses, self.touches = (any(what in observer.wants for observer in self) for what in ("access", "touch"))
+        wanted = frozenset().union(*(observer.wants for observer in self))
+        self.accesses, self.touches, self.instructions = (what in wanted for what in ("access", "touch", "executed"))
+
+    def executed(self, w: Lanes, start: int, end: int) -> None:
+        """The warps of a window execute instructions start .. end - 1."""
+        if end > start:
+            for warp in range(w.warp, w.warp + w.warps):
+                self.tell("executed", w.cta, warp, start, end)
 
     def origin(self, who: Site | str) -> Origin:
         """Who acts on an mbarrier: the operation that is happening, or the thread."""

@@ -105,3 +105,18 @@ def test_generic_accesses_name_lanes_and_addresses(compiled: Callable[..., sim.C
     tail = next(w for w in writes if w.site.cta.index == (1, 0, 0) and w.site.warp == 2)
     assert tail.site.lanes == tuple(range(8)) and tail.lanes.tolist() == list(range(8))
     assert sum(len(access.addresses) for access in accesses if access.kind == "read") == 400
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_executed_instructions_add_up_to_what_the_machine_counts(compiled: Callable[..., sim.Compiled], schedule: str) -> None:
+    class Count(Observer):
+        wants = frozenset({"executed"})
+        total = 0
+
+        def executed(self, cta: Any, warp: int, start: int, end: int) -> None:
+            self.total += end - start
+
+    a, b, c = halves(64, 128), halves(64, 128), torch.zeros(64, 64)
+    count = Count()
+    (run,) = compiled("wgmma_tile", a, b, c)(a, b, c, schedule=schedule, observers=[count])
+    assert count.total == run.stats.instructions
