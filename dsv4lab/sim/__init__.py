@@ -11,8 +11,9 @@ Nothing happens at import. `enable` (which the other functions call where needed
 reads and a few hooks in its Python code; see `dsv4lab.sim.session` for which, and for how functions compiled earlier behave.
 """
 
-from dsv4lab.sim.api import Compiled, Executed, capture, compile, describe, execute, run, simulating, tensor_maps
+from dsv4lab.sim.api import Compiled, Executed, capture, compile, describe, execute, resources, run, simulating, tensor_maps
 from dsv4lab.sim.contract import ContractError
+from dsv4lab.sim.cubin import CubinError, Resources
 from dsv4lab.sim.descriptor import TensorMap
 from dsv4lab.sim.errors import SimulatorError
 from dsv4lab.sim.exploration import Exploration, Finding, explore
@@ -28,6 +29,7 @@ __all__ = [
     "Checks",
     "Compiled",
     "ContractError",
+    "CubinError",
     "Executed",
     "Exploration",
     "Finding",
@@ -35,6 +37,7 @@ __all__ = [
     "Launch",
     "Observer",
     "ParseError",
+    "Resources",
     "ShimError",
     "SimulatorError",
     "Stats",
@@ -47,6 +50,7 @@ __all__ = [
     "enable",
     "execute",
     "explore",
+    "resources",
     "run",
     "simulating",
     "tensor_maps",

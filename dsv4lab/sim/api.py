@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsv4lab.sim import cubin as _cubin
 from dsv4lab.sim import session as _session
 from dsv4lab.sim.descriptor import DESCRIPTOR_BYTES, TensorMap, decode, looks_like_descriptor
 from dsv4lab.sim.machine import Checks, Machine, Stats
@@ -56,6 +57,11 @@ class Compiled:
         """Call the host function; every kernel it launches is run. Returns them in order. Errors: see `execute`."""
         options: dict[str, Any] = {"schedule": schedule, "checks": checks, "seed": seed, "observers": observers}
         return self._run(args, lambda launch, memory: execute(launch, memory, **options))
+
+    @property
+    def cubin(self) -> bytes:
+        """The machine code that CuTeDSL's ptxas made."""
+        return bytes(self.function.artifacts.CUBIN)
 
     def capture(self, *args: Any) -> list[Launch]:
         """Call the host function without running its kernels."""
@@ -193,6 +199,11 @@ def execute(
     finally:
         machine.observers.clear()
     return Executed(launch, stats, time.perf_counter() - start)
+
+
+def resources(compiled: Compiled | bytes) -> dict[str, _cubin.Resources]:
+    """Registers, shared memory, spills and the like of each kernel, by name; from a compiled function or a cubin's bytes."""
+    return _cubin.resources(compiled if isinstance(compiled, bytes) else compiled.cubin)
 
 
 def tensor_maps(launch: Launch) -> dict[str, TensorMap]:

@@ -37,6 +37,26 @@ def add_past_the_end(a: cute.Tensor, b: cute.Tensor, c: cute.Tensor):
     _add_past_the_end(a, b, c).launch(grid=[1, 1, 1], block=[THREADS, 1, 1])
 
 
+@cute.kernel
+def _spilling(x: cute.Tensor, y: cute.Tensor):
+    thread, _, _ = cute.arch.thread_idx()
+    held = cute.make_rmem_tensor((256,), cutlass.Float32)
+    for i in cutlass.range_constexpr(256):
+        held[i] = x[thread * 256 + i]
+    for _ in cutlass.range(4, unroll=1):
+        cute.arch.barrier()
+        for i in cutlass.range_constexpr(256):
+            held[i] = held[i] * held[(7 * i + 3) % 256] + 1.0
+    for i in cutlass.range_constexpr(256):
+        y[thread * 256 + i] = held[i]
+
+
+@cute.jit
+def spilling(x: cute.Tensor, y: cute.Tensor):
+    """Keeps 256 values a thread in use at a time: one more than there are registers."""
+    _spilling(x, y).launch(grid=[1, 1, 1], block=[THREADS, 1, 1])
+
+
 TILE_M, TILE_K = 64, 64  # of the tensor copy, elements
 
 
