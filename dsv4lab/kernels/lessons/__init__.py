@@ -1,0 +1,1 @@
+"""Kernels small enough to read in one sitting, for the notebooks about the simulator. The model does not use them."""
