@@ -310,8 +310,7 @@ class Machine:
                 out.append(unit)
         return out
 
-    @staticmethod
-    def _joinable(a: Unit, b: Unit) -> bool:
+    def _joinable(self, a: Unit, b: Unit) -> bool:
         if a.lanes.cta is not b.lanes.cta or a.lanes.warp + a.lanes.warps != b.lanes.warp:
             return False
         if len(a.groups) != 1 or len(b.groups) != 1 or a.live is not None or b.live is not None:
@@ -322,7 +321,10 @@ class Machine:
                 if group.wait.repeat or not group.wait.ready():
                     return False
                 group.pc, group.wait = group.pc + 1, None
-        return first.pc == second.pc and first.mask is None and second.mask is None
+        if first.pc != second.pc or first.mask is not None or second.mask is not None:
+            return False
+        block = self.compiled.blocks[first.pc]  # warps about to do what one warp does at a time stay apart
+        return block.action is None or not block.action.single or block.end != first.pc
 
     def split(self, unit: Unit, cuts: list[int]) -> list[Unit]:
         """Divide a unit before the given warps (counted within it); it is replaced in the machine's list."""

@@ -75,6 +75,20 @@ def test_a_named_barrier_that_too_few_reach():
         run(body, block=96, out=np.zeros(1, np.uint32))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_named_barriers_whose_number_is_in_a_register(schedule):
+    """Warps 0-1 meet at barrier 1, warps 2-3 at barrier 2, by one and the same instruction."""
+    out = np.zeros(128, np.uint32)
+    body = """
+    ld.param.b64 %d1, [p0]; mov.u32 %r0, %tid.x; mov.b32 %r1, smem; shl.b32 %r2, %r0, 2; add.s32 %r3, %r1, %r2;
+    shr.u32 %r4, %r0, 6; add.s32 %r4, %r4, 1; st.shared.b32 [%r3], %r0; bar.sync %r4, 64;
+    xor.b32 %r5, %r2, 128; add.s32 %r5, %r1, %r5; ld.shared.b32 %r6, [%r5]; cvt.u64.u32 %d2, %r2; add.s64 %d3, %d1, %d2;
+    st.global.b32 [%d3], %r6; ret;
+    """
+    run(body, block=128, out=out, schedule=schedule)
+    np.testing.assert_array_equal(out, np.arange(128) ^ 32)
+
+
 def test_exited_warps_do_not_count_for_a_barrier_of_all():
     body = """
     ld.param.b64 %d1, [p0]; mov.u32 %r0, %tid.x; setp.lt.u32 %p1, %r0, 32; @%p1 bra E;

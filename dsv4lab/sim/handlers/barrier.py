@@ -195,7 +195,12 @@ def bar(d: Decoder, i: Instruction, f: Form) -> Action:
             return None
         return _named_wait(barrier, generation)
 
-    return Action(run, stop=True, members=ALL_LANES if aligned else None)
+    return Action(run, stop=True, members=ALL_LANES if aligned else None, single=_varies(d, number, count))
+
+
+def _varies(d: Decoder, *slots: int | None) -> bool:
+    """Whether a named barrier's number or thread count comes from a register, so that warps in step may give different ones."""
+    return any(slot is not None and slot not in d.constants for slot in slots)
 
 
 def _arrive_named(w: Lanes, m: Any, index: int, number: int, count: int | None, aligned: bool) -> tuple[NamedBarrier, int]:
@@ -255,7 +260,7 @@ def _named_reduce(d: Decoder, i: Instruction, f: Form, aligned: bool) -> Action:
         assign(w, target, {"and": every, "or": some, "popc": total}[operation], m)
         return None
 
-    return Action(run, stop=True, members=ALL_LANES if aligned else None)
+    return Action(run, stop=True, members=ALL_LANES if aligned else None, single=_varies(d, number, count))
 
 
 def _cluster(i: Instruction, f: Form, aligned: bool) -> Action:
