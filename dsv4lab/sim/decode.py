@@ -7,7 +7,7 @@ what is left over makes the form unknown. An unknown form raises when it is reac
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def family(*names: str) -> Callable[[Builder], Builder]:
 
 @dataclass
 class Block:
-    """Straight-line instructions start .. end - 1, then how the block ends."""
+    """Straight-line instructions start .. end - 1, then how the block ends. whole: its end counts as a block's in a turn."""
 
     start: int
     end: int
@@ -115,14 +115,20 @@ class Block:
     guard: int | None = None
     negated: bool = False
     action: Action | None = None
+    whole: bool = True
 
 
 @dataclass
 class Program:
-    """A kernel ready to run: blocks by the index of their first instruction, and the register slots they use."""
+    """A kernel ready to run: blocks by the index of their first instruction, and the register slots they use.
+
+    singles: every instruction as a block of its own. records: what `decode`'s `assemble` made of each instruction.
+    """
 
     kernel: Kernel
     blocks: dict[int, Block]
+    singles: list[Block]
+    records: list[Any]
     widths: list[int]
     constants: dict[int, int]  # slot -> bits
     specials: dict[int, str]  # slot -> special register
@@ -284,8 +290,8 @@ def _raiser(message: str) -> Run:
     return unknown
 
 
-def decode(kernel: Kernel) -> Program:
-    """Decode every instruction of a kernel and cut it into blocks."""
+def decode(kernel: Kernel, assemble: Callable[[Decoder, Instruction], Any] | None = None) -> Program:
+    """Decode every instruction of a kernel and cut it into blocks. assemble: called for what a handler has accepted."""
     from dsv4lab.sim import handlers
 
     handlers.load()
@@ -293,12 +299,14 @@ def decode(kernel: Kernel) -> Program:
     unknown: dict[int, str] = {}
     touches: dict[int, frozenset[int]] = {}
     actions: list[Action] = []
+    records: list[Any] = []
     branches: dict[int, int] = {}
     guards: list[tuple[int, bool] | None] = []
     for instruction in kernel.instructions:
         decoder._touched = set()
         guard = instruction.guard
         guards.append(None if guard is None else (decoder.register(guard.register), guard.negated))
+        records.append(None)
         if instruction.opcode.split(".")[0] == "bra":
             target = instruction.operands[0]
             assert isinstance(target, Label)
@@ -307,6 +315,8 @@ def decode(kernel: Kernel) -> Program:
             continue
         try:
             action = decoder.action(instruction)
+            if assemble is not None:
+                records[-1] = assemble(decoder, instruction)
         except (UnknownInstruction, NotImplementedError) as error:
             unknown[instruction.index] = str(error)
             action = Action(_raiser(str(error)))
@@ -322,31 +332,29 @@ def decode(kernel: Kernel) -> Program:
             leaders.add(index + 1)
         if action.stop:
             leaders.add(index)
+    singles: list[Block] = []
+    for index, action in enumerate(actions):
+        slot, negated = guards[index] or (None, False)
+        if index in branches:
+            singles.append(Block(index, index, [], "branch", branches[index], slot, negated))
+        elif action.stop:
+            singles.append(Block(index, index, [], "stop", index + 1, slot, negated, action))
+        else:
+            run = action.run if slot is None else _guarded(action.run, slot, negated)
+            last = index + 1 in leaders or index + 1 == len(actions)
+            singles.append(Block(index, index + 1, [run], "fall", index + 1, whole=last))
     blocks: dict[int, Block] = {}
-    total = len(actions)
-    for start in sorted(leader for leader in leaders if leader < total):
-        runs: list[Run] = []
-        index = start
-        block = None
-        while index < total:
-            if index in branches:
-                slot, negated = guards[index] or (None, False)
-                block = Block(start, index, runs, "branch", branches[index], slot, negated)
-                break
-            if actions[index].stop:
-                slot, negated = guards[index] or (None, False)
-                block = Block(start, index, runs, "stop", index + 1, slot, negated, actions[index])
-                break
-            guard_pair = guards[index]
-            run = actions[index].run
-            runs.append(run if guard_pair is None else _guarded(run, *guard_pair))
+    for start in sorted(leader for leader in leaders if leader < len(singles)):
+        index, runs = start, []
+        while not singles[index].whole:
+            runs += singles[index].runs
             index += 1
-            if index in leaders:
-                break
-        blocks[start] = block or Block(start, index, runs, "fall", index)
+        blocks[start] = replace(singles[index], start=start, runs=runs + singles[index].runs)
     return Program(
         kernel,
         blocks,
+        singles,
+        records,
         decoder.widths,
         decoder.constants,
         decoder.specials,

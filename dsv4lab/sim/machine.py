@@ -7,7 +7,6 @@ others go on; a unit none of whose groups can go on waits.
 
 from __future__ import annotations
 
-import operator
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
@@ -16,9 +15,12 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from dsv4lab.sim.decode import ALL_LANES, EXIT, Block, Program, decode
-from dsv4lab.sim.errors import BarrierMisuse, Deadlock, HazardError, ResourceError, SimulatorError
+from dsv4lab.sim.core import Core
+from dsv4lab.sim.decode import Program, decode
+from dsv4lab.sim.errors import BarrierMisuse, Deadlock, ResourceError, SimulatorError
 from dsv4lab.sim.memory import PARAM_WINDOW, GlobalMemory, Region
+from dsv4lab.sim.native import bytecode, library
+from dsv4lab.sim.native.core import NativeCore
 from dsv4lab.sim.observe import Observers, Operation
 from dsv4lab.sim.program import Kernel, Launch
 from dsv4lab.sim.registers import WARP, Lanes, RegisterFile
@@ -26,6 +28,7 @@ from dsv4lab.sim.schedule import Schedule
 from dsv4lab.sim.startup import check_launch, start_cta
 from dsv4lab.sim.state import Cluster, Cta
 from dsv4lab.sim.sync import Wait
+from dsv4lab.sim.units import Fault, Group, Unit
 
 Array = NDArray
 _PATIENCE = 64  # times that try_wait may give up all over the machine before nothing happening is a deadlock
@@ -52,33 +55,6 @@ class Stats:
 
 
 @dataclass
-class Group:
-    """Lanes of a unit at one instruction. mask None: all of them."""
-
-    pc: int
-    mask: Array | None
-    wait: Wait | None = None
-
-
-@dataclass
-class Unit:
-    """Warps of a CTA that run in step, as one or more groups of lanes."""
-
-    lanes: Lanes
-    groups: list[Group]
-    live: Array | None = None  # lanes that have not exited; None: all
-    turns: int = 0
-
-    def poll(self) -> bool:
-        """Whether any group can go on; waits that are over are cleared."""
-        for group in self.groups:
-            wait = group.wait
-            if wait is None or wait.expired or wait.ready():
-                return True
-        return False
-
-
-@dataclass
 class Pending:
     """An asynchronous operation that was issued and has not happened."""
 
@@ -86,19 +62,17 @@ class Pending:
     what: str
 
 
-@dataclass
-class Fault:
-    """Where an error happened, collected for its report."""
-
-    lanes: Lanes
-    index: int
-    mask: Array | None = None
-
-
 class Machine:
     """Runs launches against registered global memory. One launch at a time; not re-entrant."""
 
-    def __init__(self, memory: GlobalMemory, schedule: Schedule | str = "eager", checks: Checks | None = None) -> None:
+    def __init__(
+        self,
+        memory: GlobalMemory,
+        schedule: Schedule | str = "eager",
+        checks: Checks | None = None,
+        core: str | None = None,
+    ) -> None:
+        """core: "native" or "numpy"; by default what DSV4LAB_SIM_CORE says, or native where there is a C compiler."""
         self.memory = memory
         self.schedule = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
         self.checks = checks or Checks()
@@ -111,6 +85,7 @@ class Machine:
         self.resumed: Wait | None = None  # the wait that the instruction now executing comes back from
         self.printed: list[str] = []
         self.observers = Observers()
+        self.core = NativeCore(self) if library.choose(core) == "native" else Core(self)
         self._serial = 0
         self._programs: dict[int, tuple[Kernel, Program]] = {}
         self._files: dict[tuple[int, int], list[RegisterFile]] = {}
@@ -120,7 +95,10 @@ class Machine:
     def program(self, kernel: Kernel) -> Program:
         found = self._programs.get(id(kernel))
         if found is None:
-            found = self._programs[id(kernel)] = (kernel, decode(kernel))
+            found = self._programs[id(kernel)] = (
+                kernel,
+                decode(kernel, bytecode.assemble if self.core.name == "native" else None),
+            )
         return found[1]
 
     def run(self, launch: Launch, resident: int | None = None) -> Stats:
@@ -141,6 +119,7 @@ class Machine:
         self.units, self.clusters, self.queues = [], [], OrderedDict()
         self.observers.begin(self)
         self.memory.observers = self.observers
+        self.core.begin()
         if self.observers:
             self.observers.tell("launch_begin", self)
         try:
@@ -383,203 +362,12 @@ class Machine:
             group = self._pick(unit)
             if group is None:
                 return
-            left = self._run_group(unit, group, left)
+            left = self.core.run_group(unit, group, left)
             if left < 0 or not unit.groups:
                 return
         unit.turns += 1
 
-    def _run_group(self, unit: Unit, group: Group, left: int) -> int:
-        """Run one group to its next decision; returns what is left of the turn, negative when the unit must give way."""
-        blocks, lanes, stats = self.compiled.blocks, unit.lanes, self.stats
-        pc, mask = group.pc, group.mask
-        others = [g.pc for g in unit.groups if g is not group and g.pc > pc]
-        limit = min(others) if others else 1 << 60
-        warps, watched = lanes.warps, lanes.cta.in_flight
-        while left > 0:
-            block = blocks[pc]
-            if self.observers.instructions:
-                self.observers.executed(lanes, block.start, block.end + 1 if block.kind == "branch" else block.end)
-            if block.runs:
-                stats.instructions += len(block.runs) * warps
-                if watched:
-                    self._check_in_flight(block.start, block.start + len(block.runs), lanes)
-                steps = iter(block.runs)
-                try:
-                    for step in steps:
-                        step(lanes, mask)
-                except SimulatorError:
-                    self.current = Fault(lanes, block.start + len(block.runs) - operator.length_hint(steps) - 1, mask)
-                    raise
-            left -= 1
-            kind = block.kind
-            if kind == "fall":
-                pc = block.target
-            elif kind == "branch":
-                stats.instructions += warps
-                if block.guard is None:
-                    pc = block.target
-                else:
-                    p = lanes.u[block.guard]
-                    if block.negated:
-                        p = ~p
-                    if mask is not None:
-                        p = p & mask
-                    taken = np.count_nonzero(p)
-                    if not taken:
-                        pc = block.end + 1
-                    elif taken == (lanes.n if mask is None else np.count_nonzero(mask)):
-                        pc = block.target
-                    else:
-                        group.pc = block.end
-                        return self._diverge(unit, group, block, p.copy(), left)
-            else:
-                done = self._stop(unit, group, block, mask)
-                if done is not None:
-                    return left if done else -1
-                pc = block.end + 1
-            if pc >= limit:
-                break
-        group.pc, group.wait = pc, None
-        return left
-
-    def _diverge(self, unit: Unit, group: Group, block: Block, taken: Array, left: int) -> int:
-        """A branch that some lanes take: warps that agree within themselves part ways, else lanes do."""
-        lanes = unit.lanes
-        if group.mask is None and lanes.warps > 1:
-            rows = taken.reshape(lanes.warps, WARP)
-            whole = np.asarray(rows.all(axis=1))
-            if (whole == rows.any(axis=1)).all():
-                parts = self.split(unit, [i for i in range(1, lanes.warps) if whole[i] != whole[i - 1]])
-                for part in parts:
-                    agreed = bool(whole[part.lanes.warp - lanes.warp])
-                    part.groups[0].pc = block.target if agreed else block.end + 1
-                return -1
-        rest = ~taken if group.mask is None else group.mask & ~taken
-        group.pc, group.mask, group.wait = block.end + 1, rest, None
-        unit.groups.append(Group(block.target, taken))
-        return left
-
-    def _stop(self, unit: Unit, group: Group, block: Block, mask: Array | None) -> bool | None:
-        """Execute an instruction that may wait. None: passed; True: the unit goes on elsewhere; False: it gives way."""
-        lanes, action, at = unit.lanes, block.action, block.end
-        assert action is not None
-        if block.guard is not None:
-            p = lanes.u[block.guard]
-            if block.negated:
-                p = ~p
-            if mask is not None:
-                p = p & mask
-            active = np.count_nonzero(p)
-            if not active:
-                self.stats.instructions += lanes.warps
-                if self.observers.instructions:
-                    self.observers.executed(lanes, at, at + 1)
-                return None
-            if active != (lanes.n if mask is None else np.count_nonzero(mask)):
-                rest = ~p if mask is None else mask & ~p
-                waiting = Group(at, p.copy(), group.wait)
-                group.pc, group.mask, group.wait = at + 1, rest, None
-                unit.groups.append(waiting)
-                return True
-        if lanes.warps > 1 and action.single:
-            group.pc = at
-            self.split(unit, list(range(1, lanes.warps)))
-            return False
-        if mask is not None and action.members is not None and not self._converged(unit, action.members, mask):
-            group.pc = at
-            if lanes.warps > 1:
-                self.split(unit, list(range(1, lanes.warps)))
-                return False
-            members = action.members
-            what = "waits for lanes of its warp that are elsewhere"
-            group.wait = Wait("converge", what, lambda: self._joined(unit, group, members))
-            return True
-        if lanes.cta.in_flight and not action.owner:
-            self._check_in_flight(at, at + 1, lanes)
-        self.resumed = group.wait if group.wait is not None and group.wait.kind != "converge" else None
-        try:
-            result = action.run(lanes, mask)
-        except SimulatorError:
-            self.current = Fault(lanes, at, mask)
-            raise
-        self.stats.instructions += lanes.warps
-        if self.observers.instructions:
-            self.observers.executed(lanes, at, at + 1)
-        if self.observers:
-            self.observers.stopped(lanes, mask, at, self.resumed, result)
-        self.resumed = None
-        if result is None:
-            group.wait = None
-            return None
-        group.pc = at
-        if result is EXIT:
-            self._exit(unit, group, mask)
-            return True
-        assert isinstance(result, Wait)
-        group.wait = result
-        return True
-
-    def _members(self, unit: Unit, slot: int, mask: Array) -> Array:
-        """Lanes that must be present, of the warps that have a lane in `mask`."""
-        lanes = unit.lanes
-        needed = np.ones(lanes.n, bool) if unit.live is None else unit.live
-        if slot != ALL_LANES:
-            bits = lanes.u[slot]
-            first = int(bits[int(mask.argmax())])
-            members = ((np.uint32(first) >> np.arange(WARP, dtype=np.uint32)) & np.uint32(1)).astype(bool)
-            needed = needed & np.tile(members, lanes.warps)
-        present = np.repeat(mask.reshape(lanes.warps, WARP).any(axis=1), WARP)
-        return needed & present
-
-    def _converged(self, unit: Unit, slot: int, mask: Array) -> bool:
-        return not (self._members(unit, slot, mask) & ~mask).any()
-
-    def _joined(self, unit: Unit, group: Group, slot: int) -> bool:
-        """Whether the lanes a parked group waits for have come to its instruction."""
-        arrived = np.zeros(unit.lanes.n, bool)
-        for other in unit.groups:
-            if other.pc == group.pc and other.mask is not None:
-                arrived |= other.mask
-        assert group.mask is not None
-        return self._converged(unit, slot, arrived)
-
-    def _exit(self, unit: Unit, group: Group, mask: Array | None) -> None:
-        lanes, cta = unit.lanes, unit.lanes.cta
-        gone = np.ones(lanes.n, bool) if mask is None else mask
-        live = np.ones(lanes.n, bool) if unit.live is None else unit.live
-        left = live & ~gone
-        before = np.asarray(live.reshape(-1, WARP).any(axis=1))
-        dead = int(np.count_nonzero(before & ~left.reshape(-1, WARP).any(axis=1)))
-        unit.live = left
-        if self.observers and dead:
-            self.observers.warps("warp_exit", lanes, gone, group.pc)
-        unit.groups = [g for g in unit.groups if g is not group]
-        if not unit.groups:
-            self.units.remove(unit)
-        cta.retire(int(np.count_nonzero(gone & live)), dead)
-        self.progress += 1
-
-    # checks and reports
-
-    def _check_in_flight(self, start: int, end: int, lanes: Lanes) -> None:
-        """Report instructions start .. end - 1 if they touch accumulators of a wgmma that no wait has covered."""
-        flying: set[int] = set()
-        for warp in range(lanes.warp, lanes.warp + lanes.warps):
-            flying |= lanes.cta.in_flight.get(warp, set())
-        if not flying:
-            return
-        for index in range(start, end):
-            touched = self.compiled.touches.get(index, frozenset()) & flying
-            if not touched:
-                continue
-            if index in self.compiled.moves:
-                for warpgroup in range(lanes.warp // 4, (lanes.warp + lanes.warps + 3) // 4):
-                    while ("wgmma", id(lanes.cta), warpgroup) in self.queues:
-                        self.perform(("wgmma", id(lanes.cta), warpgroup))
-            elif self.checks.in_flight:
-                self.current = Fault(lanes, index)
-                name = self.compiled.names.get(min(touched), "?")
-                raise HazardError(f"register {name} belongs to a wgmma in flight; wgmma.wait_group must come first")
+    # reports
 
     def _where(self, fault: Fault | None) -> str | None:
         from dsv4lab.sim.report import where

@@ -7,6 +7,7 @@ window that instructions work on: one warp, or several that run in step. Handler
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,6 +51,11 @@ class RegisterFile:
 
     def row(self, slot: int) -> Array:
         return self._blocks[self.widths[slot]][self._rows[slot]]
+
+    @cached_property
+    def addresses(self) -> Array:
+        """Where each slot's row begins in memory."""
+        return np.array([self.row(slot).ctypes.data for slot in range(len(self.widths))], np.uint64)
 
     def clear(self) -> None:
         for block in self._blocks.values():

@@ -10,7 +10,8 @@ from dsv4lab.sim.registers import WARP
 from dsv4lab.sim.sync import MBarrier, NamedBarrier
 
 if TYPE_CHECKING:
-    from dsv4lab.sim.machine import Fault, Machine, Unit
+    from dsv4lab.sim.machine import Machine
+    from dsv4lab.sim.units import Fault, Unit
 
 _TEXT = 160  # characters of a PTX statement that a report shows
 

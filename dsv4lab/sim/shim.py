@@ -1,4 +1,4 @@
-"""Builds and loads the runtime stand-in (runtime.c), once for each source and machine, with the system's C compiler."""
+"""Builds C libraries with the system's compiler, once for each source and machine; loads the runtime stand-in (runtime.c)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from dsv4lab.sim.errors import SimulatorError
@@ -41,28 +42,41 @@ def find_compiler() -> list[str] | None:
 
 def library_path() -> Path:
     """Where the library of this source belongs; it need not exist yet."""
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join((*_FLAGS, platform.machine(), platform.system())).encode())
-    return cache_folder() / key.hexdigest()[:16] / LIBRARY
+    return place(LIBRARY, (SOURCE,), _FLAGS)
+
+
+def place(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
+    """Where a library called `name` belongs that is built from these sources with these flags on this machine."""
+    key = hashlib.sha256(" ".join((*flags, platform.machine(), platform.system())).encode())
+    for source in sources:
+        key.update(source.read_bytes())
+    return cache_folder() / key.hexdigest()[:16] / name
 
 
 def build() -> Path:
-    """The library's path, built if it is not in the cache. Raises `ShimError` where that cannot be done.
+    """The runtime library's path, built if it is not in the cache. Raises `ShimError` where that cannot be done."""
+    return build_at(library_path(), (SOURCE,), _FLAGS)
+
+
+def build_at(path: Path, sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> Path:
+    """Compile C sources to a shared library, unless it exists. Raises `ShimError` where that cannot be done.
 
     The file appears under its name complete or not at all, so processes may build at the same time.
     """
-    path = library_path()
     if path.exists():
         return path
     compiler = find_compiler()
     if compiler is None:
-        raise ShimError(f"the simulator needs a C compiler once, to build its runtime library, and found none: {REMEDY}")
+        raise ShimError(f"the simulator needs a C compiler once, to build {path.name}, and found none: {REMEDY}")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
-        done = subprocess.run([*compiler, *_FLAGS, "-o", scratch, str(SOURCE)], capture_output=True, text=True, check=False)
+        command = [*compiler, *flags, "-o", scratch, *map(str, sources), *libraries]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ShimError(f"{' '.join(compiler)} could not build {SOURCE.name}:\n{done.stderr.strip()}")
+            names = ", ".join(source.name for source in sources)
+            raise ShimError(f"{' '.join(compiler)} could not build {names}:\n{done.stderr.strip()}")
         Path(scratch).replace(path)
     finally:
         Path(scratch).unlink(missing_ok=True)

@@ -50,6 +50,7 @@ class Cta:
         self.register_budget: dict[int, int] = {}  # setmaxnreg, by warp
         self.local: Region | None = None
         self.local_stride = 0  # bytes of local memory of a thread
+        self.native: Any = None  # what the native core keeps of a CTA
         self._lanes: dict[tuple[int, int], Lanes] = {}
 
     def lanes(self, warp: int, warps: int) -> Lanes:

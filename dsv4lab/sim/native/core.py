@@ -1,0 +1,205 @@
+"""Runs groups in C as far as that goes, and single instructions by their handlers where it does not."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsv4lab.sim.core import Core, meeting
+from dsv4lab.sim.decode import Program
+from dsv4lab.sim.native import bytecode, library
+from dsv4lab.sim.registers import Lanes
+from dsv4lab.sim.state import Cta
+from dsv4lab.sim.units import Group, Unit
+
+if TYPE_CHECKING:
+    from dsv4lab.sim.machine import Machine
+
+Array = NDArray
+_LANES = 1024
+
+
+class _Program(ctypes.Structure):
+    """Program of core.h."""
+
+    _fields_ = (
+        ("steps", ctypes.c_void_p),
+        ("total", ctypes.c_int64),
+        ("lists", ctypes.c_void_p),
+        ("widths", ctypes.c_void_p),
+        ("touch_start", ctypes.c_void_p),
+        ("touched", ctypes.c_void_p),
+    )
+
+
+class _Cta(ctypes.Structure):
+    """Cta of core.h."""
+
+    _fields_ = (
+        ("program", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("globals", ctypes.c_void_p),
+        ("global_count", ctypes.c_int64),
+        ("shared", ctypes.c_void_p),
+        ("ranks", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("params", ctypes.c_void_p),
+        ("params_size", ctypes.c_uint64),
+        ("local", ctypes.c_void_p),
+        ("local_stride", ctypes.c_uint64),
+        ("check_reads", ctypes.c_int64),
+    )
+
+
+class _Progress(ctypes.Structure):
+    """Progress of core.h."""
+
+    _fields_ = (("pc", ctypes.c_int64), ("left", ctypes.c_int64), ("count", ctypes.c_int64))
+
+
+class NativeProgram:
+    """A program's records, with the memory that they lie in."""
+
+    def __init__(self, program: Program) -> None:
+        total = len(program.singles)
+        steps = np.zeros(total, bytecode.STEP)
+        if steps.itemsize != library.load().native_step_bytes():
+            raise AssertionError("the C code's Step has another size than bytecode.STEP")
+        steps["guard"] = steps["d"] = steps["a"] = steps["b"] = steps["c"] = steps["list"] = -1
+        lists: list[int] = []
+        kinds = {"fall": bytecode.PLAIN, "branch": bytecode.BRANCH, "stop": bytecode.STOP}
+        guards = [instruction.guard for instruction in program.kernel.instructions]
+        slots = {name: slot for slot, name in program.names.items()}
+        for index, (single, code) in enumerate(zip(program.singles, program.records, strict=True)):
+            step, guard = steps[index], guards[index]
+            step["kind"], step["ends"], step["move"] = kinds[single.kind], single.whole, index in program.moves
+            if guard is not None:
+                step["guard"], step["negated"] = slots[guard.register.name], guard.negated
+            if single.action is not None:
+                step["convergent"], step["single"] = single.action.members is not None, single.action.single
+            if single.kind == "branch":
+                step["k"] = single.target
+            elif code is not None:
+                step["run"], step["k"] = library.find(code.name), code.k
+                step["d"], step["a"], step["b"], step["c"], step["list"] = code.d, code.a, code.b, code.c, code.list
+                step["count"], step["size"], step["variant"] = code.count or len(code.items), code.size, code.variant
+                step["traffic"] = code.traffic
+                if code.items:
+                    step["list"] = len(lists)
+                    lists += [-1 if slot is None else slot for slot in code.items]
+        touches = [sorted(program.touches.get(index, ())) for index in range(total)]
+        self.steps = steps
+        self.lists = np.array(lists or [0], np.int32)
+        self.widths = np.array(program.widths, np.uint8)
+        self.touch_start = np.cumsum([0, *map(len, touches)]).astype(np.int32)
+        self.touched = np.array([slot for slots in touches for slot in slots] or [0], np.int32)
+        self.struct = _Program(
+            self.steps.ctypes.data,
+            total,
+            self.lists.ctypes.data,
+            self.widths.ctypes.data,
+            self.touch_start.ctypes.data,
+            self.touched.ctypes.data,
+        )
+        self.address = ctypes.addressof(self.struct)
+
+
+class NativeCore(Core):
+    """The C code's loop, with the numpy handlers for what it declines."""
+
+    name = "native"
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine)
+        self._run = library.load().native_run
+        self._progress = _Progress()
+        self._where = ctypes.addressof(self._progress)
+        self._mask = np.zeros(_LANES, bool)
+        self._mask_at = self._mask.ctypes.data
+        self._programs: dict[int, tuple[Program, NativeProgram]] = {}
+        self.declined: dict[int, int] | None = None  # instruction -> times, if someone wants to know
+
+    def begin(self) -> None:
+        """A launch begins."""
+        machine = self.machine
+        known = self._programs.get(id(machine.compiled))
+        if known is None:
+            known = self._programs[id(machine.compiled)] = machine.compiled, NativeProgram(machine.compiled)
+        self._program = known[1]
+        ranges = [(a.base + a.lead, a.base + a.size) for a in machine.memory.allocations]
+        self._ranges = np.array(ranges or [(0, 0)], np.uint64)
+        self._see = (bytecode.FENCE if machine.observers else 0) | (bytecode.MEMORY if machine.observers.accesses else 0)
+        self._watch = np.zeros(len(machine.compiled.widths), np.uint8)
+        self._watch_at = self._watch.ctypes.data
+        self._watched: list[Any] = []
+
+    def _cta(self, cta: Cta) -> int:
+        """The address of a CTA's description, made when it first executes."""
+        if cta.native is None:
+            ctas = cta.cluster.ctas
+            shared = np.array(
+                [(c.shared.data.ctypes.data, c.shared.written.ctypes.data, c.shared.size) for c in ctas], np.uint64
+            )
+            rows, params, local = cta.registers.addresses, self.machine.params, cta.local
+            made = _Cta(
+                self._program.address,
+                rows.ctypes.data,
+                self._ranges.ctypes.data,
+                len(self.machine.memory.allocations),
+                shared.ctypes.data,
+                len(ctas),
+                cta.rank,
+                params.data.ctypes.data,
+                params.size,
+                None if local is None else local.data.ctypes.data,
+                cta.local_stride,
+                int(cta.shared.check_reads),
+            )
+            cta.native = ctypes.addressof(made), made, shared
+        return int(cta.native[0])
+
+    def run_group(self, unit: Unit, group: Group, left: int) -> int:
+        if self.machine.observers.instructions:
+            return super().run_group(unit, group, left)
+        lanes, mask, progress, machine = unit.lanes, group.mask, self._progress, self.machine
+        singles, limit = machine.compiled.singles, meeting(unit, group)
+        cta, mask_at = self._cta(lanes.cta), None
+        if mask is not None:
+            self._mask[: lanes.n] = mask
+            mask_at = self._mask_at
+        pc = group.pc
+        if group.wait is not None:  # coming back to an instruction that waited, which its handler knows about
+            pc, left = self.execute(unit, group, singles[pc], left)
+            if pc < 0:
+                return left
+        while left > 0 and pc < limit:
+            watch, moves = (self._flying(lanes) if lanes.cta.in_flight else None), 0
+            if watch is not None:
+                moves = any(key[0] == "wgmma" for key in machine.queues if isinstance(key, tuple))
+            progress.pc, progress.left = pc, left
+            declined = self._run(cta, lanes.first, lanes.n, limit, mask_at, watch, moves, self._see, self._where)
+            pc, left = progress.pc, progress.left
+            machine.stats.instructions += progress.count
+            if not declined:
+                break
+            if self.declined is not None:
+                self.declined[pc] = self.declined.get(pc, 0) + 1
+            pc, left = self.execute(unit, group, singles[pc], left)
+            if pc < 0:
+                return left
+        group.pc, group.wait = pc, None
+        return left
+
+    def _flying(self, lanes: Lanes) -> int | None:
+        """Flags of the slots that belong to a wgmma of these warps; None if there are none."""
+        flying = [slots for w in range(lanes.warp, lanes.warp + lanes.warps) if (slots := lanes.cta.in_flight.get(w))]
+        if not flying:
+            return None
+        if len(flying) != len(self._watched) or any(a is not b for a, b in zip(flying, self._watched, strict=True)):
+            self._watched = flying
+            self._watch[:] = 0
+            self._watch[list(set().union(*flying))] = 1
+        return self._watch_at
