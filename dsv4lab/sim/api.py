@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,12 @@ from dsv4lab.sim.session import CaptureError, Session
 
 @dataclass(frozen=True)
 class Executed:
-    """One launch that was run: what it counted and how long it took."""
+    """One launch that was run: what it counted, how long it took, and what its threads printed."""
 
     launch: Launch
     stats: Stats
     seconds: float
+    printed: str = ""
 
     def __str__(self) -> str:
         return f"{self.launch.kernel.name}: {self.stats.instructions} warp-instructions in {self.seconds:.3f} s"
@@ -183,7 +185,7 @@ def execute(
     """Run one launch, captured before or made by hand.
 
     memory: what it may touch; by default every live tensor. schedule: "eager", "lazy" or "random", the latter fixed by seed.
-    observers: who is told of every event (see `dsv4lab.sim.observe`).
+    observers: who is told of every event (see `dsv4lab.sim.observe`). Text that threads print goes to standard output.
     Raises SimulatorError, one subclass for each kind of fault, with the PTX and the Python line it happened at.
     """
     session = _session.current()
@@ -198,7 +200,9 @@ def execute(
         stats = machine.run(launch)
     finally:
         machine.observers.clear()
-    return Executed(launch, stats, time.perf_counter() - start)
+        printed = "".join(machine.printed)
+        sys.stdout.write(printed)
+    return Executed(launch, stats, time.perf_counter() - start, printed)
 
 
 def resources(compiled: Compiled | bytes) -> dict[str, _cubin.Resources]:

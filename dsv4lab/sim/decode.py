@@ -180,6 +180,10 @@ class Decoder:
         """Slot of a destination, or None for `_`."""
         return None if isinstance(operand, Register) and operand.name == SINK else self.register(operand)
 
+    def call_parameter(self, name: str, width: int) -> int:
+        """Slot of a parameter of a call."""
+        return self._new(("call parameter", name), width)
+
     def width(self, slot: int) -> int:
         return self.widths[slot]
 

@@ -25,14 +25,17 @@ from dsv4lab.sim.observe import Observers, Operation
 from dsv4lab.sim.program import Kernel, Launch
 from dsv4lab.sim.registers import WARP, Lanes, RegisterFile
 from dsv4lab.sim.schedule import Schedule
-from dsv4lab.sim.startup import check_launch, start_cta
+from dsv4lab.sim.startup import capacity, check_launch, start_cta
 from dsv4lab.sim.state import Cluster, Cta
 from dsv4lab.sim.sync import Wait
 from dsv4lab.sim.units import Fault, Group, Unit
 
 Array = NDArray
 _PATIENCE = 64  # times that try_wait may give up all over the machine before nothing happening is a deadlock
-_SPIN_LIMIT = 8_000_000  # blocks of instructions that may run without any barrier or asynchronous operation moving
+_SPIN_LIMIT = 100_000_000  # blocks of instructions that may run without any barrier or asynchronous operation moving
+_SUSPICIOUS = 2_000  # of those, how many make the machine look for warps that go round in circles
+_ROUND = 512  # blocks of a turn while it looks
+_LONELY = 60_000  # blocks that warps may run without progress before more clusters join those that are resident
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Checks:
     uninitialized: bool = True  # shared memory and TMEM read before they were written
     in_flight: bool = True  # wgmma accumulators touched before the wait
     tmem_leaks: bool = True
+    tmem_columns: bool = True  # TMEM touched before it was allocated, or after it was freed
     pending_bytes: bool = True  # mbarriers with bytes outstanding at exit
 
 
@@ -86,7 +90,9 @@ class Machine:
         self.printed: list[str] = []
         self.observers = Observers()
         self.core = NativeCore(self) if library.choose(core) == "native" else Core(self)
+        self.spun = 0  # blocks of instructions run in whole turns since the last progress
         self._serial = 0
+        self._constants: dict[int, list[Array]] = {}
         self._programs: dict[int, tuple[Kernel, Program]] = {}
         self._files: dict[tuple[int, int], list[RegisterFile]] = {}
 
@@ -102,8 +108,13 @@ class Machine:
         return found[1]
 
     def run(self, launch: Launch, resident: int | None = None) -> Stats:
-        """Execute a launch to its end. resident: clusters that run at the same time (all of them if cooperative, else 1)."""
+        """Execute a launch to its end.
+
+        resident: clusters that run at the same time: all of a cooperative launch, else one at first. While warps spin, so that
+        they may be waiting for other clusters, more join them, up to what a GPU holds.
+        """
         self.stats = Stats()
+        self.printed = []
         self.schedule.restart()
         check_launch(launch)
         self.launch = launch
@@ -114,8 +125,9 @@ class Machine:
         )
         shape = tuple(g // c for g, c in zip(launch.grid, launch.cluster, strict=True))
         waiting = deque((x, y, z) for z in range(shape[2]) for y in range(shape[1]) for x in range(shape[0]))
-        limit = resident or (len(waiting) if launch.attributes.get("cooperative") else 1)
-        self.waiting_clusters = waiting
+        self.resident = resident or (len(waiting) if launch.attributes.get("cooperative") else 1)
+        self.constants = self._variables(launch.kernel)
+        self.waiting_clusters, self.spun = waiting, 0
         self.units, self.clusters, self.queues = [], [], OrderedDict()
         self.observers.begin(self)
         self.memory.observers = self.observers
@@ -125,8 +137,7 @@ class Machine:
         try:
             with np.errstate(all="ignore"):
                 while waiting or self.clusters:
-                    while waiting and len(self.clusters) < limit:
-                        self._start_cluster(waiting.popleft())
+                    self._fill()
                     self._drive()
         except SimulatorError as error:
             if error.where is None:
@@ -140,6 +151,27 @@ class Machine:
     def step(self) -> int:
         """Warp-instructions that the launch has executed so far; within a block of them the count is the block's last."""
         return self.stats.instructions
+
+    def _variables(self, kernel: Kernel) -> list[int]:
+        """Addresses of the kernel's module-level variables, in order; they keep their contents from launch to launch."""
+        kept = self._constants.get(id(kernel))
+        if kept is None:
+            kept = self._constants[id(kernel)] = [np.frombuffer(data, np.uint8).copy() for data in kernel.constants.values()]
+        for name, data in zip(kernel.constants, kept, strict=True):
+            self.memory.add(name, data.ctypes.data, len(data))
+        return [data.ctypes.data for data in kept]
+
+    def _fill(self) -> None:
+        """Start waiting clusters while fewer are resident than shall be."""
+        while self.waiting_clusters and len(self.clusters) < self.resident:
+            self._start_cluster(self.waiting_clusters.popleft())
+
+    def _more(self) -> bool:
+        """Let twice as many clusters be resident, as far as there are more and a GPU holds them; returns whether any joined."""
+        before = len(self.clusters)
+        self.resident = max(min(2 * before, capacity(self.launch)), self.resident)
+        self._fill()
+        return len(self.clusters) > before
 
     def _start_cluster(self, index: tuple[int, int, int]) -> None:
         cluster = Cluster(self, index)
@@ -216,15 +248,16 @@ class Machine:
 
     def _drive(self) -> None:
         """Run until some cluster is finished."""
-        stale, seen, spins = 0, -1, 0
+        stale, seen = 0, -1
         while not self._finish_clusters():
             ready = [unit for unit in self.units if unit.poll()]
             if ready:
                 before = self.progress
                 self._turn(ready)
-                spins = 0 if self.progress != before else spins + (20_000 if self.schedule.kind != "random" else 12)
-                if spins > _SPIN_LIMIT:
-                    raise Deadlock(self._report("warps spin without any barrier or asynchronous operation making progress"))
+                if self.progress != before:
+                    self.spun = 0
+                elif self.spun > _SUSPICIOUS:
+                    self._look()
                 continue
             if self.queues:
                 self.perform()
@@ -237,6 +270,19 @@ class Machine:
             for group in timed:
                 assert group.wait is not None
                 group.wait.expired = True
+
+    def _look(self) -> None:
+        """Nothing has happened for a while. If every warp only polls, let something happen that a poll may be waiting for."""
+        running = [unit for unit in self.units if unit.poll()]
+        for unit in running:
+            unit.look(self.progress)
+        polling = all(unit.circling for unit in running)
+        if polling and self.queues:
+            self.perform()
+        elif (polling or self.spun > _LONELY) and self._more():
+            self.spun, self.progress = 0, self.progress + 1
+        elif polling or self.spun > _SPIN_LIMIT:
+            raise Deadlock(self._report("warps spin without any barrier or asynchronous operation making progress"))
 
     def _turn(self, ready: list[Unit]) -> None:
         if self.schedule.kind != "random":
@@ -357,7 +403,7 @@ class Machine:
 
     def _run(self, unit: Unit) -> None:
         """Run a unit until it waits, exits, splits, or has had its turn."""
-        left = self.schedule.quantum()
+        left = turn = self.schedule.quantum() if self.spun <= _SUSPICIOUS else min(self.schedule.quantum(), _ROUND)
         while left > 0:
             group = self._pick(unit)
             if group is None:
@@ -366,6 +412,7 @@ class Machine:
             if left < 0 or not unit.groups:
                 return
         unit.turns += 1
+        self.spun += turn
 
     # reports
 

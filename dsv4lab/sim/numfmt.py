@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
+from math import inf, isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,6 +214,22 @@ def fma_f32(a: Array, b: Array, c: Array) -> Array:
         fixed = np.where((error != 0) & ~odd & np.isfinite(total), bits + away, bits)
         result = fixed.view(F64).astype(F32)
     return result
+
+
+def fma_f64(a: Array, b: Array, c: Array) -> Array:
+    """a*b + c in float64 with one rounding, through exact fractions: slow, but kernels rarely compute in float64."""
+    plain = a * b + c
+    return np.array([_fma(*map(float, row)) for row in zip(a, b, c, plain, strict=True)], F64)
+
+
+def _fma(a: float, b: float, c: float, plain: float) -> float:
+    if not (isfinite(a) and isfinite(b) and isfinite(c)):
+        return plain
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    try:
+        return float(exact) if exact else plain  # plain has the right sign of an exact zero
+    except OverflowError:
+        return inf if exact > 0 else -inf
 
 
 APPROXIMATIONS: dict[str, Callable[[Array], Array]] = {

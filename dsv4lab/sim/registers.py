@@ -57,6 +57,10 @@ class RegisterFile:
         """Where each slot's row begins in memory."""
         return np.array([self.row(slot).ctypes.data for slot in range(len(self.widths))], np.uint64)
 
+    def digest(self, low: int, high: int) -> int:
+        """A number that tells states of the threads low .. high - 1 apart."""
+        return hash(tuple(block[:, low:high].tobytes() for block in self._blocks.values()))
+
     def clear(self) -> None:
         for block in self._blocks.values():
             block.fill(0)

@@ -51,5 +51,5 @@ class Schedule:
     def quantum(self) -> int:
         """Blocks of instructions that a warp may run before another gets its turn."""
         if self.kind != "random":
-            return 20_000
+            return 2_000
         return 1 + int(self._random.expovariate(1 / 12))

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from dsv4lab.sim.machine import Machine
 
 _SHARED_LIMIT = 232_448  # bytes of shared memory that a CTA of sm_90 and sm_100 may have
+# per multiprocessor of sm_90 and sm_100: threads, bytes of shared memory (each CTA takes 1 KiB more than it asks for), CTAs
+_MULTIPROCESSOR = (2048, 233_472, 32)
+_MULTIPROCESSORS = {"sm_90": 132, "sm_10": 148}  # of an H200, a B200
 TIMERS = ("%clock", "%clock64", "%clock_hi", "%globaltimer", "%globaltimer_lo", "%globaltimer_hi")
 
 
@@ -45,6 +48,20 @@ def check_launch(launch: Launch) -> None:
         raise ResourceError(f"{kernel.name}: a cluster has at most 16 CTAs, got {launch.cluster}")
     if kernel.max_threads is not None and tuple(kernel.max_threads) != tuple(launch.block):
         raise ResourceError(f"{kernel.name}: compiled for blocks of {kernel.max_threads}, launched with {launch.block}")
+    clusters, room = int(np.prod(launch.grid)) // int(np.prod(launch.cluster)), capacity(launch)
+    if launch.attributes.get("cooperative") and clusters > room:
+        raise ResourceError(
+            f"{kernel.name}: a cooperative launch must fit the GPU at once: {clusters} clusters, room for {room}"
+        )
+
+
+def capacity(launch: Launch) -> int:
+    """Clusters of a launch that a GPU holds at once, by threads and shared memory (registers are not considered)."""
+    threads, shared, ctas = _MULTIPROCESSOR
+    static = max((v.offset + v.size for v in launch.kernel.shared), default=0)
+    each = min(threads // int(np.prod(launch.block)), shared // (launch.shared_bytes + static + 1024), ctas)
+    processors = _MULTIPROCESSORS.get(launch.kernel.target[:5], min(_MULTIPROCESSORS.values()))
+    return max(processors * each // int(np.prod(launch.cluster)), 1)
 
 
 def start_cta(machine: Machine, cluster: Cluster, rank: int, registers: RegisterFile) -> Cta:
@@ -66,12 +83,10 @@ def start_cta(machine: Machine, cluster: Cluster, rank: int, registers: Register
     for slot, bits in program.constants.items():
         registers.row(slot)[...] = np.array([bits & (2**64 - 1), bits >> 64], np.uint64) if program.widths[slot] == 16 else bits
     for slot, (space, offset) in program.symbols.items():
-        base = {
-            "param": PARAM_WINDOW,
-            "shared": (rank << RANK_SHIFT) + SHARED_RESERVED,
-            "local": LOCAL_WINDOW,
-            "constant": 0,
-        }[space]
+        if space == "constant":
+            base, offset = machine.constants[offset], 0
+        else:
+            base = {"param": PARAM_WINDOW, "shared": (rank << RANK_SHIFT) + SHARED_RESERVED, "local": LOCAL_WINDOW}[space]
         registers.row(slot)[...] = (base + offset) & ((1 << (8 * program.widths[slot])) - 1)
     thread = np.arange(registers.threads)
     for slot, name in program.specials.items():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4lab.sim.errors import BarrierMisuse, MemoryFault
 from dsv4lab.sim.memory import OFFSET_MASK, RANK_SHIFT, SHARED_WINDOW, WINDOW_BYTES, Region, SharedMemory
 from dsv4lab.sim.registers import WARP, Lanes, RegisterFile
-from dsv4lab.sim.sync import ClusterBarrier, Groups, MBarrier, NamedBarrier
+from dsv4lab.sim.sync import ClusterBarrier, Groups, MBarrier, Meeting, NamedBarrier
 from dsv4lab.sim.tmem import TensorMemory
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Cta:
         self.warps = (threads + WARP - 1) // WARP
         self.live_warps = self.warps
         self.live_threads = threads
-        self.tensor = TensorMemory(self.machine.checks.uninitialized)
+        self.tensor = TensorMemory(self.machine.checks.uninitialized, self.machine.checks.tmem_columns)
         self.tensor.observers, self.tensor.cta = self.machine.observers, self
         self.mbarriers: dict[int, MBarrier] = {}
         self.named: dict[int, NamedBarrier] = {}
@@ -91,6 +91,7 @@ class Cluster:
         self.index = index
         self.ctas: list[Cta] = []
         self.barrier = ClusterBarrier()
+        self.meetings: dict[tuple[str, int], Meeting] = {}  # by operation and first rank of the pair
 
     @property
     def live_threads(self) -> int:

@@ -146,6 +146,22 @@ class ClusterBarrier:
 
 
 @dataclass
+class Meeting:
+    """An operation that both CTAs of a pair perform together, any number of times."""
+
+    arrived: dict[int, int] = field(default_factory=dict)  # CTA rank -> times that it came
+
+    def arrive(self, rank: int) -> int:
+        """Returns which time this is for that CTA, from 1."""
+        self.arrived[rank] = self.arrived.get(rank, 0) + 1
+        return self.arrived[rank]
+
+    def met(self, number: int) -> bool:
+        """Whether both CTAs have come that many times."""
+        return len(self.arrived) == 2 and min(self.arrived.values()) >= number
+
+
+@dataclass
 class Group:
     """A committed or still open group of asynchronous operations of one thread or warp."""
 

@@ -31,8 +31,9 @@ class TensorMemory:
     observers: Observers | None = None
     cta: Cta | None = None
 
-    def __init__(self, check_reads: bool) -> None:
+    def __init__(self, check_reads: bool, check_columns: bool = True) -> None:
         self.check_reads = check_reads
+        self.check_columns = check_columns
         self.owned: dict[int, int] = {}  # first column -> columns
         self.permit = True
         self._cells: Array | None = None
@@ -77,7 +78,7 @@ class TensorMemory:
         held = np.zeros(COLUMNS, bool)
         for first, count in self.owned.items():
             held[first : first + count] = True
-        if start < 0 or start + columns > COLUMNS or not held[start : start + columns].all():
+        if start < 0 or start + columns > COLUMNS or (self.check_columns and not held[start : start + columns].all()):
             raise MemoryFault(
                 f"{what} touches TMEM columns {start} to {start + columns - 1}; allocated are {self.owned or 'none'}"
             )

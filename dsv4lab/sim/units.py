@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from numpy.typing import NDArray
 
@@ -10,6 +10,7 @@ from dsv4lab.sim.registers import Lanes
 from dsv4lab.sim.sync import Wait
 
 Array = NDArray
+_CIRCLE = 64  # turns after which a warp that circles is back in a state it was in before
 
 
 @dataclass
@@ -29,6 +30,18 @@ class Unit:
     groups: list[Group]
     live: Array | None = None  # lanes that have not exited; None: all
     turns: int = 0
+    states: set[int] = field(default_factory=set)  # digests of its state at the ends of turns since `since`
+    since: int = -1  # the machine's progress when `states` began
+    circling: bool = False
+
+    def look(self, progress: int) -> None:
+        """Note the state at the end of a turn; the same state twice, and nothing happened meanwhile: it waits by polling."""
+        if self.since != progress or len(self.states) > _CIRCLE:
+            self.states, self.since, self.circling = set(), progress, False
+        places = tuple((group.pc, None if group.mask is None else group.mask.tobytes()) for group in self.groups)
+        state = hash((places, self.lanes.cta.registers.digest(self.lanes.first, self.lanes.first + self.lanes.n)))
+        self.circling = self.circling or state in self.states
+        self.states.add(state)
 
     def poll(self) -> bool:
         """Whether any group can go on; waits that are over are cleared."""

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from importlib import import_module
 
-MODULES = ("control", "alu", "floating", "convert", "loadstore", "collective", "barrier", "copy", "wgmma", "mma", "tensor")
+MODULES = (
+    "control",
+    "printing",
+    "alu",
+    "floating",
+    "convert",
+    "loadstore",
+    "collective",
+    "barrier",
+    "copy",
+    "wgmma",
+    "mma",
+    "tensor",
+)
 
 
 def load() -> None:

@@ -140,13 +140,32 @@ def lop3(d: Decoder, i: Instruction, f: Form) -> Run:
     return run
 
 
+# prmt's modes: the bytes of {b, a} chosen for each value of the selector's low two bits, lowest first
+_PRMT_MODES = {
+    "f4e": [[k, k + 1, k + 2, k + 3] for k in range(4)],
+    "b4e": [[k, (k - 1) % 8, (k - 2) % 8, (k - 3) % 8] for k in range(4)],
+    "rc8": [[k] * 4 for k in range(4)],
+    "ecl": [[max(k, n) for n in range(4)] for k in range(4)],
+    "ecr": [[min(k, n) for n in range(4)] for k in range(4)],
+    "rc16": [[0, 1, 0, 1], [2, 3, 2, 3]] * 2,
+}
+
+
 @family("prmt")
 def prmt(d: Decoder, i: Instruction, f: Form) -> Run:
-    if f.left != ["b32"]:
-        raise UnknownInstruction(f"{i.opcode}: only the default mode of prmt is simulated")
-    f.type()
+    f.left.remove("b32")
+    mode = f.take(*_PRMT_MODES)
     target = d.register(i.operands[0])
     a, b, c = (d.source(o, "b32") for o in i.operands[1:4])
+    if mode is not None:
+        table = np.array(_PRMT_MODES[mode], np.int64)
+
+        def run_mode(w: Lanes, m: Any) -> None:
+            both = np.concatenate([w.b[a], w.b[b]], axis=1)
+            out = np.take_along_axis(both, table[w.u[c] & np.uint32(3)], axis=1)
+            assign(w, target, np.ascontiguousarray(out).view(np.uint32)[:, 0], m)
+
+        return run_mode
     fixed = d.constants.get(c)
     if fixed is not None and not fixed & 0x8888:
         columns = [(fixed >> (4 * k)) & 7 for k in range(4)]

@@ -78,8 +78,7 @@ def _init(d: Decoder, i: Instruction) -> Run:
 def _arrive(d: Decoder, i: Instruction, f: Form, what: str) -> Run:
     """arrive (with .expect_tx, .noComplete), expect_tx and complete_tx."""
     expects = f.has("expect_tx") or what == "expect_tx"
-    if f.has("noComplete"):
-        raise UnknownInstruction(f"{i.opcode} is not simulated")
+    partial = f.has("noComplete")
     operands = i.operands
     state = None
     if not isinstance(operands[0], Address):
@@ -93,6 +92,8 @@ def _arrive(d: Decoder, i: Instruction, f: Form, what: str) -> Run:
             lane = int(lane)
             barrier = locate(w, base, offset, lane)
             value = 1 if amount is None else int(w.u[amount][lane])
+            if partial and value >= barrier.pending:
+                raise BarrierMisuse(f"{i.opcode} of {value} arrivals would complete the phase of {barrier}")
             if state is not None:
                 w.u[state][lane] = barrier.phase & 1  # the token that a wait without .parity takes
             who = site(w, lane, i.index)

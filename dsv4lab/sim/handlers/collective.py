@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from dsv4lab.sim.decode import ALL_LANES, Action, Decoder, Form, Run, family
 from dsv4lab.sim.errors import UnknownInstruction
 from dsv4lab.sim.handlers.alu import assign, signed
+from dsv4lab.sim.handlers.bytematrix import load_bytes, store_bytes
 from dsv4lab.sim.handlers.loadstore import Access
 from dsv4lab.sim.program import Instruction
 from dsv4lab.sim.registers import WARP, Lanes
@@ -204,11 +205,12 @@ def _matrices(f: Form) -> int:
 @family("ldmatrix")
 def ldmatrix(d: Decoder, i: Instruction, f: Form) -> Action:
     f.drop("sync", "aligned", "shared", "shared::cta")
+    count = _matrices(f)
     if f.take("m8n8") is None:
-        raise UnknownInstruction(f"{i.opcode}: only .m8n8.b16 is simulated")
-    count, transpose = _matrices(f), f.has("trans")
+        return load_bytes(d, i, f, count)
+    transpose = f.has("trans")
     if f.type() != "b16":
-        raise UnknownInstruction(f"{i.opcode}: only .m8n8.b16 is simulated")
+        raise UnknownInstruction(f"{i.opcode}: .m8n8 is of .b16")
     targets = [d.register(o) for o in d.items(i.operands[0])]
     access = Access(d, i, i.operands[1], "shared", 8, 2)
 
@@ -229,10 +231,12 @@ def ldmatrix(d: Decoder, i: Instruction, f: Form) -> Action:
 @family("stmatrix")
 def stmatrix(d: Decoder, i: Instruction, f: Form) -> Action:
     f.drop("sync", "aligned", "shared", "shared::cta")
-    shape = f.take("m8n8")
-    count, transpose = _matrices(f), f.has("trans")
-    if shape is None or f.type() != "b16":
-        raise UnknownInstruction(f"{i.opcode}: only .m8n8.b16 is simulated")
+    count = _matrices(f)
+    if f.take("m8n8") is None:
+        return store_bytes(d, i, f, count)
+    transpose = f.has("trans")
+    if f.type() != "b16":
+        raise UnknownInstruction(f"{i.opcode}: .m8n8 is of .b16")
     sources = [d.register(o) for o in d.items(i.operands[1])]
     access = Access(d, i, i.operands[0], "shared", 8, 2)
 

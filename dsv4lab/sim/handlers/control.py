@@ -185,19 +185,5 @@ def _unpack(d: Decoder, to: Vector, source: int, width: int) -> Run:
     return run
 
 
-@family("call")
-def call(d: Decoder, i: Instruction, f: Form) -> Run:
-    """`vprintf` only: formatted text is kept in `Machine.printed`."""
-    f.drop("uni")
-    names = [str(operand) for operand in i.operands]
-    if not any("vprintf" in name for name in names):
-        raise UnknownInstruction("calls of functions other than vprintf are not simulated")
-
-    def run(w: Lanes, m: Any) -> None:
-        w.cta.machine.printed.append(f"{w.cta.describe()} warp {w.warp}: {i.text}")
-
-    return run
-
-
 def param_offset(address: int) -> int:
     return address - PARAM_WINDOW

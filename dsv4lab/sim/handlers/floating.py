@@ -94,8 +94,7 @@ def _finish(f: Form, function: Callable[..., Array]) -> Callable[..., Array]:
 
 def _multiply_add(a: Array, b: Array, c: Array) -> Array:
     if a.dtype == np.float64:
-        # Rounded twice: Python has no float64 fma in this interpreter, and no kernel here relies on it.
-        return a * b + c
+        return numfmt.fma_f64(a, b, c)
     if a.dtype == np.float16:
         return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float16)
     return numfmt.fma_f32(a, b, c)

@@ -11,6 +11,7 @@ from dsv4lab.sim import numfmt
 from dsv4lab.sim.decode import ORDER, TYPE_BYTES, Action, Decoder, Form, Run, family
 from dsv4lab.sim.errors import MemoryFault, UnknownInstruction
 from dsv4lab.sim.handlers.alu import assign, signed
+from dsv4lab.sim.handlers.printing import store_argument
 from dsv4lab.sim.memory import LOCAL_WINDOW, PARAM_WINDOW, RANK_SHIFT, SHARED_WINDOW, WINDOW_BYTES
 from dsv4lab.sim.observe import Order, accesses
 from dsv4lab.sim.program import Address, Instruction, Symbol
@@ -277,7 +278,7 @@ def st(d: Decoder, i: Instruction, f: Form) -> Run:
     space = f.take(*_SPACES)
     t, size = _element(f)
     if space is not None and space.startswith("param"):
-        return lambda w, m: None  # arguments of vprintf, the only function that is simulated
+        return store_argument(d, i, t)
     if t == "b128":
         wide = Access(d, i, i.operands[0], space, 8, 2)
         source = d.source(i.operands[1], t)
@@ -390,7 +391,6 @@ def atomic(d: Decoder, i: Instruction, f: Form) -> Action:
 
     def run(w: Lanes, m: Any) -> None:
         machine = w.cta.machine
-        machine.progress += 1
         lanes = w.active(m)
         addresses = access.addresses(w, m)
         if machine.observers.accesses:
@@ -400,7 +400,9 @@ def atomic(d: Decoder, i: Instruction, f: Form) -> Action:
                 address = addresses[position : position + 1] + np.uint64(part * size)
                 old, put = _cell(w, access, address)
                 new = w.u[sources[part]][lane : lane + 1]
-                put(_combine(name, t, old, new, None if third is None else w.u[third][lane : lane + 1]))
+                value = _combine(name, t, old, new, None if third is None else w.u[third][lane : lane + 1])
+                put(value)
+                machine.progress += int(value[0] != old[0])  # a lock that is polled in vain is no progress
                 if returns and targets[part] is not None:
                     w.u[targets[part]][lane] = old[0]  # type: ignore[index]
 

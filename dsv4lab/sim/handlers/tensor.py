@@ -22,7 +22,7 @@ from dsv4lab.sim.observe import site
 from dsv4lab.sim.program import Instruction
 from dsv4lab.sim.registers import WARP, Lanes
 from dsv4lab.sim.state import Cta
-from dsv4lab.sim.sync import Wait
+from dsv4lab.sim.sync import Meeting, Wait
 from dsv4lab.sim.tmem import fragment
 
 Array = NDArray
@@ -68,19 +68,20 @@ def _order(w: Lanes, m: Any, index: int, kind: str, what: str) -> None:
 
 
 def _alloc(d: Decoder, i: Instruction, f: Form, pair: bool) -> Action:
-    """One warp of a CTA (of each CTA of a pair) allocates columns; it waits while there is no room."""
+    """One warp of a CTA (of each CTA of a pair, together) allocates columns; it waits while there is no room."""
     f.drop("shared::cta", "b32")
     base, offset = d.address(i.operands[0])
     amount = d.source(i.operands[1], "b32")
 
     def run(w: Lanes, m: Any) -> Any:
         cta, columns = w.cta, int(w.u[amount][0])
-        if pair:
-            cta.cluster.pair(cta)
+        waiting = _meet(cta, "tcgen05.alloc") if pair else None
+        if waiting is not None:
+            return waiting
         start = cta.tensor.fit(columns)
         if start is None:
             what = f"waits for {columns} free TMEM columns; allocated are {cta.tensor.owned}"
-            return Wait("tcgen05.alloc", what, lambda: cta.tensor.fit(columns) is not None)
+            return Wait("TMEM room", what, lambda: cta.tensor.fit(columns) is not None)
         cta.tensor.allocate(start, columns)
         owner, place = cta.cluster.resolve(int(w.u[base][0]) + offset)
         owner.shared.store(np.array([place], np.uint64), np.array([start], np.uint32), 4)
@@ -97,14 +98,33 @@ def _dealloc(d: Decoder, i: Instruction, f: Form, pair: bool) -> Action:
     f.drop("b32")
     where, amount = d.source(i.operands[0], "b32"), d.source(i.operands[1], "b32")
 
-    def run(w: Lanes, m: Any) -> None:
+    def run(w: Lanes, m: Any) -> Any:
+        waiting = _meet(w.cta, "tcgen05.dealloc") if pair else None
+        if waiting is not None:
+            return waiting
         start, columns = int(w.u[where][0]) & 0xFFFF, int(w.u[amount][0])
         w.cta.tensor.free(start, columns)
         w.cta.machine.progress += 1
         if w.cta.machine.observers:
             w.cta.machine.observers.warps("tmem_free", w, m, i.index, start, columns)
+        return None
 
     return Action(run, stop=True, members=ALL_LANES, single=True)
+
+
+def _meet(cta: Cta, what: str) -> Wait | None:
+    """An operation that one warp of each CTA of a pair performs together: a Wait for the peer, or None once both have come."""
+    resumed = cta.machine.resumed
+    if resumed is not None and resumed.kind in (what, "TMEM room"):
+        return None
+    first, second = cta.cluster.pair(cta)
+    meeting = cta.cluster.meetings.setdefault((what, first.rank), Meeting())
+    number = meeting.arrive(cta.rank)
+    cta.machine.progress += 1
+    if meeting.met(number):
+        return None
+    peer = second if cta is first else first
+    return Wait(what, f"waits for {peer.describe()} to perform {what} too", lambda: meeting.met(number))
 
 
 def _relinquish(w: Lanes) -> None:

@@ -500,8 +500,8 @@ def _ld(d: Decoder, i: Instruction, f: Form) -> Code | None:
 @family("st")
 def _st(d: Decoder, i: Instruction, f: Form) -> Code | None:
     space, t, count = _element(f)
-    if space == "param":
-        return Code("nothing")
+    if space == "param":  # an argument of a call
+        return None
     base, offset, variant = _access(d, i.operands[0], space)
     sources = [d.source(o, t, wider=True) for o in d.items(i.operands[1])]
     size = TYPE_BYTES[t]
