@@ -1,4 +1,4 @@
-"""The command line: `dsv4lab doctor | run | report | generate | quantize`.
+"""The command line: `dsv4lab doctor | run | report | sim | generate | quantize`.
 
 Heavy imports wait until a command needs them, so that `dsv4lab --help` answers at once. Exit status: 0 done, 1 something
 fell short, 2 the request could not be carried out (one message on stderr; `--debug` shows the traceback), 130 interrupted.
@@ -30,6 +30,7 @@ class CommandError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(argv)
+    options.argv = list(sys.argv[1:] if argv is None else argv)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         status = int(options.command(options))
@@ -84,6 +85,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_output(run)
 
     _add_output(command("report", _report, "write one page and one JSON about the executed notebooks"))
+
+    sim = command("sim", _sim, "run a CuTeDSL script written for a GPU on the CPU, and check its kernels")
+    sim.add_argument("--arch", choices=("sm_90a", "sm_100a"), default="sm_90a", help="what to compile for (default sm_90a)")
+    sim.add_argument("--schedule", default="eager", metavar="S", help="of each launch: eager (default), lazy or random:SEED")
+    sim.add_argument("--explore", type=int, metavar="N", help="run each launch eager, lazy and with N random schedules instead")
+    sim.add_argument("--skip", action="append", default=[], metavar="CHECK", help="leave a check out; the summary names them")
+    sim.add_argument("--multiprocessors", type=int, metavar="N", help="that the script is told of; by default the real GPU's")
+    sim.add_argument("--json", type=Path, metavar="FILE", help="write the summary there too")
+    sim.add_argument("--ptx", type=Path, metavar="DIR", help="write the PTX of every launched kernel there")
+    sim.add_argument("script", type=Path, metavar="SCRIPT", help="a Python file; all that follows are its own arguments")
+    sim.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
 
     generate = command("generate", _generate, "continue a prompt")
     generate.add_argument("prompt", metavar="PROMPT", help="the text to continue, or with --chat to answer")
@@ -149,6 +161,30 @@ def _report(options: argparse.Namespace) -> int:
     print(f"report: {written.page}")
     print(f"data:   {written.data}")
     return OK if written.passed else FELL_SHORT
+
+
+def _sim(options: argparse.Namespace) -> int:
+    from dsv4lab.sim import script
+
+    if not options.script.is_file():
+        raise CommandError(f"SCRIPT must be a file, got {options.script}")
+    checks = script.checks_without(options.skip)
+    script.plan(options.schedule, options.explore)
+    status = script.restart(options.argv)
+    if status is not None:
+        return status
+    outcome = script.run_script(
+        options.script,
+        options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments,
+        arch=options.arch,
+        schedule=options.schedule,
+        explore=options.explore,
+        checks=checks,
+        multiprocessors=options.multiprocessors,
+    )
+    print(outcome)
+    script.write(outcome, summary=options.json, ptx=options.ptx)
+    return OK if outcome.ok else FELL_SHORT
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": BASE | {"ops", "reference"},
     "dsv4lab": BASE | {"model"},
     "lab": BASE | {"dispatch", "ops", "reference", "model", "sim", "viz", "dsv4lab"},
-    "cli": BASE | {"lab", "model", "dsv4lab"},
+    "cli": BASE | {"lab", "model", "sim", "dsv4lab"},
     "viz": set(),
     "sim": set(),
 }

@@ -54,12 +54,14 @@ class Finding:
 class Exploration:
     """What `explore` found. True if nothing is wrong; printable.
 
-    kernels: names of what was launched. schedules: those that were tried, in order. seconds: time of all of them.
+    kernels: names of what was launched. schedules: those that were tried, in order. instructions: warp-instructions of the
+    runs that ended. seconds: time of all of them.
     """
 
     kernels: list[str]
     schedules: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    instructions: int = 0
     seconds: float = 0.0
 
     @property
@@ -141,7 +143,7 @@ def explore(
     else:
         if run.wrong is not None and not any(finding.kind == ScheduleDependence.kind for finding in found.findings):
             found.add(WrongResult(f"{', '.join(found.kernels)}: {run.wrong[1]}"), run.wrong[0])
-    found.seconds = time.perf_counter() - start
+    found.instructions, found.seconds = run.instructions, time.perf_counter() - start
     if raising and found.findings:
         raise found.findings[0].error
     return found
@@ -180,6 +182,7 @@ class _Run:
     ) -> None:
         self.launches, self.memory, self.ignore, self.check = launches, memory, ignore, check
         self.machine = Machine(memory, checks=checks)
+        self.instructions = 0
         self.before: dict[int, NDArray[np.uint8]] = {}
         self.first: tuple[str, dict[int, NDArray[np.uint8]]] | None = None  # the first complete run and its result
         self.wrong: tuple[str, str] | None = None  # the first run whose result is not the expected one, and how it differs
@@ -200,7 +203,7 @@ class _Run:
             allocation.data[...] = self.before[allocation.base]
         self.machine.schedule = schedule
         for launch in self.launches:
-            self.machine.run(launch)
+            self.instructions += self.machine.run(launch).instructions
         if self.wrong is None and (why := self.check()) is not None:
             self.wrong = (str(schedule), why)
         if self.first is None:
