@@ -17,12 +17,14 @@ scales of 64 columns along K for 32 rows, repeated in all four subpartitions, so
 
 from __future__ import annotations
 
+from typing import Any
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
 import cutlass.utils.blackwell_helpers as blackwell
 import cutlass.utils.blockscaled_layout as blockscaled
-from cutlass import Float32, Int16, Int32, Int64
+from cutlass import Float32, Int16, Int32
 from cutlass.cute.nvgpu import cpasync, tcgen05
 
 from dsv4lab.kernels._common.rings import Ring
@@ -59,10 +61,10 @@ class W4A4LinearSm100:
         w_scale: cute.Tensor,
         row_scale: cute.Tensor,
         weight_scale: cute.Tensor,
-        out: cute.Tensor,
+        out: Any,
         num_ctas: Int32,
-        stream,
-    ):
+        stream: Any,
+    ) -> None:
         """x_codes (M, K/2) u8; x_scale (ceil(M/128), ceil(K/64), 512) u8, bytes of E4M3 in atom128x4; w_codes (N, K/2) u8;
         w_scale (ceil(N/128), ceil(K/64), 512) u8; row_scale (M,) f32; weight_scale (1,) f32; out (M, N); num_ctas of the grid.
         """
@@ -88,13 +90,13 @@ class W4A4LinearSm100:
             mma, loads, (x, w, x_scales, w_scales), x_layout, w_layout, store, y, row_scale, weight_scale, (tiles_m, tiles_n)
         ).launch(grid=[num_ctas, 1, 1], block=[WARP * WARPS, 1, 1], stream=stream)
 
-    def _matrix(self, codes):
+    def _matrix(self, codes: Any) -> cute.Tensor:
         """Packed codes (rows, K/2) as the matrix (rows, K) of 4-bit elements that they are."""
         rows, row_bytes = codes.shape
         layout = cute.make_layout((rows, row_bytes * 2), stride=(cute.assume(row_bytes * 2, divby=32), 1))
         return cute.make_tensor(cute.recast_ptr(codes.iterator, dtype=self.codes), layout)
 
-    def _scale_load(self, load, scale, rows):
+    def _scale_load(self, load: Any, scale: Any, rows: int) -> Any:
         """TMA of the scales of `rows` rows by TILE_K columns: a box of whole atom128x4 tiles, 16 bits an element."""
         row_tiles, column_tiles, _ = scale.shape
         strides = (cute.assume(column_tiles * ATOM_HALFWORDS, divby=ATOM_HALFWORDS), ATOM_HALFWORDS, 1)
@@ -102,18 +104,16 @@ class W4A4LinearSm100:
         tensor = cute.make_tensor(cute.recast_ptr(scale.iterator, dtype=Int16), layout)
         return cpasync.make_tiled_tma_atom(load, tensor, self._scale_box(rows), self._scale_tile(rows))
 
-    def _scale_tile(self, rows):
+    def _scale_tile(self, rows: int) -> tuple[int, int, int]:
         return (rows // ATOM_ROWS, SCALE_TILES, ATOM_HALFWORDS)
 
-    def _scale_box(self, rows):
+    def _scale_box(self, rows: int) -> cute.Layout:
         """Shared-memory layout of one stage's scales, in TMA's elements."""
         return cute.make_layout(self._scale_tile(rows), stride=(SCALE_TILES * ATOM_HALFWORDS, ATOM_HALFWORDS, 1))
 
-    def _slab_layout(self):
+    def _slab_layout(self) -> cute.ComposedLayout:
         """A store warp's buffer: 32 rows of 128 bytes, swizzled so that its 32 row-wise writes meet no bank twice."""
-        atom = cute.nvgpu.warpgroup.make_smem_layout_atom(
-            cute.nvgpu.warpgroup.SmemLayoutAtomKind.K_SW128, self.out_type
-        )
+        atom = cute.nvgpu.warpgroup.make_smem_layout_atom(cute.nvgpu.warpgroup.SmemLayoutAtomKind.K_SW128, self.out_type)
         return cute.tile_to_shape(atom, (WARP, self.slab_columns), order=(0, 1))
 
     @cute.kernel
@@ -129,9 +129,8 @@ class W4A4LinearSm100:
         row_scale: cute.Tensor,
         weight_scale: cute.Tensor,
         tiles: tuple,
-    ):
+    ) -> None:
         config, (tile_m, tile_n, _) = self.config, self.tile
-        thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         first, _, _ = cute.arch.block_idx()
         num_ctas, _, _ = cute.arch.grid_dim()
@@ -177,13 +176,13 @@ class W4A4LinearSm100:
             self._multiply(mma, shared, accumulators, stages, sums, (first, num_ctas, num_tiles, steps_per_tile))
         if warp < STORE_WARPS:
             scales = (row_scale, weight_scale[0])
-            self._store(mma, accumulators, scales, slabs, store, y, sums, (first, num_ctas, num_tiles, tiles_m))
+            self._store(accumulators, scales, slabs, store, y, sums, (first, num_ctas, num_tiles, tiles_m))
         cute.arch.barrier()
         if warp == MMA_WARP:
             cute.arch.dealloc_tmem(tmem, TMEM_COLUMNS)
 
     @cute.jit
-    def _load(self, mma, loads, matrices, shared, stages, work):
+    def _load(self, mma: Any, loads: Any, matrices: Any, shared: Any, stages: Any, work: Any) -> None:
         """Every K step of every tile of this CTA: wait until the stage is empty, announce its bytes, start four copies."""
         first, num_ctas, num_tiles, tiles_m, steps_per_tile = work
         load_x, load_w, load_x_scale, load_w_scale = loads
@@ -212,7 +211,7 @@ class W4A4LinearSm100:
                 cute.copy(load_w_scale, from_ws[None, n, k, 0], to_ws[None, stage], tma_bar_ptr=arrived)
                 step += 1
 
-    def _scale_partition(self, load, shared, scales, rows):
+    def _scale_partition(self, load: Any, shared: Any, scales: Any, rows: int) -> Any:
         """A stage's scales as TMA sees them: the same bytes, 16 bits an element, in whole atom128x4 tiles."""
         box = self._scale_box(rows)
         layout = cute.append(box, cute.make_layout(self.config.stages, stride=cute.cosize(box)))
@@ -221,7 +220,7 @@ class W4A4LinearSm100:
         return _partition(load, target, tiles)
 
     @cute.jit
-    def _multiply(self, mma, shared, accumulators, stages, sums, work):
+    def _multiply(self, mma: Any, shared: Any, accumulators: Any, stages: Any, sums: Any, work: Any) -> None:
         """Every K step: scales to TMEM, then the products; a commit hands the stage back, another one the finished sums."""
         first, num_ctas, num_tiles, steps_per_tile = work
         shared_x, shared_w, shared_x_scale, shared_w_scale = shared
@@ -255,11 +254,11 @@ class W4A4LinearSm100:
                 tcgen05.commit(sums.full(done))
             done += 1
 
-    def _scale_tensor(self, mma, make_layout, shared, pointer):
+    def _scale_tensor(self, mma: Any, make_layout: Any, shared: Any, pointer: Any) -> cute.Tensor:
         layout = make_layout(mma, self.tile, SCALE_GROUP, cute.slice_(shared.layout, (None, None, None, 0)))
         return cute.make_tensor(cute.recast_ptr(pointer, dtype=self.scales), layout)
 
-    def _scale_copy(self, shared, target):
+    def _scale_copy(self, shared: Any, target: Any) -> Any:
         """tcgen05.cp of a stage's scales: 32 rows of 16 bytes a tile, repeated in the four subpartitions of TMEM."""
         atom = cute.make_copy_atom(tcgen05.Cp4x32x128bOp(tcgen05.CtaGroup.ONE), self.scales)
         source, target = cute.filter_zeros(shared), cute.filter_zeros(target)
@@ -268,7 +267,7 @@ class W4A4LinearSm100:
         return copy, tcgen05.get_s2t_smem_desc_tensor(copy, part.partition_S(source)), part.partition_D(target)
 
     @cute.jit
-    def _store(self, mma, accumulators, scales, slabs, store, y, sums, work):
+    def _store(self, accumulators: Any, scales: Any, slabs: Any, store: Any, y: Any, sums: Any, work: Any) -> None:
         """32 rows of every finished tile, 128 bytes of each at a time: TMEM, registers, shared memory, TMA."""
         first, num_ctas, num_tiles, tiles_m = work
         row_scale, weight_scale = scales
@@ -315,17 +314,17 @@ class W4A4LinearSm100:
         cute.arch.cp_async_bulk_wait_group(0)
 
 
-def _partition(atom, shared, tiles, modes=3):
+def _partition(atom: Any, shared: Any, tiles: Any, modes: int = 3) -> Any:
     """TMA's view of a staged shared-memory tensor and of the tiles of a global one, for a CTA on its own."""
     return cpasync.tma_partition(
         atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, modes), cute.group_modes(tiles, 0, modes)
     )
 
 
-def _fence_before_thread_sync():
+def _fence_before_thread_sync() -> None:
     """TMEM accesses of this thread so far come before those of whoever it now signals."""
     cute.arch.inline_ptx("tcgen05.fence::before_thread_sync;")
 
 
-def _fence_after_thread_sync():
+def _fence_after_thread_sync() -> None:
     cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
