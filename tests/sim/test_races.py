@@ -63,7 +63,10 @@ RULES = {
         "read by CTA",
     ),
     "two writes": Rule(
-        "@%p2 st.shared.b32 [%r3], %r0; bar.sync 1; @!%p2 st.shared.b32 [%r3+-128], 7;", "bar.sync 1;", DataRace, "write and write that nothing orders"
+        "@%p2 st.shared.b32 [%r3], %r0; bar.sync 1; @!%p2 st.shared.b32 [%r3+-128], 7;",
+        "bar.sync 1;",
+        DataRace,
+        "write and write that nothing orders",
     ),
     "arrival on an mbarrier": Rule(
         f"@%p1 st.shared.b32 [%r3], 5; @%p1 mbarrier.arrive.shared.b64 _, [%r1]; {wait('%r1', 0)} ld.shared.b32 %r12, [%r1+1024];",
@@ -79,7 +82,9 @@ RULES = {
         "nothing orders",
         "arrive.relaxed.cta",
     ),
-    "bulk load, then read": Rule(LOAD + wait("%r1", 0) + "ld.shared.b32 %r12, [%r3];", wait("%r1", 0), DataRace, "the bulk load of CTA"),
+    "bulk load, then read": Rule(
+        LOAD + wait("%r1", 0) + "ld.shared.b32 %r12, [%r3];", wait("%r1", 0), DataRace, "the bulk load of CTA"
+    ),
     "read, then bulk load": Rule(
         "st.shared.b32 [%r3], 0; fence.proxy.async; bar.sync 1; ld.shared.b32 %r12, [%r3]; bar.sync 2;" + LOAD + wait("%r1", 0),
         "bar.sync 2;",
@@ -122,7 +127,8 @@ RULES = {
         "wait_group.read 0",
     ),
     "cp.async, then read": Rule(
-        GLOBAL + "cp.async.ca.shared.global [%r3], [%d5], 4; cp.async.commit_group; cp.async.wait_group 0; ld.shared.b32 %r12, [%r3];",
+        GLOBAL
+        + "cp.async.ca.shared.global [%r3], [%d5], 4; cp.async.commit_group; cp.async.wait_group 0; ld.shared.b32 %r12, [%r3];",
         "cp.async.wait_group 0;",
         DataRace,
         "the cp.async of CTA",
@@ -134,7 +140,9 @@ RULES = {
         "the cp.async of CTA",
     ),
     "cp.async is not of the asynchronous proxy": Rule(
-        GLOBAL + "cp.async.ca.shared.global [%r3], [%d5], 4; cp.async.wait_all; fence.proxy.async; bar.sync 1;" + STORE
+        GLOBAL
+        + "cp.async.ca.shared.global [%r3], [%d5], 4; cp.async.wait_all; fence.proxy.async; bar.sync 1;"
+        + STORE
         + "@%p1 cp.async.bulk.wait_group 0;",
         "fence.proxy.async;",
         MissingFence,
@@ -236,9 +244,12 @@ def test_every_race_is_collected_once() -> None:
     assert all(isinstance(f, DataRace) and f.kind == "race" for f in findings)
 
 
-TMEM = START + """
+TMEM = (
+    START
+    + """
 @!%p2 bra G; tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1+64], 64; G: bar.sync 0; ld.shared.b32 %r9, [%r1+64];
 """
+)
 FREE = "bar.sync 0; @!%p2 bra Q; tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r9, 64; Q: ret;"
 
 
