@@ -69,7 +69,8 @@ RULES = {
         "write and write that nothing orders",
     ),
     "arrival on an mbarrier": Rule(
-        f"@%p1 st.shared.b32 [%r3], 5; @%p1 mbarrier.arrive.shared.b64 _, [%r1]; {wait('%r1', 0)} ld.shared.b32 %r12, [%r1+1024];",
+        f"@%p1 st.shared.b32 [%r3], 5; @%p1 mbarrier.arrive.shared.b64 _, [%r1]; {wait('%r1', 0)} "
+        "ld.shared.b32 %r12, [%r1+1024];",
         wait("%r1", 0),
         DataRace,
         "write by CTA .* warp 0 lane 0",
@@ -169,7 +170,8 @@ RULES = {
     "a flag read without acquire": Rule(
         "mov.u32 %r7, %ctaid.x; setp.eq.u32 %p4, %r7, 0; @!%p4 bra C; @%p1 st.global.b32 [%d2], 9;"
         "@%p1 red.release.gpu.global.add.u32 [%d2+128], 1; bra X;"
-        "C: ld.relaxed.gpu.global.b32 %r9, [%d2+128]; setp.eq.u32 %p5, %r9, 0; @%p5 bra C; fence.acq_rel.gpu; ld.global.b32 %r12, [%d2];",
+        "C: ld.relaxed.gpu.global.b32 %r9, [%d2+128]; setp.eq.u32 %p5, %r9, 0; @%p5 bra C; fence.acq_rel.gpu;"
+        "ld.global.b32 %r12, [%d2];",
         "fence.acq_rel.gpu;",
         DataRace,
         "nothing orders",
@@ -177,7 +179,8 @@ RULES = {
         block=32,
     ),
     "distributed shared memory": Rule(
-        "mov.u32 %r7, %cluster_ctarank; xor.b32 %r8, %r7, 1; mapa.shared::cluster.u32 %r9, %r3, %r8; st.shared::cluster.b32 [%r9], %r0;"
+        "mov.u32 %r7, %cluster_ctarank; xor.b32 %r8, %r7, 1; mapa.shared::cluster.u32 %r9, %r3, %r8;"
+        "st.shared::cluster.b32 [%r9], %r0;"
         "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; ld.shared.b32 %r12, [%r3];"
         "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;",
         "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; ld",
@@ -270,7 +273,7 @@ def test_tensor_memory_between_warps(schedule: str) -> None:
     go(body)
     with pytest.raises(DataRace, match=r"TMEM of CTA .*(tcgen05.wait::st|nothing orders)"):
         go(body.replace("tcgen05.wait::st.sync.aligned;", ""))
-    with pytest.raises(DataRace, match="tcgen05.st has completed|tcgen05.ld has read its source"):
+    with pytest.raises(DataRace, match=r"tcgen05\.st has completed|tcgen05\.ld has read its source"):
         go(body.replace("bar.sync 1;", ""))
-    with pytest.raises(DataRace, match="tcgen05.wait::ld"):
+    with pytest.raises(DataRace, match=r"tcgen05\.wait::ld"):
         go(body.replace("tcgen05.wait::ld.sync.aligned;", ""))
