@@ -9,6 +9,8 @@ What a proxy fence followed is tracked separately: an operation of the asynchron
 bytes that ordinary stores wrote without `fence.proxy.async` in between. Bytes that were only read need no such fence before an
 operation overwrites them, which pipelines rely on.
 
+A `tcgen05.ld` is over once `tcgen05.wait::ld` or an instruction that takes one of its registers was executed.
+
 Not checked: the order of lanes within a warp, and scopes of fences and atomics.
 """
 
@@ -24,6 +26,7 @@ from dsv4lab.sim.knowledge import Known, Message
 from dsv4lab.sim.memory import OFFSET_MASK, RANK_SHIFT, Allocation
 from dsv4lab.sim.observe import Access, Fence, Observer, Operation, Origin, Site, Touch
 from dsv4lab.sim.parties import DONE, Actor, Record, Task
+from dsv4lab.sim.program import Register
 from dsv4lab.sim.shadow import Places, ReaderSets, Shadow, distinct, tmem_shadow
 
 if TYPE_CHECKING:
@@ -45,7 +48,7 @@ class _Barrier:
 class RaceChecker(Observer):
     """Raises DataRace or MissingFence at the first race; with `collect`, goes on and appends each to `findings` once."""
 
-    wants = frozenset({"access", "touch"})
+    wants = frozenset({"access", "touch", "executed"})
 
     def __init__(self, collect: bool = False) -> None:
         self.collect = collect
@@ -286,6 +289,8 @@ class RaceChecker(Observer):
         task = self._start(operation, actor)
         bits = DONE << task.bit
         if kind in actor.transfers:
+            if kind == "tcgen05.ld":
+                actor.loading.append((self._targets(site.pc), bits))
             task.causal = task.causal.complete(actor.transfers["tcgen05.ld"] | actor.transfers["tcgen05.st"])
             actor.transfers[kind] |= bits
         elif kind.startswith("tcgen05"):
@@ -299,6 +304,24 @@ class RaceChecker(Observer):
         elif kind in ("TMA store", "TMA reduce", "bulk store", "bulk reduce"):
             actor.groups["bulk"].add(task.bit, site.lane)
         actor.advance()
+
+    def _targets(self, pc: int) -> frozenset[int]:
+        """Slots of the registers that an instruction's first operand names."""
+        operand = self.machine.launch.kernel.instructions[pc].operands[0]
+        names = {item.name for item in getattr(operand, "items", (operand,)) if isinstance(item, Register)}
+        program = self.machine.compiled
+        return frozenset(slot for slot in program.touches[pc] if program.names.get(slot) in names)
+
+    def executed(self, cta: Cta, warp: int, start: int, end: int) -> None:
+        """An instruction that takes a register which a tcgen05.ld fills waits for it, even without tcgen05.wait::ld."""
+        actor = self._actors[cta, warp]
+        if not actor.loading:
+            return
+        touches = self.machine.compiled.touches
+        touched: set[int] = set().union(*(touches.get(pc, ()) for pc in range(start, end)))
+        for load in [load for load in actor.loading if load[0] & touched]:
+            actor.loading.remove(load)
+            actor.finish(load[1])
 
     def performed(self, operation: Operation) -> None:
         task = self._tasks.pop(operation.serial, None)
@@ -358,6 +381,8 @@ class RaceChecker(Observer):
     def tcgen05_wait(self, site: Site, what: str) -> None:
         actor = self._actors[site.cta, site.warp]
         actor.finish(actor.transfers[f"tcgen05.{what}"])
+        if what == "ld":
+            actor.loading.clear()
 
     # barriers and fences
 
