@@ -5,6 +5,8 @@ Every function takes numpy arrays or whatever numpy converts (torch CPU tensors 
 """
 
 from dsv4lab.viz.attention import plot_attention
+from dsv4lab.viz.bank_conflicts import plot_bank_conflicts
+from dsv4lab.viz.barrier_graph import plot_barrier_graph
 from dsv4lab.viz.cache_pages import plot_cache_pages
 from dsv4lab.viz.code_histogram import plot_code_histogram
 from dsv4lab.viz.cosine_depth import plot_cosine_depth
@@ -12,12 +14,14 @@ from dsv4lab.viz.error_anatomy import plot_error_anatomy
 from dsv4lab.viz.error_histogram import plot_error_histogram
 from dsv4lab.viz.expert_load import plot_expert_load
 from dsv4lab.viz.index_scores import plot_index_scores
+from dsv4lab.viz.memory_occupancy import plot_memory_occupancy
 from dsv4lab.viz.mhc_mixing import plot_mhc_mixing
 from dsv4lab.viz.mhc_weights import plot_mhc_weights
 from dsv4lab.viz.mtp_acceptance import plot_mtp_acceptance
 from dsv4lab.viz.number_grid import plot_number_grid
 from dsv4lab.viz.perplexity import plot_perplexity
 from dsv4lab.viz.predicted import plot_predicted
+from dsv4lab.viz.resources import plot_resources
 from dsv4lab.viz.roofline import plot_roofline
 from dsv4lab.viz.scale_histogram import plot_scale_histogram
 from dsv4lab.viz.scale_layout import plot_scale_layout
@@ -25,12 +29,16 @@ from dsv4lab.viz.shape_tour import plot_shape_tour
 from dsv4lab.viz.sinkhorn import plot_sinkhorn
 from dsv4lab.viz.stream_norms import plot_stream_norms
 from dsv4lab.viz.style import STYLE_PATH, style_context, use_style
+from dsv4lab.viz.traffic import plot_traffic
 from dsv4lab.viz.training_curve import plot_training_curve
+from dsv4lab.viz.warp_timeline import plot_warp_timeline
 from dsv4lab.viz.window_ring import plot_window_ring
 
 __all__ = [
     "STYLE_PATH",
     "plot_attention",
+    "plot_bank_conflicts",
+    "plot_barrier_graph",
     "plot_cache_pages",
     "plot_code_histogram",
     "plot_cosine_depth",
@@ -38,19 +46,23 @@ __all__ = [
     "plot_error_histogram",
     "plot_expert_load",
     "plot_index_scores",
+    "plot_memory_occupancy",
     "plot_mhc_mixing",
     "plot_mhc_weights",
     "plot_mtp_acceptance",
     "plot_number_grid",
     "plot_perplexity",
     "plot_predicted",
+    "plot_resources",
     "plot_roofline",
     "plot_scale_histogram",
     "plot_scale_layout",
     "plot_shape_tour",
     "plot_sinkhorn",
     "plot_stream_norms",
+    "plot_traffic",
     "plot_training_curve",
+    "plot_warp_timeline",
     "plot_window_ring",
     "style_context",
     "use_style",

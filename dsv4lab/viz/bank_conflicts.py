@@ -13,7 +13,7 @@ from dsv4lab.viz._palette import BLUE, BOUND, INK, VERMILION, sequential
 
 
 def plot_bank_conflicts(words: Any, passes: Any, phases: Any, labels: Sequence[str], *, axs: Any = None) -> np.ndarray:
-    """A row for each access instruction: left, the words that each bank serves; right, passes against the least possible.
+    """A row for each access instruction: left, the words a bank serves in a phase; right, passes against the least possible.
 
     words (I, B): words served by each bank. passes, phases (I,): of all executions together; phases is what an access without
     conflicts takes. labels: I names. Returns 2 Axes (map, bars).
@@ -30,14 +30,21 @@ def plot_bank_conflicts(words: Any, passes: Any, phases: Any, labels: Sequence[s
         raise ValueError(f"passes must be >= phases, got {taken[first]:g} < {least[first]:g} for {names[first]}")
     axs = several_axes(axs, 1, 2, (11.0, float(np.clip(1.5 + 0.3 * rows, 2.4, 9.0))), width_ratios=(2.2, 1.0), sharey=True)
     table, bars = axs
-    share = served / served.sum(axis=1, keepdims=True).clip(1) * banks
-    image = table.imshow(np.where(served > 0, share, np.nan), cmap=sequential(), aspect="auto", interpolation="nearest", vmin=0)
-    table.set(xlabel="bank", xticks=range(0, banks, 4))
+    share = served / least[:, None]
+    image = table.imshow(
+        np.where(served > 0, share, np.nan),
+        cmap=sequential(),
+        aspect="auto",
+        interpolation="nearest",
+        vmin=0,
+        vmax=max(2.0, float(share.max())),
+    )
+    table.set(xlabel="bank", ylabel="access", xticks=range(0, banks, 4))
     table.set_yticks(range(rows), names)
     table.tick_params(axis="y", labelsize=8)
     table.hlines(np.arange(1, rows) - 0.5, -0.5, banks - 0.5, color="white", linewidth=1.5)
     table.grid(False)
-    figure_of(table).colorbar(image, ax=table, label="words served, relative to an even spread", pad=0.02)
+    figure_of(table).colorbar(image, ax=table, label="words a phase", pad=0.02)
     degree = taken / least
     place = np.arange(rows)
     bars.barh(place, degree, height=0.6, color=[VERMILION if d > 1.005 else BLUE for d in degree])

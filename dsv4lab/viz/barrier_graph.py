@@ -16,6 +16,7 @@ from dsv4lab.viz._palette import EMPTY, INK, hue
 Edge = tuple[str, str, int]
 _COLUMNS = ((0.0, 31.0), (39.0, 61.0), (69.0, 100.0))  # arriving, barriers, waiting
 _HEIGHT = 0.78
+_CROWD = 24  # rows from which on a box has one line of text
 
 
 def plot_barrier_graph(arrivals: Sequence[Edge], waits: Sequence[Edge], *, ax: Axes | None = None) -> Axes:
@@ -35,14 +36,15 @@ def plot_barrier_graph(arrivals: Sequence[Edge], waits: Sequence[Edge], *, ax: A
     left = _ordered([(who, barriers.index(b)) for who, b, _ in arrivals])
     right = _ordered([(who, barriers.index(b)) for b, who, _ in waits])
     rows = max(len(left), len(barriers), len(right))
-    ax = one_axes(ax, (11.0, float(np.clip(0.8 + 0.56 * rows, 2.4, 14.0))))
+    ax = one_axes(ax, (11.0, float(np.clip(0.8 + (0.3 if rows > _CROWD else 0.56) * rows, 2.4, 16.0))))
     places = [_spread(names, rows) for names in (left, barriers, right)]
     fed, used = {b for _, b, _ in arrivals}, {b for b, _, _ in waits}
     for column, names in enumerate((left, barriers, right)):
         for name in names:
             index = barriers.index(name) if column == 1 else None
             open_ended = column == 1 and (name not in fed or name not in used)
-            _box(ax, _COLUMNS[column], places[column][name], name, EMPTY if index is None else hue(index), open_ended)
+            color = EMPTY if index is None else hue(index)
+            _box(ax, _COLUMNS[column], places[column][name], name, color, open_ended, crowded=rows > _CROWD)
     for who, barrier, times in arrivals:
         start, stop = (_COLUMNS[0][1], places[0][who]), (_COLUMNS[1][0], places[1][barrier])
         _edge(ax, start, stop, times, hue(barriers.index(barrier)), 0.25)
@@ -69,7 +71,7 @@ def _spread(names: Sequence[str], rows: int) -> dict[str, float]:
     return {name: step * (i + 0.5) - 0.5 for i, name in enumerate(names)}
 
 
-def _box(ax: Axes, span: tuple[float, float], y: float, text: str, color: str, dashed: bool) -> None:
+def _box(ax: Axes, span: tuple[float, float], y: float, text: str, color: str, dashed: bool, *, crowded: bool) -> None:
     low, high = span
     ax.add_patch(
         FancyBboxPatch(
@@ -78,9 +80,11 @@ def _box(ax: Axes, span: tuple[float, float], y: float, text: str, color: str, d
             linestyle="--" if dashed else "-", linewidth=1.4 if dashed else 0.6, zorder=3,
         )
     )  # fmt: skip
+    if crowded:
+        text = text.replace("\n", ", ")
     width = int((high - low) * 1.45)
-    shown = "\n".join(fill(line, width, max_lines=2, placeholder=" ...") for line in text.split("\n")[:2])
-    size = 8.2 if shown.count("\n") < 2 else 6.8
+    shown = text if crowded else "\n".join(fill(line, width, max_lines=2, placeholder=" ...") for line in text.split("\n")[:2])
+    size = 7.2 if crowded else 8.2 if shown.count("\n") < 2 else 6.8
     ax.text((low + high) / 2, y, shown, ha="center", va="center", fontsize=size, color=INK, zorder=4, linespacing=1.1)
 
 

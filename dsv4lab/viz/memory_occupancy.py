@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from dsv4lab.viz._arrays import as_array, require_finite, require_positive, require_range
 from dsv4lab.viz._axes import several_axes
-from dsv4lab.viz._palette import BLUE, BOUND, GREEN, INK, ORANGE, VERMILION, hue
+from dsv4lab.viz._palette import BLUE, BOUND, GREEN, ORANGE, VERMILION, hue
 
 _COLORS = {"TMA": ORANGE, "threads": BLUE, "tensor core": VERMILION, "cp.async": GREEN}
 
@@ -69,10 +69,10 @@ def plot_memory_occupancy(
         color = _COLORS.get(name, hue(index))
         x0, x1, y0, y1 = begin[chosen], finish[chosen], bottom[chosen], top[chosen]
         corners = np.stack([x0, y0, x0, y1, x1, y1, x1, y0], axis=1).reshape(-1, 4, 2)
-        pieces.add_collection(PolyCollection(list(corners), facecolor=color, edgecolor="white", linewidth=0.3, alpha=0.85))
+        pieces.add_collection(PolyCollection(list(corners), facecolor=color, linewidth=0))
         never = x1 <= x0
         pieces.vlines(x0[never], y0[never], y1[never], color=color, linewidth=1.2)
-        pieces.vlines(x0[~never], y0[~never], y1[~never], color=INK, linewidth=0.4)
+        pieces.vlines(x0[~never], y0[~never], y1[~never], color="white", linewidth=0.6)
         handles.append(Patch(color=color, label=f"written by {name}"))
     pieces.set(
         xlim=(float(begin.min()), float(finish.max()) + 1e-9), ylim=(extent, 0), xlabel=f"time ({time})",

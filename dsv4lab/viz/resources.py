@@ -33,7 +33,12 @@ def plot_resources(used: Any, limits: Any, labels: Sequence[str], *, ax: Axes | 
     for row, (value, limit) in enumerate(zip(have, most, strict=True)):
         text = f"{value:,.6g} of {limit:,.6g}" if limit else f"{value:,.6g}"
         ax.text(max(1.0, float(share.max())) * 1.015, row, text, va="center", fontsize=8.5, color=INK)
-    ax.set(xlim=(0, 1.3 * max(1.0, float(share.max()))), ylim=(len(have) - 0.4, -0.6), xlabel="share of the limit (no unit)")
+    ax.set(
+        xlim=(0, 1.3 * max(1.0, float(share.max()))),
+        ylim=(len(have) - 0.4, -0.6),
+        xlabel="share of the limit (no unit)",
+        ylabel="resource",
+    )
     ax.set_yticks(place, names)
     ax.tick_params(axis="y", length=0)
     ax.grid(False, axis="y")

@@ -39,7 +39,7 @@ def plot_traffic(
     for row, (total, floor) in enumerate(zip(left, once, strict=True)):
         text = f"{total:.4g} {unit}, {total / floor:.3g}x" if floor else f"{total:.4g} {unit}"
         ax.text(max(total, floor) + 0.015 * reach, row, text, va="center", fontsize=8.5, color=INK)
-    ax.set(xlim=(0, 1.28 * reach), ylim=(len(once) - 0.4, -0.6), xlabel=f"moved ({unit})")
+    ax.set(xlim=(0, 1.28 * reach), ylim=(len(once) - 0.4, -0.6), xlabel=f"moved ({unit})", ylabel="tensor")
     ax.set_yticks(place, names)
     ax.tick_params(axis="y", length=0)
     ax.grid(False, axis="y")

@@ -14,7 +14,7 @@ from dsv4lab.viz._arrays import as_array, require_finite, require_labels, requir
 from dsv4lab.viz._axes import one_axes
 from dsv4lab.viz._palette import BLUE, EMPTY, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, hue
 
-_COLORS = {"math": BLUE, "memory": SKY, "sync": PURPLE, "copy": ORANGE, "mma": VERMILION, "load": ORANGE, "store": GREEN}
+_COLORS = {"math": BLUE, "memory": SKY, "sync": PURPLE, "copy": INK, "mma": VERMILION, "load": ORANGE, "store": GREEN}
 _QUIET = "#D5D5D5"
 
 
@@ -73,7 +73,12 @@ def plot_warp_timeline(
             ax.axhline(index - 0.5, color=INK, linewidth=0.8)
     ax.set_yticks(range(len(rows)), [f"{w}  {r}" if w and (i == 0 or words[i - 1] != w) else r
                                      for i, (w, r) in enumerate(zip(words, rows, strict=True))])  # fmt: skip
-    ax.set(xlim=(min(0.0, float(low.min())), float(high.max()) or 1.0), ylim=(len(rows) - 0.5, -0.5), xlabel=f"time ({unit})")
+    ax.set(
+        xlim=(min(0.0, float(low.min())), float(high.max()) or 1.0),
+        ylim=(len(rows) - 0.5, -0.5),
+        xlabel=f"time ({unit})",
+        ylabel="warp or engine",
+    )
     ax.grid(False, axis="y")
     ax.set_axisbelow(True)
     ax.tick_params(axis="y", length=0)

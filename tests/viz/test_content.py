@@ -217,3 +217,48 @@ def test_scale_layout_joins_the_bytes_in_memory_order() -> None:
     axs = viz.plot_scale_layout({"x": offsets}, num_marked=3)
     line = axs[0].get_lines()[0]
     assert list(zip(line.get_ydata(), line.get_xdata(), strict=True)) == [(0, 1), (1, 0), (1, 1)]
+
+
+def test_a_warp_timeline_draws_each_span_and_adds_up_what_is_busy() -> None:
+    ax = viz.plot_warp_timeline([0, 0, 1], [0, 4, 2], [4, 10, 7], [1, 0, 1], rows=["warp 0", "warp 1"], kinds=["wait", "math"])
+    drawn = {c.get_zorder(): [p.get_extents() for p in c.get_paths()] for c in ax.collections}
+    assert [(b.x0, b.x1) for b in drawn[2]] == [(0, 4), (2, 7)] and [(b.x0, b.x1) for b in drawn[1]] == [(4, 10)]
+    assert drawn[1][0].height < drawn[2][0].height
+    assert [t for t in texts(ax) if t.endswith("%")] == ["40 %", "50 %"]
+
+
+def test_memory_occupancy_adds_up_what_is_held() -> None:
+    axs = viz.plot_memory_occupancy([0, 2], [2, 6], [1, 3], [5, 9], [0, 1], kinds=["TMA", "threads"], extent=8, time="steps")
+    x, y = axs[0].lines[0].get_data()
+    assert list(zip(np.asarray(x), np.asarray(y), strict=True)) == [(1, 2), (3, 6), (5, 4), (9, 0)]
+    assert axs[0].get_title(loc="left") == "most held: 6 of 8 KiB" or axs[0].get_title() == "most held: 6 of 8 KiB"
+    boxes = [p.get_extents() for c in axs[1].collections for p in c.get_paths() if len(p.vertices) > 2]
+    assert {(b.x0, b.x1, b.y0, b.y1) for b in boxes} >= {(1, 5, 0, 2), (3, 9, 2, 6)}
+
+
+def test_bank_conflicts_count_words_a_phase() -> None:
+    words = np.zeros((2, 32), int)
+    words[0, :8], words[1] = 16, 4
+    axs = viz.plot_bank_conflicts(words, [16, 4], [4, 4], ["a", "b"])
+    shown = np.ma.filled(axs[0].images[0].get_array(), np.nan)
+    np.testing.assert_allclose(shown[0, :8], 4.0)
+    assert np.isnan(shown[0, 8:]).all() and (shown[1] == 1).all()
+    assert [p.get_width() for p in axs[1].patches] == [4.0, 1.0] and texts(axs[1]) == ["16 of 4", "4"]
+
+
+def test_traffic_says_how_often_each_byte_moves() -> None:
+    ax = viz.plot_traffic({"TMA": [6.0, 0.0], "threads": [0.0, 3.0]}, [2.0, 3.0], ["a", "c"])
+    assert [t.split(", ")[1] for t in texts(ax)] == ["3x", "1x"]
+
+
+def test_resources_beyond_their_limit_stand_out() -> None:
+    ax = viz.plot_resources([100, 8, 0], [200, 0, 0], ["registers", "spills", "stack"])
+    bars = ax.patches[3:]
+    assert [b.get_width() for b in bars] == [0.5, 1.0, 0.0]
+    assert bars[1].get_facecolor() != bars[0].get_facecolor() and texts(ax) == ["100 of 200", "8", "0"]
+
+
+def test_a_barrier_graph_writes_counts_and_marks_open_ends() -> None:
+    ax = viz.plot_barrier_graph([("load", "full", 8)], [("full", "math", 32), ("empty", "load", 3)])
+    assert {"8", "32", "3"} <= set(texts(ax))
+    assert sum(p.get_linestyle() in ("--", "dashed") for p in ax.patches) == 1  # nobody arrives at "empty"

@@ -91,6 +91,43 @@ def cases() -> dict[str, Case]:
             {"num_marked": 9},
         ),
         "mtp_acceptance": (viz.plot_mtp_acceptance, [np.array([50, 20]), np.array([100, 50])], {"bar": 0.5}),
+        "warp_timeline": (
+            viz.plot_warp_timeline,
+            [np.array([0, 0, 1, 2, 2]), np.array([0.0, 5, 2, 0, 9]), np.array([5.0, 9, 3, 8, 9.5]), np.array([1, 0, 2, 3, 3])],
+            {
+                "rows": ["warp 0", "warp 1", "TMA"],
+                "kinds": ["wait", "math", "mma", "load"],
+                "groups": ["CTA 0"] * 2 + ["CTA 1"],
+            },
+        ),
+        "memory_occupancy": (
+            viz.plot_memory_occupancy,
+            [np.array([0.0, 4, 0]), np.array([4.0, 8, 2]), np.array([1, 3, 30]), np.array([20, 3, 44]), np.array([0, 1, 1])],
+            {"kinds": ["TMA", "threads"], "extent": 12.0},
+        ),
+        "bank_conflicts": (
+            viz.plot_bank_conflicts,
+            [rng.integers(0, 9, (3, 32)), np.array([40, 8, 8]), np.array([8, 8, 8])],
+            {"labels": ["copy.py:86  ld.v4.b32", "copy.py:88  st.v4.b32", "copy.py:90  ld.b32"]},
+        ),
+        "traffic": (
+            viz.plot_traffic,
+            [{"TMA": np.array([96.0, 48, 0]), "threads": np.array([0.0, 0, 64])}, np.array([32.0, 48, 64])],
+            {"labels": ["a, read", "b, read", "c, written"]},
+        ),
+        "resources": (
+            viz.plot_resources,
+            [np.array([168.0, 84, 96000]), np.array([255.0, 0, 232448])],
+            {"labels": ["registers of a thread", "spilled bytes", "shared memory (bytes)"]},
+        ),
+        "barrier_graph": (
+            viz.plot_barrier_graph,
+            [
+                [("warp 0 (load)\ncopy.py:64", "mbarrier +0", 8), ("TMA load\ncopy.py:65", "mbarrier +0", 8)],
+                [("mbarrier +0", "warps 1-4 (math)\ncopy.py:83", 32), ("mbarrier +8", "warp 0 (load)\ncopy.py:62", 1)],
+            ],
+            {},
+        ),
         "shape_tour": (
             viz.plot_shape_tour,
             [trunk],
@@ -101,7 +138,8 @@ def cases() -> dict[str, Case]:
 
 NAMES = sorted(cases())
 # the first argument is no array, or a tiny one with names beside it
-MAPS_ONLY = {"shape_tour", "perplexity", "predicted", "roofline"}
+MAPS_ONLY = {"barrier_graph", "shape_tour", "perplexity", "predicted", "roofline", "traffic"}
+DIAGRAMS = {"barrier_graph", "shape_tour"}  # no scale, no axis
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +179,7 @@ def test_every_public_figure_is_tested_here() -> None:
 def test_returns_labelled_axes_and_closes(name: str) -> None:
     axs, _ = draw(cases()[name])
     assert all(isinstance(ax, Axes) for ax in axs)
-    if name != "shape_tour":  # a diagram: no scale, no axis
+    if name not in DIAGRAMS:
         figure = axs[0].get_figure(root=True)
         assert any(ax.get_xlabel() for ax in axs) and axs[0].get_ylabel()
         assert all(ax.get_xlabel() or ax.get_shared_x_axes().get_siblings(ax)[1:] for ax in axs)
@@ -206,7 +244,7 @@ def test_draws_on_given_axes(name: str) -> None:
     assert plt.get_fignums() == [figure.number]
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"shape_tour", "perplexity"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"barrier_graph", "shape_tour", "perplexity"}))
 def test_torch_tensors_draw_the_same_picture(name: str) -> None:
     torch = pytest.importorskip("torch")
     function, args, kwargs = cases()[name]
@@ -218,7 +256,7 @@ def test_torch_tensors_draw_the_same_picture(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(NAMES) - MAPS_ONLY - {"code_histogram", "cache_pages", "window_ring", "mtp_acceptance"})
+    "name", sorted(set(NAMES) - MAPS_ONLY - {"code_histogram", "cache_pages", "window_ring", "mtp_acceptance", "warp_timeline"})
 )
 def test_bfloat16_and_grad_tensors_are_refused(name: str) -> None:
     torch = pytest.importorskip("torch")
@@ -289,6 +327,19 @@ REFUSED = [
     ("scale_layout", 0, {"a": -np.ones((2, 3), int)}, r"offsets\['a'\] must lie in \[0, inf\], got \[-1, -1\]"),
     ("mtp_acceptance", 0, np.array([50, 51]), r"accepted must be <= drafted, got 51 of 50 at position 2"),
     ("mtp_acceptance", 1, np.array([100]), r"drafted must have shape \(2\), got \(1,\)"),
+    ("warp_timeline", 0, np.array([0, 0, 1, 2, 3]), r"row must lie in \[0, 2\], got \[0, 3\]"),
+    ("warp_timeline", 1, np.array([0.0, 5, 4, 0, 9]), r"end must be >= start, got 3 < 4 in span 2"),
+    ("warp_timeline", 3, np.array([0, 0]), r"kind must have shape \(5\), got \(2,\)"),
+    ("warp_timeline", "groups", ["CTA 0"], r"groups must have 3 entries, got 1"),
+    ("memory_occupancy", 1, np.array([4.0, 8, 13]), r"high must lie in \[0, 12\], got \[4, 13\]"),
+    ("memory_occupancy", 3, np.array([0, 3, 44]), r"end must be >= start and high >= low in every piece"),
+    ("memory_occupancy", "extent", 0.0, r"extent must be > 0 and finite, got 0.0"),
+    ("bank_conflicts", 1, np.array([40, 8, 7]), r"passes must be >= phases, got 7 < 8 for copy.py:90  ld.b32"),
+    ("bank_conflicts", 2, np.array([8, 8]), r"phases must have shape \(3\), got \(2,\)"),
+    ("traffic", 0, {}, r"moved must not be empty, got an empty mapping"),
+    ("traffic", 1, np.array([-1.0, 0, 0]), r"least must lie in \[0, inf\], got \[-1, 0\]"),
+    ("resources", 1, np.array([255.0]), r"limits must have shape \(3\), got \(1,\)"),
+    ("barrier_graph", 0, [("a", "b", 0)], r"arrivals must hold \(from, to, times >= 1\), got \('a', 'b', 0\)"),
     ("shape_tour", 0, [], r"rows must not be empty, got no stage"),
     ("shape_tour", 0, [("a", (1,))], r"rows\[0\] must be \(name, shape, note\), got \('a', \(1,\)\)"),
     ("shape_tour", "branch_from", "nowhere", r"branch_from must be one of .*, got 'nowhere'"),
