@@ -67,12 +67,11 @@ def _scaled_copy(
         for tile in cutlass.range(num_tiles, unroll=1):
             stage, parity = tile % stages, tile // stages % 2
             cute.arch.mbarrier_wait(ready + stage, parity)
-            cute.copy(store, from_stage[None, stage], to_target[None, tile])
-            cute.arch.cp_async_bulk_commit_group()
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
-            with cute.arch.elect_one():
+            with cute.arch.elect_one():  # nothing else makes a warp store once: its lanes may have parted ways
+                cute.copy(store, from_stage[None, stage], to_target[None, tile])
+                cute.arch.cp_async_bulk_commit_group()
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
                 cute.arch.mbarrier_arrive(empty + stage)
-        cute.arch.cp_async_bulk_wait_group(0)
     else:
         # Two neighbouring threads share a row of 128 bytes, four 16-byte accesses each.
         atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element, num_bits_per_copy=128)
