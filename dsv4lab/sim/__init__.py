@@ -6,12 +6,25 @@
     sim.run(host_function, a, b, c)          # compile, intercept the launch, execute the PTX; results are in the tensors
     add = sim.compile(host_function, a, b, c)
     print(sim.describe(add.capture(a, b, c)[0]))  # or only look: grid, parameters, TMA descriptors
+    sim.trace(add, a, b, c).timeline()       # or keep a log of everything, see `dsv4lab.sim.tracing`
 
 Nothing happens at import. `enable` (which the other functions call where needed) sets the environment variables that CuTeDSL
 reads and a few hooks in its Python code; see `dsv4lab.sim.session` for which, and for how functions compiled earlier behave.
 """
 
-from dsv4lab.sim.api import Compiled, Executed, capture, compile, describe, execute, resources, run, simulating, tensor_maps
+from dsv4lab.sim.api import (
+    Compiled,
+    Executed,
+    capture,
+    compile,
+    describe,
+    execute,
+    resources,
+    run,
+    simulating,
+    tensor_maps,
+    trace,
+)
 from dsv4lab.sim.contract import ContractError
 from dsv4lab.sim.cubin import CubinError, Resources
 from dsv4lab.sim.descriptor import TensorMap
@@ -21,8 +34,11 @@ from dsv4lab.sim.machine import Checks, Stats
 from dsv4lab.sim.observe import Observer
 from dsv4lab.sim.program import Kernel, Launch
 from dsv4lab.sim.ptx import ParseError
+from dsv4lab.sim.recorder import Recorder
 from dsv4lab.sim.session import CaptureError, disable, doctor, enable
 from dsv4lab.sim.shim import ShimError
+from dsv4lab.sim.timeline import Timeline, Timing
+from dsv4lab.sim.tracing import Trace
 
 __all__ = [
     "CaptureError",
@@ -37,11 +53,15 @@ __all__ = [
     "Launch",
     "Observer",
     "ParseError",
+    "Recorder",
     "Resources",
     "ShimError",
     "SimulatorError",
     "Stats",
     "TensorMap",
+    "Timeline",
+    "Timing",
+    "Trace",
     "capture",
     "compile",
     "describe",
@@ -54,4 +74,5 @@ __all__ = [
     "run",
     "simulating",
     "tensor_maps",
+    "trace",
 ]

@@ -17,8 +17,10 @@ from dsv4lab.sim.machine import Checks, Machine, Stats
 from dsv4lab.sim.memory import GlobalMemory
 from dsv4lab.sim.observe import Observer
 from dsv4lab.sim.program import Kernel, Launch
+from dsv4lab.sim.recorder import Recorder
 from dsv4lab.sim.schedule import Schedule
 from dsv4lab.sim.session import CaptureError, Session
+from dsv4lab.sim.tracing import Trace
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,28 @@ def run(fn: Any, *args: Any, arch: str | None = None, schedule: str = "eager", s
     checks, observers = more.pop("checks", None), more.pop("observers", ())
     compiled = fn if isinstance(fn, Compiled) else compile(fn, *args, arch=arch, **more)
     return compiled(*args, schedule=schedule, checks=checks, seed=seed, observers=observers)
+
+
+def trace(
+    fn: Any,
+    *args: Any,
+    launch: int = 0,
+    arch: str | None = None,
+    schedule: str = "eager",
+    seed: int = 0,
+    checks: Checks | None = None,
+    options: str = "",
+) -> Trace:
+    """Run a compiled function, or one to compile, and keep a log of everything that its launch does.
+
+    launch: which one, if the host function makes several. Raises CaptureError if it makes fewer, and what `execute` raises.
+    To log launches that fail, or that someone else makes, give a `Recorder` to the `observers` of `run` or `simulating`.
+    """
+    recorder = Recorder()
+    run(fn, *args, arch=arch, schedule=schedule, seed=seed, checks=checks, observers=[recorder], options=options)
+    if not -len(recorder.traces) <= launch < len(recorder.traces):
+        raise CaptureError(f"launch {launch} is to be traced, but the host function made {len(recorder.traces)}")
+    return recorder.traces[launch]
 
 
 def execute(
