@@ -143,14 +143,14 @@ class Core:
         if lanes.cta.in_flight and not action.owner:
             self._check_in_flight(at, at + 1, lanes)
         self.machine.resumed = group.wait if group.wait is not None and group.wait.kind != "converge" else None
+        if self.machine.observers.instructions:
+            self.machine.observers.executed(lanes, at, at + 1)
         try:
             result = action.run(lanes, mask)
         except SimulatorError:
             self.machine.current = Fault(lanes, at, mask)
             raise
         self.machine.stats.instructions += lanes.warps
-        if self.machine.observers.instructions:
-            self.machine.observers.executed(lanes, at, at + 1)
         if self.machine.observers:
             self.machine.observers.stopped(lanes, mask, at, self.machine.resumed, result)
         self.machine.resumed = None

@@ -69,6 +69,18 @@ class HazardError(SimulatorError):
     kind = "hazard"
 
 
+class DataRace(HazardError):
+    """Two accesses to the same bytes, one of them a write, that nothing orders."""
+
+    kind = "race"
+
+
+class MissingFence(HazardError):
+    """Accesses through two proxies that are ordered, but without the proxy fence that makes the first visible to the second."""
+
+    kind = "missing fence"
+
+
 class WrongResult(SimulatorError):
     """The kernel's output is not what the caller expects, whatever the schedule."""
 

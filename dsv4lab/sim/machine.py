@@ -23,6 +23,7 @@ from dsv4lab.sim.native import bytecode, library
 from dsv4lab.sim.native.core import NativeCore
 from dsv4lab.sim.observe import Observers, Operation
 from dsv4lab.sim.program import Kernel, Launch
+from dsv4lab.sim.races import RaceChecker
 from dsv4lab.sim.registers import WARP, Lanes, RegisterFile
 from dsv4lab.sim.schedule import Schedule
 from dsv4lab.sim.startup import capacity, check_launch, start_cta
@@ -47,6 +48,7 @@ class Checks:
     tmem_leaks: bool = True
     tmem_columns: bool = True  # TMEM touched before it was allocated, or after it was freed
     pending_bytes: bool = True  # mbarriers with bytes outstanding at exit
+    races: bool = False  # data races and missing fences (`dsv4lab.sim.races`); several times slower
 
 
 @dataclass
@@ -129,6 +131,8 @@ class Machine:
         self.constants = self._variables(launch.kernel)
         self.waiting_clusters, self.spun = waiting, 0
         self.units, self.clusters, self.queues = [], [], OrderedDict()
+        if self.checks.races:
+            self.observers.append(RaceChecker())
         self.observers.begin(self)
         self.memory.observers = self.observers
         self.core.begin()
@@ -143,6 +147,9 @@ class Machine:
             if error.where is None:
                 error.where = self._where(self.current)
             raise
+        finally:
+            if self.checks.races:
+                self.observers.pop()
         if self.observers:
             self.observers.tell("launch_end", self)
         return self.stats

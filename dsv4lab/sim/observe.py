@@ -248,7 +248,7 @@ class Observers(list[Observer]):
         note: str = "",
         operation: Operation | None = None,
     ) -> Operation:
-        """A record of an asynchronous operation issued by a warp (its lanes `by`), or `operation` with this warp as its issuer."""
+        """A record of an operation that a warp (its lanes `by`) issues, or `operation` with this warp as its issuer."""
         chosen = range(WARP) if by is None else [int(lane) for lane in by]
         where = Site(lanes.cta, lanes.warp + chosen[0] // WARP, index, tuple(lane % WARP for lane in chosen))
         if operation is not None:

@@ -67,6 +67,7 @@ class Session:
         self.tensors = Registry()
         self.arch = ""
         self.multiprocessors = 0
+        self.launches = 0  # made in this process so far
         self.handlers: list[Handler] = []
         self.machine: Any = None  # the api's, kept here because it ends with the session
         self._modules: list[_Module] = []
@@ -147,6 +148,7 @@ class Session:
             raise contract.ContractError(f"{complaint} ({contract.PACKAGE} {contract.installed_version()})")
 
     def _on_launch(self, name: bytes, image: int, config: Any, arguments: Any) -> int:
+        self.launches += 1
         try:
             handler = self.handlers[-1] if self.handlers else fallback
             if handler is None:

@@ -149,16 +149,23 @@ class ClusterBarrier:
 class Meeting:
     """An operation that both CTAs of a pair perform together, any number of times."""
 
+    parts: dict[int, deque[Callable[[], None]]] = field(default_factory=dict)  # CTA rank -> its parts that wait for the peer
     arrived: dict[int, int] = field(default_factory=dict)  # CTA rank -> times that it came
+    held: int = 0  # times that both had come
 
-    def arrive(self, rank: int) -> int:
-        """Returns which time this is for that CTA, from 1."""
+    def arrive(self, rank: int, part: Callable[[], None]) -> int:
+        """Add a CTA's part; both parts are performed once the peer's is there. Returns which time this is for that CTA."""
+        self.parts.setdefault(rank, deque()).append(part)
         self.arrived[rank] = self.arrived.get(rank, 0) + 1
+        if len(self.parts) == 2 and all(self.parts.values()):
+            for waiting in self.parts.values():
+                waiting.popleft()()
+            self.held += 1
         return self.arrived[rank]
 
     def met(self, number: int) -> bool:
         """Whether both CTAs have come that many times."""
-        return len(self.arrived) == 2 and min(self.arrived.values()) >= number
+        return self.held >= number
 
 
 @dataclass

@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import runpy
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
-import run_script
+from dsv4lab.sim import execute, script, session
+from dsv4lab.sim.fake_gpu import fake_gpu
 
 PREFIX = "RESULT "
 
@@ -24,23 +26,22 @@ PREFIX = "RESULT "
 class Forks:
     """The launch handler: forks at the first launch, executes every launch in the children."""
 
-    def __init__(self, schedules: list[str], limit: float) -> None:
+    def __init__(self, schedules: list[str], limit: float, checks: script.Checks) -> None:
         self.schedules = schedules
         self.limit = limit
+        self.checks = checks
         self.schedule: str | None = None  # set in a child
         self.launches = self.instructions = 0
         self.seconds = 0.0
 
     def __call__(self, launch: Any) -> None:
-        from dsv4lab import sim
-
         if self.schedule is None:
             self._fork()
         assert self.schedule is not None
         self.launches += 1
         kind, _, seed = self.schedule.partition(":")
         start = time.perf_counter()
-        done = sim.execute(launch, schedule=kind, seed=int(seed or 0))
+        done = execute(launch, schedule=kind, seed=int(seed or 0), checks=self.checks)
         self.seconds += time.perf_counter() - start
         self.instructions += done.stats.instructions
 
@@ -80,35 +81,23 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arch", default="sm_90a")
     parser.add_argument("--schedules", default="eager", help="comma-separated: eager, lazy, random:SEED")
+    parser.add_argument("--skip", default="", help="comma-separated checks to leave out")
+    parser.add_argument("--multiprocessors", type=int, default=1)
     parser.add_argument("--limit", type=float, default=600, help="seconds that one schedule may take")
-    parser.add_argument("--memory", type=float, default=0, help="GiB of address space; 0: no limit")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    run_script._with_aligned_allocations()
-    if options.memory:
-        resource.setrlimit(resource.RLIMIT_AS, (int(options.memory * 2**30),) * 2)
-    run_script.fake_gpu(options.arch)
+    library = str(script.aligned_allocator())
+    if os.environ.get("LD_PRELOAD") != library:  # start again with an allocator that aligns as cudaMalloc does
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "LD_PRELOAD": library})
 
-    from dsv4lab import sim
-    from dsv4lab.sim.session import current, handling
-
-    sim.enable(options.arch, multiprocessors=1)
-    run_script._replace_benchmarks()
+    simulator = session.enable(options.arch, multiprocessors=options.multiprocessors)
     sys.argv = [options.script, *options.arguments]
-    sys.path.insert(0, str(Path(options.script).parent))
-    forks = Forks(options.schedules.split(","), options.limit)
-    error = None
-    with handling(current(), forks):
-        try:
-            run_script.runpy.run_path(options.script, run_name="__main__")
-        except SystemExit as stop:
-            error = f"SystemExit: {stop.code}" if stop.code not in (None, 0) else None
-        except BaseException as failure:
-            import traceback
-
-            traceback.print_exc()
-            error = f"{type(failure).__name__}: {failure}"
+    sys.path.insert(0, str(Path(options.script).resolve().parent))
+    checks = script.checks_without([name for name in options.skip.split(",") if name])
+    forks = Forks(options.schedules.split(","), options.limit, checks)
+    with fake_gpu(options.arch, multiprocessors=options.multiprocessors), session.handling(simulator, forks):
+        error = _run(options.script)
     if forks.schedule is None:
         report("none", error=error, launches=0)
     else:
@@ -122,6 +111,18 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _run(path: str) -> str | None:
+    """Run the file; what ended it, None where that was its last line."""
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as stop:
+        return f"SystemExit: {stop.code}" if stop.code not in (None, 0) else None
+    except BaseException as failure:
+        traceback.print_exc()
+        return f"{type(failure).__name__}: {failure}"
+    return None
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def _finish(f: Form, function: Callable[..., Array]) -> Callable[..., Array]:
         if ftz and result.dtype == np.float32:
             result = numfmt.flush(result)
         if saturate:
-            result = np.where(np.isnan(result), 0, np.clip(result, 0, 1)).astype(result.dtype)
+            result = np.where(result > 0, np.minimum(result, 1), 0).astype(result.dtype)  # NaN and -0 become +0
         if relu:
             result = np.where(result < 0, result.dtype.type(0), result)
         return result
@@ -198,6 +198,18 @@ def rem(d: Decoder, i: Instruction, f: Form) -> Run:
     return alu.integer_divide(d, i, f)
 
 
+def _signed_zeros(pick: np.ufunc) -> Callable[[Array, Array], Array]:
+    """A minimum or maximum to which +0 is greater than -0; numpy leaves open which of the two it returns."""
+    lower = pick in (np.fmin, np.minimum)
+
+    def operation(x: Array, y: Array) -> Array:
+        out = pick(x, y)
+        zero = (x == 0) & (y == 0)
+        return np.where(zero, -(-x - y) if lower else x + y, out) if zero.any() else out
+
+    return operation
+
+
 @family("min", "max")
 def minmax(d: Decoder, i: Instruction, f: Form) -> Run:
     """Without .NaN a NaN operand loses against a number; three operands are allowed."""
@@ -206,12 +218,14 @@ def minmax(d: Decoder, i: Instruction, f: Form) -> Run:
     keep_nan, absolute = f.has("NaN"), f.has("abs")
     if f.has("xorsign"):
         raise UnknownInstruction(f"{i.opcode}: .xorsign is not simulated")
-    pick = {
-        ("min", False): np.fmin,
-        ("min", True): np.minimum,
-        ("max", False): np.fmax,
-        ("max", True): np.maximum,
-    }[f.family, keep_nan]
+    pick = _signed_zeros(
+        {
+            ("min", False): np.fmin,
+            ("min", True): np.minimum,
+            ("max", False): np.fmax,
+            ("max", True): np.maximum,
+        }[f.family, keep_nan]
+    )
     count = len(i.operands) - 1
 
     def function(*values: Array) -> Array:

@@ -6,7 +6,7 @@ Operations of a CTA (or CTA pair) enter one pipe in the order in which they are 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -75,21 +75,21 @@ def _alloc(d: Decoder, i: Instruction, f: Form, pair: bool) -> Action:
 
     def run(w: Lanes, m: Any) -> Any:
         cta, columns = w.cta, int(w.u[amount][0])
-        waiting = _meet(cta, "tcgen05.alloc") if pair else None
-        if waiting is not None:
-            return waiting
-        start = cta.tensor.fit(columns)
-        if start is None:
+        if cta.tensor.fit(columns) is None:
             what = f"waits for {columns} free TMEM columns; allocated are {cta.tensor.owned}"
             return Wait("TMEM room", what, lambda: cta.tensor.fit(columns) is not None)
-        cta.tensor.allocate(start, columns)
-        owner, place = cta.cluster.resolve(int(w.u[base][0]) + offset)
-        owner.shared.store(np.array([place], np.uint64), np.array([start], np.uint32), 4)
-        cta.machine.progress += 1
-        if cta.machine.observers:
-            cta.machine.observers.warps("tmem_alloc", w, m, i.index, start, columns)
-            tell_bytes(w, 0, i.index, "write", owner.shared.base + place, 4, "shared")
-        return None
+
+        def allocate() -> None:
+            start = cta.tensor.fit(columns)
+            assert start is not None
+            cta.tensor.allocate(start, columns)
+            owner, place = cta.cluster.resolve(int(w.u[base][0]) + offset)
+            owner.shared.store(np.array([place], np.uint64), np.array([start], np.uint32), 4)
+            if cta.machine.observers:
+                cta.machine.observers.warps("tmem_alloc", w, m, i.index, start, columns)
+                tell_bytes(w, 0, i.index, "write", owner.shared.base + place, 4, "shared")
+
+        return _together(cta, "tcgen05.alloc", allocate, pair)
 
     return Action(run, stop=True, members=ALL_LANES, single=True)
 
@@ -99,32 +99,32 @@ def _dealloc(d: Decoder, i: Instruction, f: Form, pair: bool) -> Action:
     where, amount = d.source(i.operands[0], "b32"), d.source(i.operands[1], "b32")
 
     def run(w: Lanes, m: Any) -> Any:
-        waiting = _meet(w.cta, "tcgen05.dealloc") if pair else None
-        if waiting is not None:
-            return waiting
         start, columns = int(w.u[where][0]) & 0xFFFF, int(w.u[amount][0])
-        w.cta.tensor.free(start, columns)
-        w.cta.machine.progress += 1
-        if w.cta.machine.observers:
-            w.cta.machine.observers.warps("tmem_free", w, m, i.index, start, columns)
-        return None
+
+        def free() -> None:
+            w.cta.tensor.free(start, columns)
+            if w.cta.machine.observers:
+                w.cta.machine.observers.warps("tmem_free", w, m, i.index, start, columns)
+
+        return _together(w.cta, "tcgen05.dealloc", free, pair)
 
     return Action(run, stop=True, members=ALL_LANES, single=True)
 
 
-def _meet(cta: Cta, what: str) -> Wait | None:
-    """An operation that one warp of each CTA of a pair performs together: a Wait for the peer, or None once both have come."""
-    resumed = cta.machine.resumed
-    if resumed is not None and resumed.kind in (what, "TMEM room"):
+def _together(cta: Cta, what: str, act: Callable[[], None], pair: bool) -> Wait | None:
+    """Perform one CTA's part of an operation; with a pair, both parts once a warp of each CTA has come, the first one waits."""
+    cta.machine.progress += 1
+    if not pair:
+        act()
         return None
     first, second = cta.cluster.pair(cta)
     meeting = cta.cluster.meetings.setdefault((what, first.rank), Meeting())
-    number = meeting.arrive(cta.rank)
-    cta.machine.progress += 1
+    number = meeting.arrive(cta.rank, act)
     if meeting.met(number):
         return None
     peer = second if cta is first else first
-    return Wait(what, f"waits for {peer.describe()} to perform {what} too", lambda: meeting.met(number))
+    what_for = f"waits for {peer.describe()} to perform {what} too"
+    return Wait(what, what_for, lambda: meeting.met(number), repeat=False)
 
 
 def _relinquish(w: Lanes) -> None:

@@ -381,7 +381,7 @@ def _from_integer(d: Decoder, i: Instruction, f: Form, t: str, source: str, targ
         if not _same(d, t, target):
             return None
     if TYPE_BYTES[source] == 1:
-        if d.width(a) not in (2, 4) or TYPE_BYTES[t] == 1 or (t not in _INTEGERS and t != "f32"):
+        if d.width(a) not in (2, 4) or not _same(d, t, target) or (t not in _INTEGERS and t != "f32"):
             return None
         return Code(f"byte.{source}.{8 * d.width(a)}.{'f32' if t == 'f32' else 8 * d.width(target)}", target, a)
     if not _same(d, source, a):

@@ -1,0 +1,123 @@
+"""Words for races: which two accesses, of which bytes, and what would have ordered them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dsv4lab.sim.errors import DataRace, HazardError, MissingFence
+from dsv4lab.sim.memory import Allocation
+from dsv4lab.sim.observe import Operation, Site
+from dsv4lab.sim.report import instruction
+from dsv4lab.sim.tmem import COLUMNS
+
+if TYPE_CHECKING:
+    from dsv4lab.sim.machine import Machine
+    from dsv4lab.sim.parties import Record
+    from dsv4lab.sim.state import Cta
+    from dsv4lab.sim.sync import MBarrier
+
+# What makes the end of an operation known to others.
+_ENDS = {
+    "TMA load": "a wait on the mbarrier that it completes bytes on",
+    "bulk load": "a wait on the mbarrier that it completes bytes on",
+    "st.async": "a wait on the mbarrier that it completes bytes on",
+    "clusterlaunchcontrol": "a wait on the mbarrier that it completes bytes on",
+    "TMA store": "cp.async.bulk.wait_group by the thread that issued it",
+    "TMA reduce": "cp.async.bulk.wait_group by the thread that issued it",
+    "bulk store": "cp.async.bulk.wait_group by the thread that issued it",
+    "bulk reduce": "cp.async.bulk.wait_group by the thread that issued it",
+    "cp.async": "cp.async.wait_group, or a wait on an mbarrier with cp.async.mbarrier.arrive, after it",
+    "wgmma": "wgmma.wait_group",
+    "tcgen05.mma": "a tcgen05.commit after it and a wait on that mbarrier",
+    "tcgen05.cp": "a tcgen05.commit after it and a wait on that mbarrier",
+    "tcgen05.shift": "a tcgen05.commit after it and a wait on that mbarrier",
+    "tcgen05.ld": "tcgen05.wait::ld by the warp that issued it",
+    "tcgen05.st": "tcgen05.wait::st by the warp that issued it",
+}
+
+
+def place(where: Any, offset: int) -> str:
+    """A cell of shared memory, TMEM or a tensor in words."""
+    if isinstance(where, Allocation):
+        return where.describe(offset)
+    if isinstance(where, tuple):
+        lane, column = divmod(offset, COLUMNS)
+        return f"TMEM of {where[1].describe()}, lane {lane}, column {column}"
+    return str(where.shared.describe(offset))
+
+
+def _who(site: Site, operation: Operation | None) -> str:
+    lane = f" lane {site.lane}" if len(site.lanes) == 1 else ""
+    who = f"{site.cta.describe()} warp {site.warp}{lane}"
+    return who if operation is None else f"the {operation.kind}{f' {operation.note}' if operation.note else ''} of {who}"
+
+
+def _line(machine: Machine, label: str, kind: str, site: Site, operation: Operation | None) -> str:
+    return f"  {label}: {kind} by {_who(site, operation)}\n    at {instruction(machine, site.pc)}"
+
+
+def _missing(first: Record, second: Site, operation: Operation | None) -> str:
+    follower = "the issuer of the second" if operation is not None else f"warp {second.warp} of {second.cta.describe()}"
+    if first.operation is None:
+        return f"nothing that {follower} waited for comes after the first access"
+    end = _ENDS.get(first.operation.kind, "its completion")
+    over = "read its source" if first.kind == "read" else "completed"
+    return (
+        f"{follower} does not know that the {first.operation.kind} has {over}: that takes {end} "
+        "(and a barrier from there, if that is another warp)"
+    )
+
+
+def race(
+    machine: Machine, first: Record, second: Site, operation: Operation | None, kind: str, where: Any, offset: int
+) -> DataRace:
+    lines = [
+        f"data race on {place(where, offset)}: {first.kind} and {kind} that nothing orders",
+        _line(machine, "one", first.kind, first.site, first.operation),
+        _line(machine, "other", kind, second, operation),
+        f"  missing: {_missing(first, second, operation)}",
+    ]
+    return DataRace("\n".join(lines))
+
+
+def missing_fence(
+    machine: Machine, first: Record, second: Site, operation: Operation | None, kind: str, where: Any, offset: int
+) -> MissingFence:
+    lines = [
+        f"missing proxy fence on {place(where, offset)}: written by an ordinary store, then touched by the asynchronous proxy",
+        _line(machine, "one", first.kind, first.site, first.operation),
+        _line(machine, "other", kind, second, operation),
+        "  missing: fence.proxy.async between the two; barriers order them, but not across proxies",
+    ]
+    return MissingFence("\n".join(lines))
+
+
+def missing_tensormap_fence(
+    machine: Machine, first: Record, second: Site, operation: Operation | None, kind: str, where: Any, offset: int
+) -> MissingFence:
+    lines = [
+        f"missing tensormap fence on {place(where, offset)}: a TMA descriptor was changed, then used",
+        _line(machine, "one", first.kind, first.site, first.operation),
+        _line(machine, "other", "descriptor read", second, operation),
+        "  missing: fence.proxy.tensormap::generic.acquire by the warp that uses the descriptor",
+    ]
+    return MissingFence("\n".join(lines))
+
+
+def uninitialised_barrier(
+    machine: Machine, first: Record, second: Site, operation: Operation | None, barrier: MBarrier
+) -> DataRace:
+    lines = [
+        f"data race on {barrier}: nothing orders its initialisation before its use",
+        _line(machine, "one", "mbarrier.init", first.site, first.operation),
+        _line(machine, "other", "use", second, operation),
+        f"  missing: {_missing(first, second, operation)}",
+    ]
+    return DataRace("\n".join(lines))
+
+
+def exited(machine: Machine, site: Site, cta: Cta) -> HazardError:
+    return HazardError(
+        f"shared memory of {cta.describe()} accessed by {_who(site, None)} after all threads of that CTA exited\n"
+        f"    at {instruction(machine, site.pc)}"
+    )

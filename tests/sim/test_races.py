@@ -1,0 +1,279 @@
+"""Races and missing fences on hand-written PTX: each rule with a kernel that keeps it and one that breaks it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from dsv4lab.sim.assembly import kernel, launch_of, memory_of
+from dsv4lab.sim.errors import DataRace, HazardError, MissingFence
+from dsv4lab.sim.machine import Checks, Machine
+from dsv4lab.sim.races import RaceChecker
+
+SCHEDULES = ["eager", "lazy", "random:1", "random:2"]
+
+# %r0 thread, %r6 warp, %r1 shared memory, %d1 and %d2 the parameters, %p1 thread 0, %p2 warp 0, %p3 thread 32.
+# mbarriers of one arrival at +0, +8 and +16; %r3 is the thread's word of the buffer at +1024.
+START = """
+ld.param.b64 %d1, [p0]; ld.param.b64 %d2, [p1]; mov.u32 %r0, %tid.x; mov.b32 %r1, smem; shr.u32 %r6, %r0, 5;
+setp.eq.u32 %p1, %r0, 0; setp.eq.u32 %p2, %r6, 0; setp.eq.u32 %p3, %r0, 32;
+shl.b32 %r2, %r0, 2; add.s32 %r3, %r1, %r2; add.s32 %r3, %r3, 1024; cvt.u64.u32 %d3, %r2; add.s64 %d4, %d2, %d3;
+@%p1 mbarrier.init.shared.b64 [%r1], 1; @%p1 mbarrier.init.shared.b64 [%r1+8], 1; @%p1 mbarrier.init.shared.b64 [%r1+16], 1;
+@%p1 fence.mbarrier_init.release.cluster;
+bar.sync 0;
+"""
+WAIT = "W{n}: mbarrier.try_wait.parity.shared.b64 %p9, [{bar}], {parity}; @%p9 bra D{n}; bra W{n}; D{n}:"
+EXIT = "X: ret;"
+NEIGHBOUR = "xor.b32 %r10, %r2, 128; add.s32 %r11, %r1, %r10; ld.shared.b32 %r12, [%r11+1024];"  # the other warp's word
+LOAD = """
+@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 256;
+@%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1+1024], [%d1], 256, [%r1];
+"""
+STORE = "@%p1 cp.async.bulk.global.shared::cta.bulk_group [%d2], [%r1+1024], 256; @%p1 cp.async.bulk.commit_group;"
+GLOBAL = "add.s64 %d5, %d1, %d3;"
+
+
+def wait(bar: str, parity: int, n: int = 0) -> str:
+    return WAIT.format(n=n, bar=bar, parity=parity)
+
+
+class Rule(NamedTuple):
+    """body: after START; without `needed` (replaced by `instead`) it breaks the rule."""
+
+    body: str
+    needed: str
+    error: type[HazardError]
+    words: str
+    instead: str = ""
+    grid: int = 1
+    cluster: int = 1
+    block: int = 64
+
+
+RULES = {
+    "shared memory between warps": Rule(
+        "st.shared.b32 [%r3], %r0; bar.sync 1;" + NEIGHBOUR, "bar.sync 1;", DataRace, "write by CTA"
+    ),
+    "shared memory read, then overwritten": Rule(
+        "st.shared.b32 [%r3], %r0; bar.sync 1;" + NEIGHBOUR + "bar.sync 2; st.shared.b32 [%r3], 1;",
+        "bar.sync 2;",
+        DataRace,
+        "read by CTA",
+    ),
+    "two writes": Rule(
+        "@%p2 st.shared.b32 [%r3], %r0; bar.sync 1; @!%p2 st.shared.b32 [%r3+-128], 7;",
+        "bar.sync 1;",
+        DataRace,
+        "write and write that nothing orders",
+    ),
+    "arrival on an mbarrier": Rule(
+        f"@%p1 st.shared.b32 [%r3], 5; @%p1 mbarrier.arrive.shared.b64 _, [%r1]; {wait('%r1', 0)} "
+        "ld.shared.b32 %r12, [%r1+1024];",
+        wait("%r1", 0),
+        DataRace,
+        "write by CTA .* warp 0 lane 0",
+    ),
+    "a relaxed arrival carries nothing": Rule(
+        f"@%p1 st.shared.b32 [%r3], 5; @%p1 mbarrier.arrive.release.cta.shared.b64 _, [%r1]; {wait('%r1', 0)} "
+        "ld.shared.b32 %r12, [%r1+1024];",
+        "arrive.release.cta",
+        DataRace,
+        "nothing orders",
+        "arrive.relaxed.cta",
+    ),
+    "bulk load, then read": Rule(
+        LOAD + wait("%r1", 0) + "ld.shared.b32 %r12, [%r3];", wait("%r1", 0), DataRace, "the bulk load of CTA"
+    ),
+    "read, then bulk load": Rule(
+        "st.shared.b32 [%r3], 0; fence.proxy.async; bar.sync 1; ld.shared.b32 %r12, [%r3]; bar.sync 2;" + LOAD + wait("%r1", 0),
+        "bar.sync 2;",
+        DataRace,
+        "bulk load",
+    ),
+    "store, then bulk store": Rule(
+        "st.shared.b32 [%r3], %r0; fence.proxy.async; bar.sync 1;" + STORE + "@%p1 cp.async.bulk.wait_group 0;",
+        "fence.proxy.async;",
+        MissingFence,
+        "fence.proxy.async between",
+    ),
+    "the fence may stand on the other side": Rule(
+        "st.shared.b32 [%r3], %r0; bar.sync 1; fence.proxy.async.shared::cta;" + STORE + "@%p1 cp.async.bulk.wait_group 0;",
+        "fence.proxy.async.shared::cta;",
+        MissingFence,
+        "written by an ordinary store",
+    ),
+    "bulk store, then overwrite": Rule(
+        "st.shared.b32 [%r3], %r0; fence.proxy.async; bar.sync 1;" + STORE + "@%p1 cp.async.bulk.wait_group.read 0; bar.sync 2;"
+        "st.shared.b32 [%r3], 1;",
+        "@%p1 cp.async.bulk.wait_group.read 0;",
+        DataRace,
+        "the bulk store of CTA",
+    ),
+    "a group too many left open": Rule(
+        "st.shared.b32 [%r3], %r0; fence.proxy.async; bar.sync 1;" + STORE + "@%p1 cp.async.bulk.wait_group.read 0; bar.sync 2;"
+        "st.shared.b32 [%r3], 1;",
+        "wait_group.read 0",
+        DataRace,
+        "the bulk store of CTA",
+        "wait_group.read 1",
+    ),
+    "bulk store, then read of the target": Rule(
+        "st.shared.b32 [%r3], %r0; fence.proxy.async; bar.sync 1;" + STORE + "@%p1 cp.async.bulk.wait_group 0; bar.sync 2;"
+        "ld.global.b32 %r12, [%d4];",
+        "wait_group 0",
+        DataRace,
+        "bulk store has completed",
+        "wait_group.read 0",
+    ),
+    "cp.async, then read": Rule(
+        GLOBAL
+        + "cp.async.ca.shared.global [%r3], [%d5], 4; cp.async.commit_group; cp.async.wait_group 0; ld.shared.b32 %r12, [%r3];",
+        "cp.async.wait_group 0;",
+        DataRace,
+        "the cp.async of CTA",
+    ),
+    "cp.async, then read by another warp": Rule(
+        GLOBAL + "cp.async.ca.shared.global [%r3], [%d5], 4; cp.async.wait_all; bar.sync 1;" + NEIGHBOUR,
+        "bar.sync 1;",
+        DataRace,
+        "the cp.async of CTA",
+    ),
+    "cp.async is not of the asynchronous proxy": Rule(
+        GLOBAL
+        + "cp.async.ca.shared.global [%r3], [%d5], 4; cp.async.wait_all; fence.proxy.async; bar.sync 1;"
+        + STORE
+        + "@%p1 cp.async.bulk.wait_group 0;",
+        "fence.proxy.async;",
+        MissingFence,
+        "fence.proxy.async",
+    ),
+    "global memory between CTAs": Rule(
+        "mov.u32 %r7, %ctaid.x; shl.b32 %r8, %r7, 8; cvt.u64.u32 %d6, %r8; add.s64 %d7, %d4, %d6; st.global.b32 [%d7], %r0;",
+        "shl.b32 %r8, %r7, 8;",
+        DataRace,
+        r"out\[32\] of shape",
+        "shl.b32 %r8, %r7, 7;",
+        grid=2,
+    ),
+    "a flag between CTAs": Rule(
+        "mov.u32 %r7, %ctaid.x; setp.eq.u32 %p4, %r7, 0; @!%p4 bra C; @%p1 st.global.b32 [%d2], 9; @%p1 membar.gl;"
+        "@%p1 red.global.add.u32 [%d2+128], 1; bra X;"
+        "C: ld.acquire.gpu.global.b32 %r9, [%d2+128]; setp.eq.u32 %p5, %r9, 0; @%p5 bra C; ld.global.b32 %r12, [%d2];",
+        "@%p1 membar.gl;",
+        DataRace,
+        "nothing orders",
+        grid=2,
+        block=32,
+    ),
+    "a flag read without acquire": Rule(
+        "mov.u32 %r7, %ctaid.x; setp.eq.u32 %p4, %r7, 0; @!%p4 bra C; @%p1 st.global.b32 [%d2], 9;"
+        "@%p1 red.release.gpu.global.add.u32 [%d2+128], 1; bra X;"
+        "C: ld.relaxed.gpu.global.b32 %r9, [%d2+128]; setp.eq.u32 %p5, %r9, 0; @%p5 bra C; fence.acq_rel.gpu;"
+        "ld.global.b32 %r12, [%d2];",
+        "fence.acq_rel.gpu;",
+        DataRace,
+        "nothing orders",
+        grid=2,
+        block=32,
+    ),
+    "distributed shared memory": Rule(
+        "mov.u32 %r7, %cluster_ctarank; xor.b32 %r8, %r7, 1; mapa.shared::cluster.u32 %r9, %r3, %r8;"
+        "st.shared::cluster.b32 [%r9], %r0;"
+        "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; ld.shared.b32 %r12, [%r3];"
+        "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;",
+        "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; ld",
+        DataRace,
+        "nothing orders|read of never-written",
+        "ld",
+        grid=2,
+        cluster=2,
+    ),
+    "an mbarrier used before its initialisation is known": Rule(
+        "@%p1 mbarrier.init.shared.b64 [%r1+32], 1; @%p1 mbarrier.arrive.release.cta.shared.b64 _, [%r1];"
+        f"{wait('%r1', 0)} @%p3 mbarrier.arrive.shared.b64 _, [%r1+32];",
+        "arrive.release",
+        DataRace,
+        "nothing orders its initialisation",
+        "arrive.relaxed",
+    ),
+}
+
+
+def execute(body: str, rule: Rule, schedule: str, collect: bool = False) -> list:
+    source, out = np.arange(64, dtype=np.uint32), np.zeros(128, np.uint32)
+    made = kernel(START + body + EXIT, 2)
+    launch = launch_of(made, source, out, block=rule.block, grid=rule.grid, cluster=rule.cluster)
+    machine = Machine(memory_of(source=source, out=out), schedule, Checks(races=not collect, uninitialized=False))
+    checker = RaceChecker(collect=True)
+    if collect:
+        machine.observers.append(checker)
+    machine.run(launch)
+    return checker.findings
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_kept_is_silent(name: str, schedule: str) -> None:
+    execute(RULES[name].body, RULES[name], schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_broken_is_reported_whatever_the_schedule(name: str, schedule: str) -> None:
+    rule = RULES[name]
+    assert rule.needed in rule.body
+    with pytest.raises(rule.error, match=rule.words) as caught:
+        execute(rule.body.replace(rule.needed, rule.instead, 1), rule, schedule)
+    assert "one: " in str(caught.value) and "other: " in str(caught.value) and "missing: " in str(caught.value)
+
+
+def test_neighbouring_bytes_are_not_one() -> None:
+    """Warps that write the two halves of the same words, as transposed 16-bit stores do."""
+    rule = RULES["shared memory between warps"]
+    body = """mov.b16 %h1, 3; and.b32 %r4, %r0, 31; shl.b32 %r4, %r4, 2; add.s32 %r4, %r4, %r1; shl.b32 %r5, %r6, 1;
+    add.s32 %r4, %r4, %r5; st.shared.b16 [%r4+1024], %h1;"""
+    execute(body, rule, "eager")
+    with pytest.raises(DataRace, match="1024"):
+        execute(body.replace("st.shared.b16 [%r4+1024], %h1", "st.shared.b32 [%r1+1024], %r0"), rule, "eager")
+
+
+def test_every_race_is_collected_once() -> None:
+    rule = RULES["shared memory between warps"]
+    body = "st.shared.b32 [%r3], %r0;" + NEIGHBOUR + "st.shared.b32 [%r3], %r0;" + NEIGHBOUR
+    findings = execute(body, rule, "eager", collect=True)
+    assert len(findings) >= 2 and len({str(f) for f in findings}) == len(findings)
+    assert all(isinstance(f, DataRace) and f.kind == "race" for f in findings)
+
+
+TMEM = (
+    START
+    + """
+@!%p2 bra G; tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1+64], 64; G: bar.sync 0; ld.shared.b32 %r9, [%r1+64];
+"""
+)
+FREE = "bar.sync 0; @!%p2 bra Q; tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r9, 64; Q: ret;"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_tensor_memory_between_warps(schedule: str) -> None:
+    """Warps 0 and 4 share a quarter of TMEM: one stores, the other loads."""
+    body = """setp.eq.u32 %p5, %r6, 4; @!%p2 bra S; tcgen05.st.sync.aligned.32x32b.x1.b32 [%r9], {%r0};
+    tcgen05.wait::st.sync.aligned; S: bar.sync 1; @!%p5 bra L; tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r20}, [%r9];
+    tcgen05.wait::ld.sync.aligned; L:"""
+
+    def go(text: str, end: str = FREE) -> None:
+        source, out = np.zeros(64, np.uint32), np.zeros(128, np.uint32)
+        made = kernel(TMEM + text + end, 2)
+        Machine(memory_of(source=source, out=out), schedule, Checks(races=True, uninitialized=False)).run(
+            launch_of(made, source, out, block=160)
+        )
+
+    go(body)
+    with pytest.raises(DataRace, match=r"TMEM of CTA .*(tcgen05.wait::st|nothing orders)"):
+        go(body.replace("tcgen05.wait::st.sync.aligned;", ""))
+    with pytest.raises(DataRace, match=r"tcgen05\.st has completed|tcgen05\.ld has read its source"):
+        go(body.replace("bar.sync 1;", ""))
+    with pytest.raises(DataRace, match=r"tcgen05\.wait::ld"):
+        go(body.replace("tcgen05.wait::ld.sync.aligned;", ""))
