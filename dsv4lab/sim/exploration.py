@@ -117,7 +117,7 @@ def explore(
     kernel: a host function (compiled for the enabled architecture), what `sim.compile` returned, or captured launches, which
         run one after another. tensors: the host function's arguments; none for launches.
     seeds: how many random schedules besides eager and lazy, or which.
-    checks: what is watched, by default everything.
+    checks: what is watched, by default everything, races and missing fences too.
     expect: the right result. Either tensors or arrays by name of the argument (of the allocation, for launches), compared with
         |got - expected| <= atol + rtol |expected|; or a function that is called after each run and returns what is wrong, if
         anything. Without it only differences between schedules show.
@@ -181,7 +181,7 @@ class _Run:
         check: Callable[[], str | None],
     ) -> None:
         self.launches, self.memory, self.ignore, self.check = launches, memory, ignore, check
-        self.machine = Machine(memory, checks=checks)
+        self.machine = Machine(memory, checks=checks or Checks(races=True))
         self.instructions = 0
         self.before: dict[int, NDArray[np.uint8]] = {}
         self.first: tuple[str, dict[int, NDArray[np.uint8]]] | None = None  # the first complete run and its result

@@ -5,10 +5,10 @@ import pytest
 
 from dsv4lab.sim.assembly import kernel, launch_of, memory_of, run
 from dsv4lab.sim.descriptor import TensorMap
-from dsv4lab.sim.errors import BarrierMisuse, Deadlock, MemoryFault, ResourceError, ScheduleDependence
+from dsv4lab.sim.errors import BarrierMisuse, DataRace, Deadlock, MemoryFault, ResourceError, ScheduleDependence
 from dsv4lab.sim.exploration import explore
 from dsv4lab.sim.layouts import swizzle
-from dsv4lab.sim.machine import Machine
+from dsv4lab.sim.machine import Checks, Machine
 
 RNG = np.random.default_rng(4)
 SCHEDULES = ["eager", "lazy", "random"]
@@ -48,13 +48,15 @@ def test_bulk_copy_and_its_barrier(schedule):
 def test_a_missing_wait_is_found_by_exploring():
     source, out = RNG.integers(0, 1 << 32, 64).astype(np.uint32), np.zeros(64, np.uint32)
     # Written first, so that an early read is stale rather than uninitialised.
-    fill = "shl.b32 %r2, %r0, 2; add.s32 %r3, %r1, %r2; st.shared.b32 [%r3+128], 5; bar.sync 0;"
+    fill = "shl.b32 %r2, %r0, 2; add.s32 %r3, %r1, %r2; st.shared.b32 [%r3+128], 5; fence.proxy.async; bar.sync 0;"
     arrays = {"source": source, "out": out}
     good = kernel(START + fill + BULK + wait("%r1", 0) + FINISH, 2)
     found = explore(launch_of(good, source, out, block=64), memory=memory_of(**arrays), seeds=3)
     assert found and found.schedules == ["eager", "lazy", "random:0", "random:1", "random:2"]
     bad = kernel(START + fill + BULK + FINISH, 2)
     with pytest.raises(ScheduleDependence, match=r"out\[0\] .*differs between eager and lazy"):
+        explore(launch_of(bad, source, out, block=64), memory=memory_of(**arrays), seeds=1, checks=Checks())
+    with pytest.raises(DataRace, match="a wait on the mbarrier"):
         explore(launch_of(bad, source, out, block=64), memory=memory_of(**arrays), seeds=1)
 
 
