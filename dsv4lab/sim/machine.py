@@ -21,7 +21,7 @@ from dsv4lab.sim.errors import BarrierMisuse, Deadlock, ResourceError, Simulator
 from dsv4lab.sim.memory import PARAM_WINDOW, GlobalMemory, Region
 from dsv4lab.sim.native import bytecode, library
 from dsv4lab.sim.native.core import NativeCore
-from dsv4lab.sim.observe import Observers, Operation
+from dsv4lab.sim.observe import Observer, Observers, Operation
 from dsv4lab.sim.program import Kernel, Launch
 from dsv4lab.sim.races import RaceChecker
 from dsv4lab.sim.registers import WARP, Lanes, RegisterFile
@@ -30,6 +30,7 @@ from dsv4lab.sim.startup import capacity, check_launch, start_cta
 from dsv4lab.sim.state import Cluster, Cta
 from dsv4lab.sim.sync import Wait
 from dsv4lab.sim.units import Fault, Group, Unit
+from dsv4lab.sim.wgmma_fences import WgmmaFences
 
 Array = NDArray
 _PATIENCE = 64  # times that try_wait may give up all over the machine before nothing happening is a deadlock
@@ -131,8 +132,8 @@ class Machine:
         self.constants = self._variables(launch.kernel)
         self.waiting_clusters, self.spun = waiting, 0
         self.units, self.clusters, self.queues = [], [], OrderedDict()
-        if self.checks.races:
-            self.observers.append(RaceChecker())
+        checkers: list[Observer] = [RaceChecker(), WgmmaFences()] if self.checks.races else []
+        self.observers.extend(checkers)
         self.observers.begin(self)
         self.memory.observers = self.observers
         self.core.begin()
@@ -148,8 +149,7 @@ class Machine:
                 error.where = self._where(self.current)
             raise
         finally:
-            if self.checks.races:
-                self.observers.pop()
+            del self.observers[len(self.observers) - len(checkers) :]
         if self.observers:
             self.observers.tell("launch_end", self)
         return self.stats

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
+from dsv4lab import sim
+from dsv4lab.sim import ptx
 from dsv4lab.sim.assembly import kernel, launch_of, memory_of
 from dsv4lab.sim.errors import DataRace, HazardError, MissingFence
 from dsv4lab.sim.machine import Checks, Machine
@@ -277,3 +283,40 @@ def test_tensor_memory_between_warps(schedule: str) -> None:
         go(body.replace("bar.sync 1;", ""))
     with pytest.raises(DataRace, match=r"tcgen05\.wait::ld"):
         go(body.replace("tcgen05.wait::ld.sync.aligned;", ""))
+
+
+def rewritten(launch: sim.Launch, old: str, new: str) -> sim.Launch:
+    """The launch of a kernel with one text of its PTX replaced everywhere."""
+    assert old in launch.kernel.source
+    return dataclasses.replace(launch, kernel=ptx.parse(launch.kernel.source.replace(old, new), launch.kernel.name))
+
+
+def test_a_wgmma_needs_a_fence_after_its_registers_were_written(compiled: Callable[..., sim.Compiled]) -> None:
+    a, b, c = torch.ones(64, 128).half(), torch.ones(64, 128).half(), torch.zeros(64, 64)
+    (launch,) = compiled("wgmma_tile", a, b, c).capture(a, b, c)
+    checks = Checks(races=True)
+    sim.execute(launch, schedule="lazy", checks=checks)
+    with pytest.raises(MissingFence, match=r"first wgmma of CTA 0 warp 0 has no wgmma.fence") as caught:
+        sim.execute(rewritten(launch, "wgmma.fence.sync.aligned;", ""), checks=checks)
+    assert "kernels.py" in str(caught.value)
+    scaled = "mul.f32 {0}, {0}, {0};".format(re.findall(r"wgmma\.mma_async[^;]*?\{\s*(%\w+)", launch.kernel.source)[0])
+    with pytest.raises(MissingFence, match=r"takes register .* without wgmma.fence after"):
+        sim.execute(rewritten(launch, "wgmma.fence.sync.aligned;", f"wgmma.fence.sync.aligned; {scaled}"), checks=checks)
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "shapes"),
+    [
+        ("tile_copy", "sm_90a", [(100, 136), (100, 136)]),
+        ("wgmma_tile", "sm_90a", [(64, 192), (64, 192), (64, 64)]),
+        ("tcgen05_tile", "sm_100a", [(128, 192), (64, 192), (128, 64)]),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["eager", "lazy", "random"])
+def test_correct_kernels_are_silent(
+    compiled: Callable[..., sim.Compiled], name: str, arch: str, shapes: list[tuple[int, int]], schedule: str
+) -> None:
+    tensors = [torch.ones(shape).half() for shape in shapes]
+    if name != "tile_copy":
+        tensors[-1] = tensors[-1].float()
+    compiled(name, *tensors, arch=arch)(*tensors, schedule=schedule, checks=Checks(races=True))
