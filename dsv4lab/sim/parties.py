@@ -88,7 +88,7 @@ class Actor:
     pipe: int = 0  # bits of its tcgen05 products, copies and shifts, which happen in order
     transfers: dict[str, int] = field(default_factory=lambda: {"tcgen05.ld": 0, "tcgen05.st": 0})
     copies: int = 0  # bits of its cp.async
-    loading: list[tuple[frozenset[int], int]] = field(default_factory=list)  # registers that a tcgen05.ld fills, and its bits
+    loading: list[tuple[set[int], int]] = field(default_factory=list)  # registers with what a tcgen05.ld fills, and its bits
     groups: dict[str, Groups] = field(default_factory=lambda: {kind: Groups() for kind in ("bulk", "cp.async", "wgmma")})
     seen: set[int] = field(default_factory=set)  # records found to lie before
     records: dict[tuple[int, str, bool], int] = field(default_factory=dict)  # made at the present clock

@@ -305,23 +305,27 @@ class RaceChecker(Observer):
             actor.groups["bulk"].add(task.bit, site.lane)
         actor.advance()
 
-    def _targets(self, pc: int) -> frozenset[int]:
+    def _targets(self, pc: int) -> set[int]:
         """Slots of the registers that an instruction's first operand names."""
         operand = self.machine.launch.kernel.instructions[pc].operands[0]
         names = {item.name for item in getattr(operand, "items", (operand,)) if isinstance(item, Register)}
         program = self.machine.compiled
-        return frozenset(slot for slot in program.touches[pc] if program.names.get(slot) in names)
+        return {slot for slot in program.touches[pc] if program.names.get(slot) in names}
 
     def executed(self, cta: Cta, warp: int, start: int, end: int) -> None:
         """An instruction that takes a register which a tcgen05.ld fills waits for it, even without tcgen05.wait::ld."""
         actor = self._actors[cta, warp]
         if not actor.loading:
             return
-        touches = self.machine.compiled.touches
-        touched: set[int] = set().union(*(touches.get(pc, ()) for pc in range(start, end)))
-        for load in [load for load in actor.loading if load[0] & touched]:
-            actor.loading.remove(load)
-            actor.finish(load[1])
+        program = self.machine.compiled
+        for pc in range(start, end):
+            touched = program.touches.get(pc, frozenset())
+            for load in [load for load in actor.loading if load[0] & touched]:
+                if pc in program.moves:  # only renames: the value may still be on its way
+                    load[0].update(touched)
+                    continue
+                actor.loading.remove(load)
+                actor.finish(load[1])
 
     def performed(self, operation: Operation) -> None:
         task = self._tasks.pop(operation.serial, None)
