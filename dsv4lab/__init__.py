@@ -10,16 +10,19 @@ Shortest use:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
 
+    from dsv4lab.dispatch import Backend
     from dsv4lab.model.model import Model
     from dsv4lab.model.numerics import Numerics
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "nano"]
+__all__ = ["__version__", "backend", "load", "nano"]
 
 
 def load(
@@ -36,6 +39,13 @@ def load(
     from dsv4lab.model.loading import load as load_model
 
     return load_model(path, device=device, dtype=dtype or torch.float32, numerics=numerics, progress=progress)
+
+
+def backend(name: str, **settings: Any) -> AbstractContextManager[Backend]:
+    """Choose what computes operations inside a block; see `dsv4lab.dispatch.backend`."""
+    from dsv4lab.dispatch import backend as choose
+
+    return choose(name, **settings)
 
 
 def nano() -> Path:

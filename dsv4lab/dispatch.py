@@ -6,24 +6,46 @@ The machinery under `dsv4lab.ops`; it knows nothing of any single operation. See
 # No `from __future__ import annotations`: torch.library reads the schema from the annotations themselves.
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from functools import partial
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
 
+from dsv4lab.kernels._common.launch import running_on
+from dsv4lab.sim.schedule import Schedule
+from dsv4lab.sim.session import ARCHITECTURES, DEFAULT_ARCH
+
+if TYPE_CHECKING:
+    from dsv4lab.sim import Checks, Executed
+
 BACKENDS = ("auto", "reference", "kernel", "sim")
 
-_backend: ContextVar[str] = ContextVar("dsv4lab_backend", default="auto")
+
+@dataclass(frozen=True)
+class Backend:
+    """What runs operations. arch, schedule, seed and checks are the simulator's; its launches are added to `launches`."""
+
+    name: str = "auto"
+    arch: Optional[str] = None
+    schedule: str = "eager"
+    seed: int = 0
+    checks: Optional["Checks"] = None
+    launches: list["Executed"] = field(default_factory=list, compare=False)
+
+
+_backend: ContextVar[Backend] = ContextVar("dsv4lab_backend", default=Backend())  # noqa: B039 (its list is never filled)
 _scope: ContextVar[str] = ContextVar("dsv4lab_scope", default="")
 _observer: ContextVar[Optional[list]] = ContextVar("dsv4lab_observer", default=None)
 
 
 class MissingKernel(NotImplementedError):
-    """An operation was asked of a backend that has no implementation of it for the device at hand."""
+    """An operation was asked of a backend that has no implementation of it for the device or the arguments at hand."""
 
 
 @dataclass
@@ -36,30 +58,68 @@ class Call:
     output: Any
 
 
+@dataclass(frozen=True)
+class _Kernel:
+    function: Callable[..., Any]
+    refuses: Callable[..., Optional[str]]
+
+
 @dataclass
 class _Operation:
     name: str
     reference: Callable[..., Any]
     signature: inspect.Signature
-    kernels: dict[str, Callable[..., Any]] = field(default_factory=dict)  # by architecture, "sm_90a"; "sim" for the simulator
+    kernels: dict[str, _Kernel] = field(default_factory=dict)  # by architecture, "sm_90a"
+    warned: set[str] = field(default_factory=set)
 
-    def select(self, device: torch.device) -> Callable[..., Any]:
-        """The implementation that the active backend gives this device."""
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the implementation that the active backend gives the arguments."""
+        device = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).device
+        return self.select(device, *args, **kwargs)(*args, **kwargs)
+
+    def select(self, device: torch.device, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """The implementation that the active backend gives these arguments on this device. Raises MissingKernel."""
         backend = _backend.get()
-        built = self.kernels.keys() - {"sim"}  # the simulator is no architecture: alone it must not take the reference away
-        if backend == "reference" or (backend == "auto" and (device.type != "cuda" or not built)):
+        on_gpu = device.type == "cuda"
+        if backend.name == "reference" or (backend.name == "auto" and not on_gpu):
             return self.reference
-        if backend == "sim":
-            target = "sim"
-        elif device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(device)
-            target = f"sm_{major}{minor}a"
+        if on_gpu == (backend.name == "sim"):
+            wanted = "CPU" if on_gpu else "CUDA"
+            raise MissingKernel(f"{self.name}: backend {backend.name!r} needs {wanted} tensors, got device {device}")
+        if backend.name == "sim":
+            arch = backend.arch or DEFAULT_ARCH
         else:
-            raise MissingKernel(f"{self.name}: backend 'kernel' needs CUDA tensors, got device {device}")
-        if target not in self.kernels:
-            have = ", ".join(sorted(self.kernels)) or "none"
-            raise MissingKernel(f"{self.name} has no kernel for {target} (has: {have})")
-        return self.kernels[target]
+            major, minor = torch.cuda.get_device_capability(device)
+            arch = f"sm_{major}{minor}a"
+        missing = self.missing(arch, *args, **kwargs)
+        if missing is None:
+            function = self.kernels[arch].function
+            return partial(self._simulate, function, arch, backend) if backend.name == "sim" else function
+        if backend.name != "auto":
+            raise MissingKernel(missing)
+        if self.kernels and missing not in self.warned:
+            self.warned.add(missing)
+            warnings.warn(f"{missing}; its reference runs instead, far slower", stacklevel=4)
+        return self.reference
+
+    def missing(self, arch: str, *args: Any, **kwargs: Any) -> Optional[str]:
+        """Why there is no kernel of that architecture for these arguments; None where there is one."""
+        if arch not in self.kernels:
+            return f"{self.name} has no kernel for {arch} (has: {', '.join(sorted(self.kernels)) or 'none'})"
+        why = self.kernels[arch].refuses(*args, **kwargs)
+        return None if why is None else f"{self.name} has no kernel for {arch} that takes these arguments: {why}"
+
+    def _simulate(self, function: Callable[..., Any], arch: str, backend: "Backend", *args: Any, **kwargs: Any) -> Any:
+        from dsv4lab import sim
+
+        host = sim.Host(arch)
+        names = {n: a for n, a in self.signature.bind(*args, **kwargs).arguments.items() if isinstance(a, Tensor)}
+        settings: dict[str, Any] = dict(schedule=backend.schedule, seed=backend.seed, checks=backend.checks, names=names)
+        with sim.simulating(arch, **settings) as runs, running_on(host):
+            try:
+                return function(*args, **kwargs)
+            finally:
+                backend.launches.extend(runs.executed)
 
 
 _operations: dict[str, _Operation] = {}
@@ -70,23 +130,49 @@ def implementations() -> dict[str, tuple[str, ...]]:
     return {name: ("reference", *sorted(op.kernels)) for name, op in sorted(_operations.items())}
 
 
-def register_kernel(name: str, target: str, function: Callable[..., Any]) -> None:
-    """Give operation `name` a kernel for `target` ("sm_90a", "sm_100a" or "sim"), called like the raw operator."""
+def register_kernel(
+    name: str,
+    arch: str,
+    function: Callable[..., Any],
+    *,
+    refuses: Callable[..., Optional[str]] = lambda *args, **kwargs: None,
+) -> None:
+    """Give operation `name` a kernel for an architecture ("sm_90a"), called like the raw operator: on its GPU or simulated.
+
+    refuses: called with the same arguments; says why the kernel does not take them ("act must be nvfp4"), None where it does.
+    """
     if name not in _operations:
         raise ValueError(f"operation must be one of {sorted(_operations)}, got {name!r}")
-    if target != "sim" and not re.fullmatch(r"sm_\d+a", target):
-        raise ValueError(f"target must be 'sim' or an architecture such as 'sm_90a', got {target!r}")
-    _operations[name].kernels[target] = function
+    if not re.fullmatch(r"sm_\d+a", arch):
+        raise ValueError(f"arch must be an architecture such as 'sm_90a', got {arch!r}")
+    _operations[name].kernels[arch] = _Kernel(function, refuses)
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run the operations inside the block on the named backend. Raises ValueError on an unknown name."""
+def backend(
+    name: str, *, arch: Optional[str] = None, schedule: str = "eager", seed: int = 0, checks: Optional["Checks"] = None
+) -> Iterator[Backend]:
+    """Run the operations inside the block on the named backend.
+
+    with dsv4lab.backend("sim", arch="sm_100a", schedule="lazy") as simulated:
+        y = ops.linear(x, weight, act="nvfp4")
+    print(simulated.launches[0].stats.instructions)
+
+    arch ("sm_90a", the default, or "sm_100a"), schedule ("eager", "lazy", "random" with its seed) and checks (`sim.Checks`, all
+    by default) are the simulator's alone. Raises ValueError on an unknown name, or on settings that another backend lacks.
+    """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
-    token = _backend.set(name)
+    chosen = Backend(name, arch, schedule, seed, checks)
+    if name != "sim" and chosen != Backend(name):
+        raise ValueError(f"arch, schedule, seed and checks are for backend 'sim', got them for {name!r}")
+    if name == "sim":
+        Schedule(schedule, seed)
+        if arch not in (None, *ARCHITECTURES):
+            raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+    token = _backend.set(chosen)
     try:
-        yield
+        yield chosen
     finally:
         _backend.reset(token)
 
@@ -126,12 +212,8 @@ def operator(
         operation = _Operation(name, function, inspect.signature(function))
         _operations[name] = operation
 
-        def dispatch(*args: Any, **kwargs: Any) -> Any:
-            tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-            return operation.select(next(tensors).device)(*args, **kwargs)
-
         schema = torch.library.infer_schema(function, mutates_args=mutates)
-        op = torch.library.custom_op(f"dsv4lab::{name}", dispatch, mutates_args=mutates, schema=schema)
+        op = torch.library.custom_op(f"dsv4lab::{name}", operation.run, mutates_args=mutates, schema=schema)
         op.register_fake(fake or function)
 
         def call(*args: Any, **kwargs: Any) -> Any:

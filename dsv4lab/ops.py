@@ -3,11 +3,12 @@
 `ops.<name>` takes the arguments of `reference.<name>`. Underneath lies one `torch.library` operator `dsv4lab::<name>` an
 operation, with a shape function for meta tensors. What runs is decided by the active backend and the device:
 
-- "auto" (default): a CUDA tensor goes to the kernel registered for its architecture. An operation that has no kernel for any
-  architecture yet runs its float32 reference on every device, and `implementations()` says so; one that has kernels, but none
-  for this architecture, raises MissingKernel.
+- "auto" (default): a CUDA tensor goes to the kernel registered for its architecture. Where there is none for the operation or
+  its arguments, the float32 reference runs, with a warning once if other architectures have one; `implementations()` says
+  which have. A CPU tensor goes to the reference.
 - "reference": the float32 reference, on any device.
-- "kernel", "sim": the kernel on the GPU, or in the simulator; MissingKernel where there is none. Nothing falls back.
+- "kernel": the kernel on the GPU; "sim": the same kernel, of the architecture named, in the simulator on CPU tensors.
+  MissingKernel where there is none.
 
 `observe()` collects every call with its inputs and outputs, for pictures and for checking kernels on real activations.
 """
@@ -21,16 +22,18 @@ from torch import Tensor
 
 from dsv4lab.dispatch import (
     BACKENDS,
+    Backend,
     Call,
     MissingKernel,
+    backend,
     implementations,
     observe,
     operator,
     register_kernel,
     scope,
-    use_backend,
 )
 from dsv4lab.formats import PackedWeight, get_format
+from dsv4lab.kernels.registry import KERNELS
 from dsv4lab.reference import (
     attention as _attention,
 )
@@ -68,7 +71,17 @@ from dsv4lab.reference import (
     sampling as _sampling,
 )
 
-__all__ = ["BACKENDS", "Call", "MissingKernel", "implementations", "observe", "register_kernel", "scope", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Call",
+    "MissingKernel",
+    "backend",
+    "implementations",
+    "observe",
+    "register_kernel",
+    "scope",
+]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -568,3 +581,7 @@ def accept_drafts(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.sampling.accept_drafts`."""
     return _sampling.accept_drafts(target_probs, draft_probs, draft_ids, seed=seed, position=position)
+
+
+for _kernel in KERNELS:
+    register_kernel(_kernel.operation, _kernel.arch, _kernel.function, refuses=_kernel.refuses)

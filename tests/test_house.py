@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "dispatch": BASE | {"kernels", "reference", "sim"},
     "ops": BASE | {"dispatch", "kernels", "reference"},
     "model": BASE | {"ops", "reference"},
-    "dsv4lab": BASE | {"model"},
+    "dsv4lab": BASE | {"dispatch", "model"},
     "lab": BASE | {"dispatch", "ops", "reference", "model", "sim", "viz", "dsv4lab"},
     "cli": BASE | {"lab", "model", "sim", "dsv4lab"},
     "viz": set(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -275,80 +276,78 @@ def sevens(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor
 def test_unknown_names_are_rejected() -> None:
     with (
         pytest.raises(ValueError, match=re.escape("backend must be one of ('auto', 'reference', 'kernel', 'sim'), got 'cuda'")),
-        ops.use_backend("cuda"),
+        ops.backend("cuda"),
     ):
         pass
     with pytest.raises(ValueError, match=r"operation must be one of .*'rmsnorm'.*, got 'rms_norm'"):
         ops.register_kernel("rms_norm", "sm_90a", sevens)
-    with pytest.raises(ValueError, match="target must be 'sim' or an architecture such as 'sm_90a', got 'sm_90'"):
-        ops.register_kernel("rmsnorm", "sm_90", sevens)
+    for arch in ("sm_90", "sim"):
+        with pytest.raises(ValueError, match=f"arch must be an architecture such as 'sm_90a', got '{arch}'"):
+            ops.register_kernel("rmsnorm", arch, sevens)
+    for settings, message in (
+        (dict(arch="sm_80a"), "arch must be one of sm_90a, sm_100a, got 'sm_80a'"),
+        (dict(schedule="late"), "schedule must be one of eager, lazy, random, got 'late'"),
+    ):
+        with pytest.raises(ValueError, match=message), ops.backend("sim", **settings):
+            pass
+    with pytest.raises(ValueError, match="are for backend 'sim', got them for 'kernel'"), ops.backend("kernel", seed=1):
+        pass
 
 
 def test_missing_kernels_name_the_operation(operation: Any) -> None:
-    with ops.use_backend("kernel"), missing("rmsnorm: backend 'kernel' needs CUDA tensors, got device cpu"):
+    with ops.backend("kernel"), missing("rmsnorm: backend 'kernel' needs CUDA tensors, got device cpu"):
         run()
-    with ops.use_backend("sim"), missing("rmsnorm has no kernel for sim (has: none)"):
+    with ops.backend("sim"), missing("rmsnorm has no kernel for sm_90a (has: none)"):
         run()
-    ops.register_kernel("rmsnorm", "sm_100a", sevens)
-    with ops.use_backend("sim"), missing("rmsnorm has no kernel for sim (has: sm_100a)"):
+    ops.register_kernel("rmsnorm", "sm_100a", sevens, refuses=lambda x, weight, *, eps: "eps is odd" if eps > 1 else None)
+    with ops.backend("sim"), missing("rmsnorm has no kernel for sm_90a (has: sm_100a)"):
         run()
+    with (
+        ops.backend("sim", arch="sm_100a"),
+        missing("rmsnorm has no kernel for sm_100a that takes these arguments: eps is odd"),
+    ):
+        ops.rmsnorm(X, WEIGHT, eps=3.0)
     assert issubclass(ops.MissingKernel, NotImplementedError)
-
-
-def test_a_registered_kernel_runs_in_the_simulator(operation: Any) -> None:
-    seen: list[tuple[Any, ...]] = []
-
-    def kernel(*args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append((args, kwargs))
-        return sevens(*args, **kwargs)
-
-    ops.register_kernel("rmsnorm", "sim", kernel)
-    assert ops.implementations()["rmsnorm"] == ("reference", "sim")
-    with ops.use_backend("sim"):
-        assert torch.equal(run(), torch.full((3, 16), 7.0))
-    assert len(seen) == 1
-    reference = norm.rmsnorm(X, WEIGHT, eps=1e-6)
-    for backend in ("auto", "reference"):  # on the CPU neither looks at kernels
-        with ops.use_backend(backend):
-            assert torch.equal(run(), reference)
-    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0)])
 def test_choice_by_architecture(operation: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    """auto: this architecture's kernel; the reference while there is none for any; an error where only others have one."""
+    """auto: this architecture's kernel, else the reference, with a warning where another architecture has one."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(operation, "warned", set())
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
     here = f"sm_{capability[0]}{capability[1]}a"
     assert operation.select(cuda) is operation.reference
-    with ops.use_backend("kernel"), missing(f"rmsnorm has no kernel for {here} (has: none)"):
+    with ops.backend("kernel"), missing(f"rmsnorm has no kernel for {here} (has: none)"):
         operation.select(cuda)
-
-    ops.register_kernel("rmsnorm", "sim", sevens)  # the simulator is no architecture
-    assert operation.select(cuda) is operation.reference
+    with ops.backend("sim"), missing("rmsnorm: backend 'sim' needs CPU tensors, got device cuda:0"):
+        operation.select(cuda)
 
     ops.register_kernel("rmsnorm", "sm_80a", lambda *a, **k: None)
-    with missing(f"rmsnorm has no kernel for {here} (has: sim, sm_80a)"):
-        operation.select(cuda)
-    with ops.use_backend("reference"):
+    with pytest.warns(UserWarning, match=f"rmsnorm has no kernel for {here} .has: sm_80a.; its reference runs instead"):
         assert operation.select(cuda) is operation.reference
-    assert operation.select(cpu) is operation.reference
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        assert operation.select(cuda) is operation.reference
+        with ops.backend("reference"):
+            assert operation.select(cuda) is operation.reference
+        assert operation.select(cpu) is operation.reference
 
     ops.register_kernel("rmsnorm", here, sevens)
-    for backend in ("auto", "kernel", "sim"):
-        with ops.use_backend(backend):
+    for backend in ("auto", "kernel"):
+        with ops.backend(backend):
             assert operation.select(cuda) is sevens
-    assert ops.implementations()["rmsnorm"] == ("reference", *sorted(("sim", "sm_80a", here)))
+    assert ops.implementations()["rmsnorm"] == ("reference", *sorted(("sm_80a", here)))
 
 
 def test_backends_nest_and_come_back_after_an_error(operation: Any) -> None:
-    ops.register_kernel("rmsnorm", "sim", sevens)
     reference = norm.rmsnorm(X, WEIGHT, eps=1e-6)
-    with ops.use_backend("sim"):
-        with pytest.raises(ZeroDivisionError), ops.use_backend("reference"):
+    with ops.backend("sim"):
+        with pytest.raises(ZeroDivisionError), ops.backend("reference"):
             assert torch.equal(run(), reference)
             raise ZeroDivisionError
-        assert run()[0, 0] == 7
+        with pytest.raises(ops.MissingKernel):
+            run()
     assert torch.equal(run(), reference)
 
 
@@ -384,7 +383,7 @@ def test_observers_nest_and_come_back_after_an_error() -> None:
 
 
 def test_a_failing_operation_is_not_recorded(operation: Any) -> None:
-    with ops.observe() as calls, ops.use_backend("sim"), pytest.raises(ops.MissingKernel):
+    with ops.observe() as calls, ops.backend("sim"), pytest.raises(ops.MissingKernel):
         run()
     assert calls == []
 

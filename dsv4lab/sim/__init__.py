@@ -30,6 +30,7 @@ from dsv4lab.sim.cubin import CubinError, Resources
 from dsv4lab.sim.descriptor import TensorMap
 from dsv4lab.sim.errors import SimulatorError
 from dsv4lab.sim.exploration import Exploration, Finding, explore
+from dsv4lab.sim.hosting import Host
 from dsv4lab.sim.machine import Checks, Stats
 from dsv4lab.sim.observe import Observer
 from dsv4lab.sim.program import Kernel, Launch
@@ -49,6 +50,7 @@ __all__ = [
     "Executed",
     "Exploration",
     "Finding",
+    "Host",
     "Kernel",
     "Launch",
     "Observer",

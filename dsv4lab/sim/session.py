@@ -37,6 +37,7 @@ from dsv4lab.sim.tensors import SOURCE, Registry, as_device
 Handler = Callable[[Launch], None]
 ARCHITECTURES = {"sm_90a": (9, 0, 132), "sm_100a": (10, 0, 148)}  # compute capability; multiprocessors of an H200, a B200
 SHARED_BYTES = 232_448  # dynamic shared memory that a block may ask for: 227 KiB
+DEFAULT_ARCH = "sm_90a"
 _PREFIXES = ("CUTE_DSL", "CUTE_EXPERIMENTAL_DSL")
 _L2_BYTES = {9: 50 << 20, 10: 126 << 20}
 _FATBIN_MAGIC, _FATBIN_CUBIN = 0xBA55ED50, 2
@@ -125,6 +126,10 @@ class Session:
     @property
     def enabled(self) -> bool:
         return bool(self._hooks)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call host code that takes torch tensors (TVM-FFI), loaded from an object file and linked to the stand-in."""
+        return self._on_device(lambda host, *values: host(*values))(function, *args)
 
     def module_of(self, cubin: bytes) -> _Module | None:
         return next((module for module in reversed(self._modules) if module.cubin == cubin), None)
@@ -287,7 +292,7 @@ _session: Session | None = None
 fallback: Handler | None = None  # for launches made while no handler is active
 
 
-def enable(arch: str = "sm_90a", *, multiprocessors: int | None = None) -> Session:
+def enable(arch: str = DEFAULT_ARCH, *, multiprocessors: int | None = None) -> Session:
     """Make CuTeDSL in this process compile for `arch` and launch into the simulator. May be called again, for another `arch`.
 
     multiprocessors: what persistent kernels are told about the GPU; by default 132 for sm_90a, 148 for sm_100a.
@@ -310,7 +315,7 @@ def current(arch: str | None = None) -> Session:
     """The session, enabled for `arch` (None: as it is, or sm_90a if it is not enabled)."""
     if _session is not None and _session.enabled and arch in (None, _session.arch):
         return _session
-    return enable(arch or "sm_90a")
+    return enable(arch or DEFAULT_ARCH)
 
 
 @contextmanager

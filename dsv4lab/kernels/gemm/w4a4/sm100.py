@@ -21,11 +21,11 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils as utils
 import cutlass.utils.blackwell_helpers as blackwell
 import cutlass.utils.blockscaled_layout as blockscaled
 from cutlass import Float32, Int16, Int32
 from cutlass.cute.nvgpu import cpasync, tcgen05
+from cutlass.memory import SmemAllocator
 
 from dsv4lab.kernels._common.rings import Ring
 from dsv4lab.kernels.gemm.w4a4.config import SCALE_GROUP, TILE_K, TILE_M, W4A4Config
@@ -138,7 +138,7 @@ class W4A4LinearSm100:
         num_tiles = tiles_m * tiles_n
 
         # ---- shared memory, barriers, TMEM ---------------------------------------------------------------------------
-        memory = utils.SmemAllocator()
+        memory = SmemAllocator()
         stages = Ring.allocate(memory, config.stages)
         sums = Ring.allocate(memory, config.accumulators)
         slot = memory.allocate_array(Int32, 1)

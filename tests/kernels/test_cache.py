@@ -1,0 +1,199 @@
+"""The kernel cache: compiled once, whole or absent, rebuilt where damaged, shared between processes, keyed by what matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4lab.kernels._common import cache
+from dsv4lab.kernels._common.cache import Compiled, DamagedEntry
+
+MODULE = "dsv4lab.kernels.quant.nvfp4_rows.sm100"
+ENTRY = Compiled(b"object", b"cubin" * 100, "ptx")
+# A process that quantises two rows with the kernel and reports how often it compiled.
+WORKER = textwrap.dedent(
+    """
+    import pathlib, sys, torch
+    import dsv4lab.kernels._common.cache as cache
+    from dsv4lab import sim
+    from dsv4lab.kernels._common.launch import running_on
+    from dsv4lab.kernels.quant.nvfp4_rows.api import quantize_nvfp4_rows
+    cache.folder = lambda: pathlib.Path(sys.argv[1])
+    compiled, real = [], cache._compile
+    cache._compile = lambda *args: compiled.append(1) or real(*args)
+    with sim.simulating("sm_100a"), running_on(sim.Host("sm_100a")):
+        codes, _, _ = quantize_nvfp4_rows(torch.linspace(-6, 6, 32).view(2, 16))
+    print(len(compiled), codes.flatten().tolist())
+    """
+)
+
+
+class Place:
+    """A runtime that launches nothing."""
+
+    multiprocessors = 1
+
+    def __init__(self, arch: str = "sm_100a") -> None:
+        self.arch, self.libraries = arch, (f"lib for {arch}",)
+        self.known: list[str] = []
+
+    def know(self, ptx: str, cubin: bytes) -> None:
+        self.known.append(ptx)
+
+    def call(self, function: Any, *args: Any) -> None:
+        raise AssertionError("nothing is called here")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, in memory too, whose kernels are compiled and linked by stand-ins."""
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+    monkeypatch.setattr(cache, "_loaded", {})
+    monkeypatch.setattr(cache, "_link", lambda code, libraries: code)
+    return tmp_path
+
+
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Architectures in the order in which something is compiled for them."""
+    done: list[str] = []
+
+    def compile_(build: Any, arch: str) -> Compiled:
+        done.append(arch)
+        return ENTRY
+
+    monkeypatch.setattr(cache, "_compile", compile_)
+    return done
+
+
+def get(config: Any = "config", place: Place | None = None, module: str = MODULE) -> Any:
+    return cache.kernel(module, config, lambda: (None, ()), place or Place())
+
+
+def test_what_is_on_disk_is_not_compiled_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = built(monkeypatch)
+    place = Place()
+    assert get(place=place) == get(place=place) == ENTRY.object
+    cache._loaded.clear()  # as in a fresh process
+    assert get(place=place) == ENTRY.object
+    assert done == ["sm_100a"] and place.known == ["ptx", "ptx"], "the simulator is told of every module that is loaded"
+
+
+def test_the_key_has_all_that_matters(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = built(monkeypatch)
+    get()
+    get("another config")
+    get(place=Place("sm_90a"))
+    get(module="dsv4lab.kernels.gemm.w4a4.sm100")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.importlib.metadata, "version", lambda name: "0.0")
+        get()
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "fingerprint", lambda module: "edited")
+        get()
+    assert len(done) == 6
+    get()
+    assert len(done) == 6 and len(list(folder.glob("*.kernel"))) == 6
+
+
+def test_the_fingerprint_follows_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "inkpot"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "kernel.py").write_text("from inkpot.helper import tile\nimport math\n")
+    (package / "helper.py").write_text("from inkpot import deep\ntile = 3\n")
+    (package / "other.py").write_text("pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(cache, "_PACKAGE", "inkpot")
+
+    def now() -> str:
+        cache.fingerprint.cache_clear()
+        return cache.fingerprint("inkpot.kernel")
+
+    first = now()
+    (package / "other.py").write_text("pass  # edited\n")
+    assert now() == first
+    (package / "helper.py").write_text("from inkpot import deep\ntile = 4\n")
+    assert now() != first
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda raw: raw[:-1], "bytes follow the header, which announces"),
+        (lambda raw: raw[:-3] + b"xyz", "its digest differs"),
+        (lambda raw: b"", "its first line is no header"),
+        (lambda raw: b"{}\n" + raw, "its first line is no header"),
+    ],
+)
+def test_a_damaged_entry_is_rebuilt_and_said_so(folder: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, why: str) -> None:
+    done = built(monkeypatch)
+    get()
+    (path,) = folder.glob("*.kernel")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DamagedEntry, match=why):
+        cache.read(path)
+    cache._loaded.clear()
+    with pytest.warns(UserWarning, match=f"entry {path} of the kernel cache is damaged .*{why}.*rebuilt"):
+        assert get() == ENTRY.object
+    assert len(done) == 2 and cache.read(path) == ENTRY
+
+
+def test_an_entry_says_what_it_was_made_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built(monkeypatch)
+    get("tile_n=128")
+    (path,) = folder.glob("*.kernel")
+    source = json.loads(path.read_bytes().partition(b"\n")[0])["source"]
+    assert source["config"] == "'tile_n=128'" and source["arch"] == "sm_100a" and source["module"] == MODULE
+    assert set(source["versions"]) == set(cache.LIBRARIES)
+
+
+def test_a_killed_writer_leaves_no_entry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, young = folder / "old.part", folder / "young.part"
+    for part in (old, young):
+        part.write_bytes(b"half an en")
+    os.utime(old, (0, 0))
+    built(monkeypatch)
+    monkeypatch.setattr(cache.os, "fsync", _killed)
+    with pytest.raises(KeyboardInterrupt):
+        get()
+    assert not list(folder.glob("*.kernel"))
+    assert list(folder.glob("*.part")) == [young], "its own file is gone, and the litter of a day ago"
+
+
+def _killed(_: int) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_folder_that_cannot_be_written_costs_only_a_warning(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = built(monkeypatch)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path / "file")
+    with pytest.warns(UserWarning, match="compiled kernels cannot be kept in"):
+        assert get() == ENTRY.object
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get()
+    assert len(done) == 1
+
+
+def test_processes_compile_a_kernel_once_between_them(tmp_path: Path) -> None:
+    """Three at the same time, then a fourth: one compiles, all compute the same."""
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+
+    together = [start() for _ in range(3)]
+    results = [process.communicate(timeout=120)[0].split(maxsplit=1) for process in together]
+    results.append(start().communicate(timeout=120)[0].split(maxsplit=1))
+    assert sorted(count for count, _ in results) == ["0", "0", "0", "1"]
+    assert results[-1][0] == "0" and len({codes for _, codes in results}) == 1
