@@ -288,8 +288,9 @@ class Observers(list[Observer]):
             self.warps("wait_begin", w, mask, index, result)
 
     def resumed(self, w: Lanes, mask: Array | None, index: int, wait: Wait) -> None:
-        """A wait for a named barrier is over, and its instruction with it."""
-        self.warps("barrier_pass", w, mask, index, wait.subject, wait.generation)
+        """A wait that need not be repeated is over, and its instruction with it."""
+        if wait.generation >= 0:
+            self.warps("barrier_pass", w, mask, index, wait.subject, wait.generation)
         self.warps("wait_end", w, mask, index, wait)
 
     def read(self, space: str, owner: Cta | None, base: int, index: Array, width: int = 1) -> None:
