@@ -1,5 +1,6 @@
 """Run one unmodified CUDA-torch CuTeDSL script under several schedules: python sample_run.py [options] SCRIPT [its arguments].
 
+A schedule is eager, lazy, random:SEED, or races: eager, with data races and missing fences looked for and collected.
 The script is imported and compiled once. At its first launch the process forks, once for each schedule, so that every schedule
 sees the same inputs and the script's own check decides about each. Prints one line of JSON for each schedule, after `RESULT `.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 from dsv4lab.sim import execute, script, session
 from dsv4lab.sim.fake_gpu import fake_gpu
+from dsv4lab.sim.races import RaceChecker
 
 PREFIX = "RESULT "
 
@@ -33,6 +35,7 @@ class Forks:
         self.schedule: str | None = None  # set in a child
         self.launches = self.instructions = 0
         self.seconds = 0.0
+        self.races: list[str] = []
 
     def __call__(self, launch: Any) -> None:
         if self.schedule is None:
@@ -41,7 +44,12 @@ class Forks:
         self.launches += 1
         kind, _, seed = self.schedule.partition(":")
         start = time.perf_counter()
-        done = execute(launch, schedule=kind, seed=int(seed or 0), checks=self.checks)
+        checker = RaceChecker(collect=True) if kind == "races" else None
+        observers = [] if checker is None else [checker]
+        order = "eager" if kind == "races" else kind
+        done = execute(launch, schedule=order, seed=int(seed or 0), checks=self.checks, observers=observers)
+        if checker is not None:
+            self.races += [str(finding) for finding in checker.findings]
         self.seconds += time.perf_counter() - start
         self.instructions += done.stats.instructions
 
@@ -80,7 +88,7 @@ def report(schedule: str, **facts: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arch", default="sm_90a")
-    parser.add_argument("--schedules", default="eager", help="comma-separated: eager, lazy, random:SEED")
+    parser.add_argument("--schedules", default="eager", help="comma-separated: eager, lazy, random:SEED, races")
     parser.add_argument("--skip", default="", help="comma-separated checks to leave out")
     parser.add_argument("--multiprocessors", type=int, default=1)
     parser.add_argument("--limit", type=float, default=600, help="seconds that one schedule may take")
@@ -107,6 +115,7 @@ def main() -> None:
             launches=forks.launches,
             instructions=forks.instructions,
             seconds=round(forks.seconds, 3),
+            races=forks.races,
         )
     sys.stdout.flush()
     sys.stderr.flush()
