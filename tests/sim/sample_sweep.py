@@ -2,7 +2,7 @@
 
 EXAMPLES is the folder `examples/python/CuTeDSL` of a CUTLASS checkout; the samples, their arguments and what is known of
 those that do not pass are in nvidia_samples.toml. A sample that RESULTS already holds for every schedule asked for is not run
-again, unless --again names a part of its command line. Every sample has a process group of its own, killed when its time is over.
+again, unless --again names a part of its command line. Every sample has its own process group, killed when its time is over.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ def _introduction() -> Iterator[str]:
     )
     yield ""
     yield (
-        "Columns: eager and lazy schedules, how many of five random ones pass (seeds 0 to 4), and what the race checker says of "
-        "an eager run. A line `[without CHECK]` is the sample above it with one check of the simulator turned off, to show that "
-        "nothing else is wrong with it."
+        "Columns: eager and lazy schedules, how many of five random ones pass (seeds 0 to 4), and what the race checker says "
+        "of an eager run. A line `[without CHECK]` is the sample above it with one check of the simulator turned off, to show "
+        "that nothing else is wrong with it."
     )
     yield ""
     yield "```"

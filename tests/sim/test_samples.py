@@ -1,7 +1,7 @@
 """NVIDIA's CuTeDSL samples in the simulator, under every schedule.
 
-Their folder (`examples/python/CuTeDSL` of a CUTLASS checkout) is named by DSV4LAB_CUTLASS_EXAMPLES; without it they are skipped.
-One sample of each family runs by default, all of them with DSV4LAB_SAMPLES=all; DSV4LAB_SAMPLE_LIMIT: seconds for each schedule.
+DSV4LAB_CUTLASS_EXAMPLES names their folder (`examples/python/CuTeDSL` of a CUTLASS checkout); without it they are skipped. One
+sample of each family runs by default, all of them with DSV4LAB_SAMPLES=all. DSV4LAB_SAMPLE_LIMIT: seconds for each schedule.
 """
 
 from __future__ import annotations
