@@ -7,10 +7,17 @@ Of the 128 bytes the first 64 carry the fields below, in 32-bit words; host code
            21: tensor of at least 128 KiB
     3-6    strides of dimensions 1..4 in units of 16 bytes, low 32 bits;  7: their high 4 bits, a nibble each
     8-12   extents minus 1
-    13     24-31: box of dimension 0 minus 1;  14: boxes of dimensions 1..4 minus 1, a byte each
+    13     0-14: element strides minus 1, three bits each   24-31: box of dimension 0 minus 1
+    14     boxes of dimensions 1..4 minus 1, a byte each
 
-Found by varying one property at a time of the descriptors that CuTeDSL's host code writes; interleave, fill and promotion are
-inferred. Element strides other than 1 and im2col maps are refused.
+An im2col map has bit 0 of word 2 set, its channels for each pixel as the box of dimension 0, and
+
+    14     corners of the box of pixels, lower ones in bits 0-15, upper ones in bits 16-31: 16 bits each for rank 3, 8 for
+           rank 4, 5 for rank 5, signed, innermost first
+    15     0-9: pixels of a column minus 1
+
+Found by varying one property at a time of the descriptors that CuTeDSL's host code writes; interleave, fill, promotion and the
+element strides of tiled maps are inferred.
 """
 
 from __future__ import annotations
@@ -45,11 +52,30 @@ DRIVER_TYPES = tuple(_ELEMENTS)
 _NAMES = {code: name for name, (code, _) in _ELEMENTS.items()}
 _LARGE_BYTES = 128 * 1024  # from this size on, bit 21 of the control word is set
 _MAX_BOX = 256
+_MAX_STEP = 8  # the largest element stride
+_MAX_PIXELS = 1024
+_CORNER_BITS = {3: 16, 4: 8, 5: 5}  # by rank
+
+
+@dataclass(frozen=True)
+class Im2col:
+    """The pixels that an im2col map walks through. Corners: of the spatial dimensions, innermost first.
+
+    Base pixels lie between `lower` and the tensor's last pixel + `upper`, both included. channels, pixels: of one copy.
+    """
+
+    lower: tuple[int, ...]
+    upper: tuple[int, ...]
+    channels: int
+    pixels: int
 
 
 @dataclass(frozen=True)
 class TensorMap:
-    """What a descriptor says. extents, box: elements, innermost first. strides: bytes of dimensions 1.. (rank - 1 of them)."""
+    """What a descriptor says. extents, box: elements, innermost first. strides: bytes of dimensions 1.. (rank - 1 of them).
+
+    steps: element strides, all 1 if left out. im2col: box is (channels, pixels) then.
+    """
 
     address: int
     element: str
@@ -60,6 +86,8 @@ class TensorMap:
     interleave: int = 0
     nan_fill: bool = False
     l2_promotion: int = 0
+    steps: tuple[int, ...] = ()
+    im2col: Im2col | None = None
 
     @property
     def rank(self) -> int:
@@ -85,6 +113,8 @@ class TensorMap:
         extra = [f"swizzle {self.swizzle}"]
         extra += [f"interleave {self.interleave}"] if self.interleave else []
         extra += ["NaN fill"] if self.nan_fill else []
+        extra += [f"element strides {list(self.steps)}"] if any(step != 1 for step in self.steps) else []
+        extra += [f"im2col, corners {list(self.im2col.lower)} and {list(self.im2col.upper)}"] if self.im2col else []
         return (
             f"{self.element} tensor {_times(self.extents)} at 0x{self.address:x}, strides {list(self.strides)} bytes, "
             f"box {_times(self.box)} = {self.box_bytes} bytes, {', '.join(extra)}"
@@ -104,20 +134,44 @@ class TensorMap:
         for i, extent in enumerate(self.extents):
             words[8 + i] = extent - 1
         words[13] = (self.box[0] - 1) << 24
+        for i, step in enumerate(self.steps):
+            words[13] |= (step - 1) << 3 * i
+        if self.im2col is not None:
+            words[2] |= 1
+            words[15] = self.im2col.pixels - 1
+            bits = _CORNER_BITS[self.rank]
+            for i, (low, high) in enumerate(zip(self.im2col.lower, self.im2col.upper, strict=True)):
+                words[14] |= (low & (1 << bits) - 1) << bits * i | (high & (1 << bits) - 1) << 16 + bits * i
+            return struct.pack("<32I", *words)
         for i, size in enumerate(self.box[1:]):
             words[14] |= (size - 1) << 8 * i
         return struct.pack("<32I", *words)
 
+    def _check_im2col(self, im2col: Im2col) -> None:
+        limit = 1 << _CORNER_BITS.get(self.rank, 1) - 1
+        corners = (*im2col.lower, *im2col.upper)
+        if self.rank not in _CORNER_BITS or len(self.strides) != self.rank - 1 or len(corners) != 2 * (self.rank - 2):
+            raise ValueError(f"an im2col map has rank 3 to 5, two dimensions of which have no corners, got {self!r}")
+        if not all(-limit <= corner < limit for corner in corners):
+            raise ValueError(f"corners must lie in {-limit}..{limit - 1} for rank {self.rank}, got {corners}")
+        if not 1 <= im2col.pixels <= _MAX_PIXELS or self.box != (im2col.channels, im2col.pixels):
+            raise ValueError(f"an im2col map copies 1 to {_MAX_PIXELS} pixels, got {im2col.pixels} with box {self.box}")
+
     def _check(self) -> None:
-        if not 1 <= self.rank <= 5 or len(self.box) != self.rank or len(self.strides) != self.rank - 1:
+        tiled = self.im2col is None
+        if self.im2col is not None:
+            self._check_im2col(self.im2col)
+        elif not 1 <= self.rank <= 5 or len(self.box) != self.rank or len(self.strides) != self.rank - 1:
             raise ValueError(f"rank must be 1 to 5 with as many box sizes and one stride fewer, got {self!r}")
         if self.element not in _ELEMENTS or self.swizzle not in SWIZZLES:
             raise ValueError(f"element must be one of {DRIVER_TYPES} and swizzle one of {SWIZZLES}, got {self!r}")
         if self.address % 16:
             raise ValueError(f"address must be a multiple of 16, got 0x{self.address:x}")
-        for name, values, limit in (("extents", self.extents, 1 << 32), ("box", self.box, _MAX_BOX)):
+        for name, values, limit in (("extents", self.extents, 1 << 32), ("box", self.box[: None if tiled else 1], _MAX_BOX)):
             if not all(1 <= value <= limit for value in values):
                 raise ValueError(f"{name} must lie in 1..{limit}, got {values}")
+        if self.steps and (len(self.steps) != self.rank or not all(1 <= step <= _MAX_STEP for step in self.steps)):
+            raise ValueError(f"element strides must be {self.rank} numbers from 1 to {_MAX_STEP}, got {self.steps}")
         if any(stride % 16 or not 0 <= stride < 1 << 40 for stride in self.strides):
             raise ValueError(f"strides must be multiples of 16 below 2**40 bytes, got {self.strides}")
         if self.box[0] * self.element_bits % 128 and self.element not in ("b4x16_p64", "b6x16_p32") and not self.interleave:
@@ -134,23 +188,39 @@ def decode(raw: bytes) -> TensorMap:
     control = words[2]
     rank = (control >> 4 & 7) + 1
     element = _NAMES.get(control >> 7 & 15)
-    if control & 15 != 2 or rank > 5 or element is None:
-        raise ValueError(f"not a tiled TMA descriptor: control word 0x{control:08x}")
-    if words[13] & 0xFFFFFF:
-        raise ValueError(f"element strides or im2col (word 13 is 0x{words[13]:08x}) are not supported")
+    if control & 14 != 2 or rank > 5 or element is None:
+        raise ValueError(f"not a TMA descriptor: control word 0x{control:08x}")
+    if words[13] & 0xFF8000:
+        raise ValueError(f"not a TMA descriptor: word 13 is 0x{words[13]:08x}")
     strides = [(words[3 + i] | (words[7] >> 4 * i & 15) << 32) << 4 for i in range(rank - 1)]
-    box = [words[13] >> 24, *(words[14] >> 8 * i & 255 for i in range(4))]
+    box = tuple(size + 1 for size in (words[13] >> 24, *(words[14] >> 8 * i & 255 for i in range(4))))[:rank]
+    steps = tuple((words[13] >> 3 * i & 7) + 1 for i in range(rank))
+    im2col = None
+    if control & 1:
+        bits = _CORNER_BITS.get(rank)
+        if bits is None:
+            raise ValueError(f"not a TMA descriptor: im2col of rank {rank}")
+        corners = [[_signed(words[14] >> first + bits * i, bits) for i in range(rank - 2)] for first in (0, 16)]
+        im2col = Im2col(tuple(corners[0]), tuple(corners[1]), box[0], (words[15] & 0x3FF) + 1)
+        box = (im2col.channels, im2col.pixels)
     return TensorMap(
         address=words[0] | words[1] << 32,
         element=element,
         extents=tuple(words[8 + i] + 1 for i in range(rank)),
         strides=tuple(strides),
-        box=tuple(size + 1 for size in box[:rank]),
+        box=box,
         swizzle=SWIZZLES[control >> 13 & 3],
         interleave=control >> 11 & 3,
         nan_fill=bool(control >> 15 & 1),
         l2_promotion=control >> 17 & 3,
+        steps=() if all(step == 1 for step in steps) else steps,
+        im2col=im2col,
     )
+
+
+def _signed(value: int, bits: int) -> int:
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> bits - 1 else value
 
 
 def looks_like_descriptor(raw: bytes) -> bool:

@@ -373,8 +373,6 @@ _ELF_FIELDS = ((40, 8), (58, 2), (60, 2))  # (offset, bytes) of e_shoff, e_shent
 def _on_encode(target: int, element: int, rank: int, address: int, *rest: Any) -> int:
     extents, strides, box, element_strides, interleave, swizzle, promotion, fill = rest
     try:
-        if any(element_strides[i] != 1 for i in range(rank)):
-            return 1
         made = descriptor.TensorMap(
             address=address or 0,
             element=descriptor.DRIVER_TYPES[element],
@@ -385,6 +383,7 @@ def _on_encode(target: int, element: int, rank: int, address: int, *rest: Any) -
             interleave=interleave,
             nan_fill=bool(fill),
             l2_promotion=promotion,
+            steps=tuple(element_strides[:rank]),
         ).encode()
     except (ValueError, IndexError):
         return 1

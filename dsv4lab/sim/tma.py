@@ -6,7 +6,7 @@ hang over any edge: what lies outside reads as the fill value, is not written, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,6 +31,7 @@ _NAN = {
     "f64": 0x7FFFFFFFFFFFFFFF,
     **dict.fromkeys(("f32", "f32_ftz", "tf32", "tf32_ftz"), 0x7FFFFFFF),
 }
+_FIRST = np.zeros(1, np.int64)
 SHARED_ALIGNMENT = 128  # bytes; a box's address in shared memory
 
 
@@ -47,6 +48,8 @@ class Plan:
     box: tuple[int, ...]
     mode: int  # swizzle: 0 none, 1 32B, 2 64B, 3 128B
     nan_fill: bool
+    steps: tuple[int, ...]  # from one element of the box to the next; the innermost is 1
+    im2col: descriptor.Im2col | None
 
     @property
     def rank(self) -> int:
@@ -87,6 +90,11 @@ def plan(raw: bytes) -> Plan:
     if bits < 8:
         extents[0], box[0] = -(-extents[0] * bits // 8), -(-box[0] * bits // 8)
     size = max(bits // 8, 1)
+    steps = (1, *tensor.steps[1:]) if tensor.steps else (1,) * tensor.rank
+    if tensor.im2col is None:
+        box = [-(-length // step) for length, step in zip(box, steps, strict=True)]
+    elif bits < 8:
+        raise UnknownInstruction(f"im2col descriptors of elements below a byte are not simulated: {tensor}")
     return Plan(
         address=tensor.address,
         element=tensor.element,
@@ -97,19 +105,23 @@ def plan(raw: bytes) -> Plan:
         box=tuple(box),
         mode=descriptor.SWIZZLES.index(tensor.swizzle),
         nan_fill=tensor.nan_fill,
+        steps=steps,
+        im2col=tensor.im2col,
     )
 
 
 def _clip(tensor: Plan, coordinates: list[int], memory: GlobalMemory) -> tuple[Array | None, tuple[slice, ...]]:
     """The in-bounds part of the box as a strided byte view (outermost first, then the element's bytes), and where it sits."""
     start = tensor.start(coordinates)
-    low = [max(0, -c) for c in start]
-    high = [min(b, e - c) for b, e, c in zip(tensor.box, tensor.extents, start, strict=True)]
+    low = [max(0, -(c // step)) for c, step in zip(start, tensor.steps, strict=True)]
+    room = [-((c - e) // step) for c, e, step in zip(start, tensor.extents, tensor.steps, strict=True)]
+    high = [min(b, r) for b, r in zip(tensor.box, room, strict=True)]
     if any(h <= lo for lo, h in zip(low, high, strict=True)):
         return None, ()
-    address = tensor.address + sum((c + lo) * s for c, lo, s in zip(start, low, tensor.strides, strict=True))
+    strides = [s * step for s, step in zip(tensor.strides, tensor.steps, strict=True)]
+    address = tensor.address + sum(c * s + lo * t for c, lo, s, t in zip(start, low, tensor.strides, strides, strict=True))
     shape = [h - lo for lo, h in zip(low, high, strict=True)]
-    extent = sum((n - 1) * s for n, s in zip(shape, tensor.strides, strict=True)) + tensor.element_bytes
+    extent = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + tensor.element_bytes
     owner: Allocation = memory.find(address)
     offset = address - owner.base
     if offset + extent > owner.size:
@@ -118,8 +130,29 @@ def _clip(tensor: Plan, coordinates: list[int], memory: GlobalMemory) -> tuple[A
             f"the descriptor claims extents {tensor.extents} with byte strides {tensor.strides}"
         )
     flat = owner.data[offset : offset + extent]
-    view = np.lib.stride_tricks.as_strided(flat, shape=[*shape[::-1], tensor.element_bytes], strides=[*tensor.strides[::-1], 1])
+    view = np.lib.stride_tricks.as_strided(flat, shape=[*shape[::-1], tensor.element_bytes], strides=[*strides[::-1], 1])
     return view, tuple(slice(lo, h) for lo, h in zip(low[::-1], high[::-1], strict=True))
+
+
+def _columns(tensor: Plan, coordinates: list[int], memory: GlobalMemory, offsets: Sequence[int]) -> Iterator[tuple[int, Array]]:
+    """The pixels of an im2col box that lie in the tensor: their number within the box, and their channels as bytes."""
+    walk = tensor.im2col
+    assert walk is not None
+    spatial = tensor.rank - 2
+    shift = [*(offsets or [0] * spatial), 0]
+    last = [n - 1 + up for n, up in zip(tensor.extents[1:-1], walk.upper, strict=True)]
+    channels = min(walk.channels, tensor.extents[0] - coordinates[0])
+    pixel = list(coordinates[1:])
+    for number in range(walk.pixels):
+        place = [p + o for p, o in zip(pixel, shift, strict=True)]
+        if channels > 0 and all(0 <= p < n for p, n in zip(place, tensor.extents[1:], strict=True)):
+            address = tensor.address + sum(p * s for p, s in zip([coordinates[0], *place], tensor.strides, strict=True))
+            yield number, memory.span(address, channels * tensor.element_bytes)
+        for axis in range(spatial + 1):
+            pixel[axis] += tensor.steps[1 + axis]
+            if axis == spatial or pixel[axis] <= last[axis]:
+                break
+            pixel[axis] = walk.lower[axis]
 
 
 def _runs(view: Array) -> tuple[int, Array, int]:
@@ -147,12 +180,18 @@ def _locate(tensor: Plan, offset: int) -> Array:
     return whole.reshape(-1, 16)[:, : tensor.padded].reshape(-1)
 
 
-def read_box(tensor: Plan, coordinates: list[int], memory: GlobalMemory) -> Array:
+def read_box(tensor: Plan, coordinates: list[int], memory: GlobalMemory, offsets: Sequence[int] = ()) -> Array:
     """The box at `coordinates` (innermost first) as bytes in shared-memory order before the swizzle."""
     shape = [*tensor.box[::-1], tensor.element_bytes]
     out = np.zeros(shape, np.uint8)
     if tensor.nan_fill and tensor.element in _NAN:
         out[...] = np.frombuffer(_NAN[tensor.element].to_bytes(tensor.element_bytes, "little"), np.uint8)
+    if tensor.im2col is not None:
+        for row, column in _columns(tensor, coordinates, memory, offsets):
+            if memory.observers:
+                memory.observers.read("global", None, column.ctypes.data, _FIRST, len(column))
+            out[row].reshape(-1)[: len(column)] = column
+        return out.reshape(-1)
     view, where = _clip(tensor, coordinates, memory)
     if view is not None:
         if memory.observers:
@@ -161,10 +200,20 @@ def read_box(tensor: Plan, coordinates: list[int], memory: GlobalMemory) -> Arra
     return out.reshape(-1)
 
 
-def load(tensor: Plan, coordinates: list[int], memory: GlobalMemory, shared: SharedMemory, offset: int) -> int:
-    """Copy a box to shared memory at `offset`; returns the bytes it counts for."""
+def load(
+    tensor: Plan,
+    coordinates: list[int],
+    memory: GlobalMemory,
+    shared: SharedMemory,
+    offset: int,
+    shift: Sequence[int] = (),
+) -> int:
+    """Copy a box to shared memory at `offset`; returns the bytes it counts for.
+
+    shift: an im2col copy's offsets, innermost first.
+    """
     _check(tensor, coordinates, offset)
-    shared.scatter(_locate(tensor, offset), offset, read_box(tensor, coordinates, memory), "TMA load")
+    shared.scatter(_locate(tensor, offset), offset, read_box(tensor, coordinates, memory, shift), "TMA load")
     if tensor.padded:
         shared.mark(offset, tensor.box_bytes)
     return tensor.counted_bytes
@@ -177,6 +226,13 @@ def store(
     _check(tensor, coordinates, offset)
     shape = [*tensor.box[::-1], tensor.element_bytes]
     box = shared.gather(_locate(tensor, offset), offset, "TMA store").reshape(shape)
+    if tensor.im2col is not None:
+        for row, column in _columns(tensor, coordinates, memory, ()):
+            if memory.observers:
+                memory.observers.write("global", None, column.ctypes.data, _FIRST, len(column))
+            new = np.ascontiguousarray(box[row].reshape(-1)[: len(column)])
+            column[...] = new if reduction is None else reduce_elements(column.copy(), new, tensor.element, reduction)
+        return
     view, where = _clip(tensor, coordinates, memory)
     if view is None:
         return

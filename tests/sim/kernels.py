@@ -282,3 +282,20 @@ def tcgen05_tile(a: cute.Tensor, b: cute.Tensor, c: cute.Tensor):
     _tcgen05_tile(mma, load_a, tma_a, load_b, tma_b, c, layout_a, layout_b, a.element_type, copy_bytes).launch(
         grid=[1, 1, 1], block=[THREADS, 1, 1]
     )
+
+
+@cute.kernel
+def _only_prefetch(atom: cute.CopyAtom, out: cute.Tensor):
+    cpasync.prefetch_descriptor(atom)
+    out[0] = cutlass.Float16(1)
+
+
+@cute.jit
+def im2col_map(x: cute.Tensor, out: cute.Tensor):
+    """An im2col descriptor of x, (4, 12, 16) pixels of 64 channels, for boxes of 32 pixels; nothing is copied."""
+    shape = cute.make_layout(((16, 12, 4), 64), stride=((64, 1024, 12288), 1))
+    tile = cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, cute.make_layout((32, 64), stride=(64, 1)))
+    image = cute.make_tensor(x.iterator, shape)
+    corners = ((-1, -2), (-1, 0), (0, 0), (0, 0), (2, 1), (0, 0), (1, 1))  # lower, upper, paddings, stride, of the filter
+    made = cpasync.make_im2col_tma_atom(cpasync.CopyBulkTensorIm2ColG2SOp(), image, tile, (32, 64), *corners)
+    _only_prefetch(made.atom, out).launch(grid=(1, 1, 1), block=(32, 1, 1))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dsv4lab import sim
-from dsv4lab.sim.descriptor import DRIVER_TYPES, SWIZZLES, TensorMap, decode, looks_like_descriptor
+from dsv4lab.sim.descriptor import DRIVER_TYPES, SWIZZLES, Im2col, TensorMap, decode, looks_like_descriptor
 
 PLAIN = TensorMap(0x7F0012345670, "bf16", (96, 40), (256,), (64, 8), "128B")
 
@@ -81,11 +81,50 @@ def test_other_bytes_are_no_descriptor(raw: bytes) -> None:
         decode(raw)
 
 
-def test_element_strides_are_refused() -> None:
-    raw = bytearray(PLAIN.encode())
-    raw[52] = 1
-    with pytest.raises(ValueError, match="element strides or im2col"):
-        decode(bytes(raw))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": (1, 3), "box": (64, 12)},
+        {"extents": (64, 16, 4), "strides": (128, 2048), "im2col": Im2col((-5,), (7,), 64, 1024), "box": (64, 1024)},
+        {
+            "extents": (64, 16, 12, 4),
+            "strides": (128, 2048, 24576),
+            "im2col": Im2col((-1, 127), (-128, 0), 32, 16),
+            "box": (32, 16),
+            "steps": (1, 2, 8, 1),
+        },
+        {
+            "extents": (64, 16, 12, 6, 4),
+            "strides": (128, 2048, 24576, 147456),
+            "im2col": Im2col((-16, 15, 0), (1, -2, -3), 8, 1),
+            "box": (8, 1),
+        },
+    ],
+)
+def test_element_strides_and_im2col_maps_survive(change: dict) -> None:
+    made = replace(PLAIN, **change)
+    assert decode(made.encode()) == made
+    assert ("im2col" in str(made)) == ("im2col" in change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": (1, 9)}, "element strides must be 2 numbers from 1 to 8"),
+        ({"im2col": Im2col((), (), 64, 8), "box": (64, 8)}, "an im2col map has rank 3 to 5"),
+        (
+            {"extents": (64, 16, 4), "strides": (128, 2048), "im2col": Im2col((0,), (40000,), 64, 8), "box": (64, 8)},
+            r"corners must lie in -32768..32767 for rank 3, got \(0, 40000\)",
+        ),
+        (
+            {"extents": (64, 16, 4), "strides": (128, 2048), "im2col": Im2col((0,), (0,), 64, 1025), "box": (64, 1025)},
+            "copies 1 to 1024 pixels",
+        ),
+    ],
+)
+def test_what_im2col_maps_cannot_say_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(PLAIN, **change).encode()
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 136), (513, 1024)])
@@ -128,5 +167,7 @@ def test_the_entry_point_of_the_runtime_encodes_the_same(kernels: ModuleType) ->
 
     assert encode() == 0
     assert bytes(target) == PLAIN.encode()
-    assert encode(element_stride=2) != 0
+    assert encode(element_stride=2) == 0
+    assert decode(bytes(target)).steps == (2, 1)
+    assert encode(element_stride=9) != 0
     assert encode(swizzle=7) != 0

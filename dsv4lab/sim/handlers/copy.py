@@ -288,6 +288,7 @@ def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
     multicast, pair = f.has("multicast::cluster"), f.has("cta_group::2")
     f.drop("cta_group::1")
     rows = f.take("tile::gather4", "tile::scatter4") is not None
+    im2col = f.take("im2col", "im2col_no_offs")
     load = places[0] != "global"
     tensor_operand = i.operands[1] if load else i.operands[0]
     if not isinstance(tensor_operand, Address) or tensor_operand.coordinates is None:
@@ -296,11 +297,15 @@ def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
     coordinates = [d.source(c, "b32") for c in tensor_operand.coordinates.items]
     shared, shared_offset = d.address(i.operands[0] if load else i.operands[1])
     bar = d.address(i.operands[2]) if load else None
-    mask = d.source(i.operands[3], "b16") if multicast else None
+    offsets = [d.source(o, "b16") for o in d.items(i.operands[3])] if im2col == "im2col" else []
+    mask = d.source(i.operands[4 if offsets else 3], "b16") if multicast else None
 
     def read_plan(w: Lanes, lane: int) -> tuple[tma.Plan, list[int]]:
         raw = bytes_at(w.cta, int(w.u[tensor][lane]) + tensor_offset, DESCRIPTOR_BYTES).tobytes()
-        return tma.plan(raw), [int(w.s[c][lane]) for c in coordinates]
+        plan = tma.plan(raw)
+        if (plan.im2col is not None) != (im2col is not None):
+            raise MemoryFault(f"{i.opcode} with a descriptor of a {'tiled' if plan.im2col is None else 'im2col'} map")
+        return plan, [int(w.s[c][lane]) for c in coordinates]
 
     def tell_descriptor(w: Lanes, address: int) -> None:
         if address < SHARED_WINDOW:
@@ -336,6 +341,7 @@ def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
         owner, offset = cluster.resolve(int(w.u[shared][lane]) + shared_offset)
         bar_cta, bar_place = cluster.resolve(int(w.u[bar[0]][lane]) + bar[1])
         targets = [owner] if mask is None else cluster.masked(int(w.u[mask][lane]))
+        shift = [int(w.u[o][lane]) for o in offsets]
 
         def barrier_of(target: Cta) -> Cta:
             if mask is None:
@@ -350,14 +356,14 @@ def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
             size = plan.counted_bytes * (4 if rows else 1)
             for target in targets:
                 for at, start in pieces(plan, place, offset):
-                    tma.load(plan, at, machine.memory, target.shared, start)
+                    tma.load(plan, at, machine.memory, target.shared, start, shift)
                 barrier_of(target).mbarrier(bar_place).complete(size, f"TMA load at {tuple(place)}")
 
         machine.issue(None, effect, "TMA load", w, i.index, (lane,), f"at {tuple(place)}")
 
     each = fetch if load else store
 
-    slots = [tensor, *coordinates, shared, *([bar[0]] if bar is not None else []), *([mask] if mask is not None else [])]
+    slots = [tensor, *coordinates, shared, *offsets, *(slot for slot in (bar and bar[0], mask) if slot is not None)]
 
     def run(w: Lanes, m: Any) -> None:
         for lane in w.issuers(m, slots):
