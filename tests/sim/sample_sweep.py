@@ -98,7 +98,8 @@ def run_sample(sample: Sample, examples: Path, schedules: Iterable[str], limit: 
     schedules = list(schedules)
     command = [sys.executable, str(_HERE / "sample_run.py"), "--arch", sample.arch, "--schedules", ",".join(schedules)]
     command += ["--skip", ",".join(sample.skip), "--limit", str(limit), str(examples / sample.path), *sample.arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_HERE.parent.parent), "CUDA_VISIBLE_DEVICES": ""}
+    paths = os.pathsep.join(filter(None, (str(_HERE.parent.parent), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     start = time.monotonic()
     process = subprocess.Popen(
         command,
