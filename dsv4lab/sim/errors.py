@@ -76,7 +76,7 @@ class DataRace(HazardError):
 
 
 class MissingFence(HazardError):
-    """Accesses through two proxies that are ordered, but without the proxy fence that makes the first visible to the second."""
+    """Accesses that are ordered, but lack the proxy fence that makes the first visible to the second, or `wgmma.fence`."""
 
     kind = "missing fence"
 

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from dsv4lab.sim.assembly import run
-from dsv4lab.sim.errors import HazardError
+from dsv4lab.sim.assembly import kernel, run
+from dsv4lab.sim.errors import HazardError, MissingFence
+from dsv4lab.sim.machine import Checks
+from dsv4lab.sim.register_fences import unfenced
 
 REGISTERS = ", ".join(f"%r{100 + i}" for i in range(4))
 # A (64, 16) and B (8, 16) float16, K-major without swizzle: 8 x 8 blocks of 128 bytes, K blocks 128 apart, row blocks 256.
@@ -67,3 +69,22 @@ def test_a_warp_issues_equal_bulk_operations_once():
     """
     run(body, source=source, total=total)
     np.testing.assert_array_equal(total, source)
+
+
+def test_wgmma_needs_a_fence_after_other_instructions_touched_its_registers():
+    """Once before the first product is enough for products in a row, not for one after the accumulators were read."""
+    _, _, packed = _operands()
+    out = np.zeros((128, 4), np.float32)
+    read = "add.f32 %r50, %r100, %r101;"
+    checks = Checks(races=True)
+    run(FILL + ISSUE + ISSUE + COMMIT + STORE, block=128, packed=packed, out=out, checks=checks)
+    run(FILL + ISSUE + COMMIT + read + "wgmma.fence.sync.aligned;" + ISSUE + COMMIT + STORE, block=128, packed=packed, out=out)
+    with pytest.raises(MissingFence, match=r"register %r100 of a wgmma was touched before, and no wgmma.fence"):
+        run(FILL + ISSUE + COMMIT + read + ISSUE + COMMIT + STORE, block=128, packed=packed, out=out, checks=checks)
+
+
+def test_a_missing_wgmma_fence_is_found_around_a_loop():
+    body = f"L: wgmma.fence.sync.aligned; M: {ISSUE} {COMMIT} add.f32 %r50, %r100, 0f00000000; @%p4 bra TARGET; ret;"
+    around, past = (unfenced(kernel(body.replace("TARGET", target), 1, "sm_90a")) for target in "LM")
+    assert not around
+    assert [name for name, _ in past.values()] == ["%r100"]

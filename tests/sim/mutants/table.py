@@ -79,6 +79,7 @@ MUTANTS = [
         ("the last wgmma wait removed", drop(r"wgmma\.wait_group", "wait_group(0)"), (HAZARD, RACE)),
         ("a wgmma wait that lets one group too many go on", operand(r"wgmma\.wait_group", 0, 2, "wait_group(1)"), RACE),
         ("wgmma.commit_group removed", drop(r"wgmma\.commit_group"), (HAZARD, RACE)),
+        ("wgmma.fence removed", drop(r"wgmma\.fence"), FENCE),
         ("the arrival that frees a buffer removed", drop(ARRIVE, "(step - 1)"), DEADLOCK),
         ("B's bytes not expected", operand(EXPECT, 2, 8192), (*EARLY, MISUSE)),
         ("a wrong swizzle", None, WRONG),
