@@ -20,6 +20,7 @@ def plot_predicted(
     quantity: str,
     spread: Mapping[str, float] | None = None,
     bounds: Mapping[str, float] | None = None,
+    words: tuple[str, str] = ("predicted", "measured"),
     log: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
@@ -27,7 +28,7 @@ def plot_predicted(
 
     predicted, measured: case name to a number > 0, the same names in both. quantity: the axis label, with unit. spread: case
     name to a standard error of the measurement, drawn as whiskers. bounds: case name to a limit that cannot be passed, drawn
-    as a bar. log: a logarithmic axis. Raises ValueError (names differ, not positive).
+    as a bar. words: what the two are called, where one of them is no measurement. log: a logarithmic axis. Raises ValueError (names differ, not positive).
     """
     names = list(predicted)
     if not names or set(names) != set(measured):
@@ -45,15 +46,15 @@ def plot_predicted(
     rows = np.arange(len(names))
     ax.hlines(rows, np.minimum(want, got), np.maximum(want, got), color="#BBBBBB", linewidth=1.5, zorder=1)
     ax.plot(want, rows, linestyle="none", marker="s", markersize=9, markerfacecolor="none", markeredgewidth=1.5,
-            color=BLUE, label="predicted")  # fmt: skip
+            color=BLUE, label=words[0])  # fmt: skip
     ax.errorbar(got, rows, xerr=error if spread else None, linestyle="none", marker="o", markersize=5, capsize=3,
-                color=VERMILION, label="measured")  # fmt: skip
+                color=VERMILION, label=words[1])  # fmt: skip
     for k, (row, at) in enumerate(limit.items()):
         ax.vlines(at, row - 0.36, row + 0.36, color=INK, linewidth=2.2, label="_" if k else "bound")
     for row, ratio in enumerate(got / want):
         text = f"x {ratio:.3f}" if 0.1 < ratio < 10 else f"x {ratio:.3g}"
         ax.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
-    ax.annotate("measured /\npredicted", (1.01, -0.62), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+    ax.annotate(f"{words[1]} /\n{words[0]}", (1.01, -0.62), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_yticks(rows, names)
     ax.grid(False, axis="y")
