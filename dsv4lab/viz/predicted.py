@@ -28,7 +28,8 @@ def plot_predicted(
 
     predicted, measured: case name to a number > 0, the same names in both. quantity: the axis label, with unit. spread: case
     name to a standard error of the measurement, drawn as whiskers. bounds: case name to a limit that cannot be passed, drawn
-    as a bar. words: what the two are called, where one of them is no measurement. log: a logarithmic axis. Raises ValueError (names differ, not positive).
+    as a bar. words: what the two are called, where one of them is no measurement. log: a logarithmic axis.
+    Raises ValueError (names differ, not positive).
     """
     names = list(predicted)
     if not names or set(names) != set(measured):
