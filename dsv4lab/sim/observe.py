@@ -46,6 +46,16 @@ class Site(NamedTuple):
         return f"CTA {self.cta.rank} warp {self.warp}" + (f" lane {self.lane}" if len(self.lanes) == 1 else "")
 
 
+class Deed(NamedTuple):
+    """What an asynchronous operation does to an mbarrier, for the barrier's history. site: the instruction that issued it."""
+
+    kind: str
+    site: Site
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.site}"
+
+
 class Order(NamedTuple):
     """Memory order and scope of an access or fence, as the opcode says; "weak" and "" where it says nothing."""
 
@@ -232,7 +242,7 @@ class Observers(list[Observer]):
             for warp in range(w.warp, w.warp + w.warps):
                 self.tell("executed", w.cta, warp, start, end)
 
-    def origin(self, who: Site | str) -> Origin:
+    def origin(self, who: Site | Deed) -> Origin:
         """Who acts on an mbarrier: the operation that is happening, or the thread."""
         if self.operation is not None:
             return self.operation

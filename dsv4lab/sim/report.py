@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dsv4lab.sim import arrivals
 from dsv4lab.sim.registers import WARP
-from dsv4lab.sim.sync import MBarrier, NamedBarrier
+from dsv4lab.sim.sync import ClusterBarrier, MBarrier, NamedBarrier
 
 if TYPE_CHECKING:
     from dsv4lab.sim.machine import Machine
@@ -60,14 +61,18 @@ def deadlock(machine: Machine, headline: str) -> str:
         if isinstance(subject, MBarrier):
             lines.append(f"  {subject}")
             lines.append(f"    last events: {'; '.join(subject.history)}")
-        elif isinstance(subject, NamedBarrier):
+            lines.append(f"    arrived so far: {arrivals.past(machine, subject) or 'nobody'}")
+        elif isinstance(subject, NamedBarrier | ClusterBarrier):
             lines.append(f"  {owner} {subject}")
-    lines.append(f"  could still arrive: {_able(machine)}")
+        able = arrivals.candidates(machine, subject)
+        lines.append(f"    could still arrive: {'nobody has such an instruction ahead' if not able else ''}".rstrip())
+        lines += [f"      {line}" for line in able]
+    lines.append(f"  {_rest(machine)}")
     return "\n".join(lines)
 
 
-def _able(machine: Machine) -> str:
-    """Arrivals that are still possible in principle: warps that wait for something else, and operations in flight."""
+def _rest(machine: Machine) -> str:
+    """Operations in flight, and the warps that are gone."""
     exited = []
     for cluster in machine.clusters:
         for cta in cluster.ctas:
@@ -76,7 +81,7 @@ def _able(machine: Machine) -> str:
             if gone:
                 exited.append(f"{cta.describe()} warps {', '.join(map(str, gone))}")
     pending = sum(len(q) for q in machine.queues.values())
-    parts = [f"only the warps above, each of which waits; {pending} asynchronous operations in flight"]
+    parts = [f"asynchronous operations in flight: {pending}"]
     if exited:
         parts.append(f"exited already: {'; '.join(exited)}")
     return "; ".join(parts)

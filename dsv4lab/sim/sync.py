@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dsv4lab.sim.errors import BarrierMisuse
-from dsv4lab.sim.observe import Observers, Site
+from dsv4lab.sim.observe import Deed, Observers, Site
 
 HISTORY = 8  # events kept for a barrier's report
 TX_LIMIT = (1 << 20) - 1  # bytes an mbarrier can hold outstanding in one phase
@@ -16,7 +16,8 @@ TX_LIMIT = (1 << 20) - 1  # bytes an mbarrier can hold outstanding in one phase
 class MBarrier:
     """An mbarrier object: a phase completes when no arrival and no byte is outstanding.
 
-    who acts on it is a thread's Site, or the name of an asynchronous operation.
+    who acts on it is a thread's Site, or the Deed of an asynchronous operation. arrived: how often each instruction of each
+    warp arrived or completed bytes here, by (CTA rank, warp, instruction).
     """
 
     def __init__(self, rank: int, offset: int, count: int, who: Site, observers: Observers) -> None:
@@ -29,14 +30,16 @@ class MBarrier:
         self.bytes = 0  # may go negative while complete_tx runs ahead of expect_tx
         self.phase = 0  # phases completed so far
         self.observers = observers
-        self._events: deque[tuple[str, int, int, Site | str]] = deque([("init({})", count, 0, who)], maxlen=HISTORY)
+        self.arrived: Counter[tuple[int, int, int]] = Counter()
+        self._events: deque[tuple[str, int, int, Site | Deed]] = deque([("init({})", count, 0, who)], maxlen=HISTORY)
 
     @property
     def history(self) -> list[str]:
         """The last events, in words."""
         return [f"{what.format(count, size)} by {who}" for what, count, size, who in self._events]
 
-    def arrive(self, count: int, who: Site | str, expect: int = 0) -> None:
+    def arrive(self, count: int, who: Site | Deed, expect: int = 0) -> None:
+        self._count(who)
         self._events.append(("arrive({}, expect {} bytes)" if expect else "arrive({})", count, expect, who))
         if self.observers:
             self.observers.tell("mbarrier_arrive", self.observers.origin(who), self, count, expect)
@@ -46,19 +49,24 @@ class MBarrier:
             raise BarrierMisuse(f"{self}: {-self.pending} more arrivals in one phase than its count")
         self._settle()
 
-    def expect(self, size: int, who: Site | str) -> None:
+    def expect(self, size: int, who: Site | Deed) -> None:
         self._events.append(("expect {1} bytes", 0, size, who))
         if self.observers:
             self.observers.tell("mbarrier_expect", self.observers.origin(who), self, size)
         self.bytes += size
         self._settle()
 
-    def complete(self, size: int, who: Site | str) -> None:
+    def complete(self, size: int, who: Site | Deed) -> None:
+        self._count(who)
         self._events.append(("complete {1} bytes", 0, size, who))
         if self.observers:
             self.observers.tell("mbarrier_complete", self.observers.origin(who), self, size)
         self.bytes -= size
         self._settle()
+
+    def _count(self, who: Site | Deed) -> None:
+        site = who.site if isinstance(who, Deed) else who
+        self.arrived[site.cta.rank, site.warp, site.pc] += 1
 
     def defer(self) -> None:
         """One more arrival is owed in this phase (`cp.async.mbarrier.arrive` without `.noinc`)."""
@@ -143,6 +151,9 @@ class ClusterBarrier:
         if self.arrived and self.arrived >= live:
             self.arrived = 0
             self.generation += 1
+
+    def __str__(self) -> str:
+        return f"cluster barrier: {self.arrived} threads arrived"
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dsv4lab.sim.descriptor import DESCRIPTOR_BYTES
 from dsv4lab.sim.errors import MemoryFault, UnknownInstruction
 from dsv4lab.sim.handlers.barrier import locate
 from dsv4lab.sim.memory import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOW_BYTES
-from dsv4lab.sim.observe import Fence, Order, accesses
+from dsv4lab.sim.observe import Deed, Fence, Order, Site, accesses, site
 from dsv4lab.sim.program import Address, Immediate, Instruction
 from dsv4lab.sim.registers import Lanes
 from dsv4lab.sim.state import Cta
@@ -179,8 +179,8 @@ def _arrive_after_copies(d: Decoder, i: Instruction, f: Form) -> Run:
             if extra:
                 barrier.defer()
 
-            def effect(barrier: MBarrier = barrier, thread: int = w.first + int(lane)) -> None:
-                barrier.arrive(1, f"cp.async of thread {thread} of CTA {w.cta.rank}")
+            def effect(barrier: MBarrier = barrier, lane: int = int(lane)) -> None:
+                barrier.arrive(1, Deed("cp.async", site(w, lane, i.index)))
 
             machine.issue(("cp.async", id(w.cta)), effect, "cp.async arrival", w, i.index, (lane,))
 
@@ -252,7 +252,7 @@ def _bulk(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
                 other.shared.mark(at_bar, size)
                 machine.observers.write("shared", other, at_bar, _FIRST, size)
                 owner = other if mask is not None else bar_cta
-                owner.mbarrier(bar_place).complete(size, "bulk copy")
+                owner.mbarrier(bar_place).complete(size, Deed("bulk copy", site(w, lane, i.index)))
 
         machine.issue(None, to_shared, "bulk load", w, i.index, (lane,))
 
@@ -351,13 +351,15 @@ def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
 
         descriptor = int(w.u[tensor][lane]) + tensor_offset
 
+        who = site(w, lane, i.index)
+
         def effect() -> None:
             tell_descriptor(w, descriptor)
             size = plan.counted_bytes * (4 if rows else 1)
             for target in targets:
                 for at, start in pieces(plan, place, offset):
                     tma.load(plan, at, machine.memory, target.shared, start, shift)
-                barrier_of(target).mbarrier(bar_place).complete(size, f"TMA load at {tuple(place)}")
+                barrier_of(target).mbarrier(bar_place).complete(size, Deed(f"TMA load at {tuple(place)}", who))
 
         machine.issue(None, effect, "TMA load", w, i.index, (lane,), f"at {tuple(place)}")
 
@@ -437,13 +439,17 @@ def launch_control(d: Decoder, i: Instruction, f: Form) -> Run:
                     answer[3] = 1
 
                 def effect(
-                    place: int = place, bar_place: int = bar_place, answer: np.ndarray = answer, targets: list[Cta] = targets
+                    place: int = place,
+                    bar_place: int = bar_place,
+                    answer: np.ndarray = answer,
+                    targets: list[Cta] = targets,
+                    who: Site = site(w, int(lane), i.index),  # noqa: B008 - bound now
                 ) -> None:
                     for target in targets:
                         target.shared.span(place, 16)[...] = answer.view(np.uint8)
                         target.shared.mark(place, 16)
                         machine.observers.write("shared", target, place, _FIRST, 16)
-                        target.mbarrier(bar_place).complete(16, "clusterlaunchcontrol")
+                        target.mbarrier(bar_place).complete(16, Deed("clusterlaunchcontrol", who))
 
                 machine.issue(None, effect, "clusterlaunchcontrol", w, i.index, (lane,))
 

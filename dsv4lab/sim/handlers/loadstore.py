@@ -13,7 +13,7 @@ from dsv4lab.sim.errors import MemoryFault, UnknownInstruction
 from dsv4lab.sim.handlers.alu import assign, signed
 from dsv4lab.sim.handlers.printing import store_argument
 from dsv4lab.sim.memory import LOCAL_WINDOW, PARAM_WINDOW, RANK_SHIFT, SHARED_WINDOW, WINDOW_BYTES
-from dsv4lab.sim.observe import Order, accesses
+from dsv4lab.sim.observe import Deed, Order, Site, accesses, site
 from dsv4lab.sim.program import Address, Instruction, Symbol
 from dsv4lab.sim.registers import Lanes
 
@@ -320,12 +320,14 @@ def _async_store(d: Decoder, i: Instruction, f: Form) -> Run:
         for lane, (address, target) in enumerate(zip(addresses, targets, strict=True)):
             one = np.array([address]), values[lane : lane + 1] if count > 1 else values[lane : lane + 1, 0]
 
-            def effect(one: tuple[Array, Array] = one, target: int = int(target)) -> None:
+            who = site(w, int(active[lane]), i.index)
+
+            def effect(one: tuple[Array, Array] = one, target: int = int(target), who: Site = who) -> None:
                 access._store_shared(w, *one)
                 owner, place = w.cta.cluster.resolve(int(one[0][0]))
                 w.cta.machine.observers.write("shared", owner, place, _FIRST, size * count)
                 cta, offset = w.cta.cluster.resolve(target)
-                cta.mbarrier(offset).complete(size * count, "st.async")
+                cta.mbarrier(offset).complete(size * count, Deed("st.async", who))
 
             w.cta.machine.issue(None, effect, "st.async", w, i.index, (int(active[lane]),))
 

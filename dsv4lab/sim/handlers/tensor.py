@@ -18,7 +18,7 @@ from dsv4lab.sim.errors import BarrierMisuse, ResourceError, UnknownInstruction
 from dsv4lab.sim.handlers.copy import tell_bytes
 from dsv4lab.sim.handlers.tensor_mma import build_mma
 from dsv4lab.sim.layouts import decode_descriptor, operand_index
-from dsv4lab.sim.observe import site
+from dsv4lab.sim.observe import Deed, site
 from dsv4lab.sim.program import Instruction
 from dsv4lab.sim.registers import WARP, Lanes
 from dsv4lab.sim.state import Cta
@@ -145,9 +145,9 @@ def _commit(d: Decoder, i: Instruction, f: Form, pair: bool) -> Run:
             targets = [owner] if mask is None else cta.cluster.masked(int(w.u[mask][lane]))
             if not targets:
                 raise BarrierMisuse("tcgen05.commit with an empty multicast mask")
-            who = f"tcgen05.commit of {site(w, lane, i.index)}"
+            who = Deed("tcgen05.commit", site(w, lane, i.index))
 
-            def effect(place: int = place, targets: list[Cta] = targets, who: str = who) -> None:
+            def effect(place: int = place, targets: list[Cta] = targets, who: Deed = who) -> None:
                 for target in targets:
                     target.mbarrier(place).arrive(1, who)
 
