@@ -209,7 +209,7 @@ class Core:
         """Report instructions start .. end - 1 if they touch accumulators of a wgmma that no wait has covered."""
         flying: set[int] = set()
         for warp in range(lanes.warp, lanes.warp + lanes.warps):
-            flying |= lanes.cta.in_flight.get(warp, set())
+            flying |= lanes.cta.in_flight.get(warp, frozenset())
         if not flying:
             return
         for index in range(start, end):

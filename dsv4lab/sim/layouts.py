@@ -12,7 +12,7 @@ from dsv4lab.sim.errors import UnknownInstruction
 
 Array = NDArray
 SPAN = {0: 16, 1: 32, 2: 64, 3: 128}  # bytes of a row in swizzle mode none, 32B, 64B, 128B
-_SWIZZLE_BITS = {0: 0, 1: 0x10, 2: 0x30, 3: 0x70}
+SWIZZLE_BITS = {0: 0, 1: 0x10, 2: 0x30, 3: 0x70}
 _PATTERN = 1024  # every swizzle repeats after this many bytes
 _WGMMA_SWIZZLE = {0: 0, 1: 3, 2: 2, 3: 1}
 _TCGEN05_SWIZZLE = {0: 0, 2: 3, 4: 2, 6: 1}
@@ -20,7 +20,7 @@ _TCGEN05_SWIZZLE = {0: 0, 2: 3, 4: 2, 6: 1}
 
 def swizzle(offset: Array, mode: int) -> Array:
     """Exchange the 16-byte chunks of a row by the row's number: address bits 4-6 are XORed with bits 7-9."""
-    return offset ^ ((offset >> 3) & _SWIZZLE_BITS[mode])
+    return offset ^ ((offset >> 3) & SWIZZLE_BITS[mode])
 
 
 @dataclass(frozen=True)

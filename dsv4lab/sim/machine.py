@@ -19,8 +19,10 @@ from dsv4lab.sim.core import Core
 from dsv4lab.sim.decode import Program, decode
 from dsv4lab.sim.errors import BarrierMisuse, Deadlock, ResourceError, SimulatorError
 from dsv4lab.sim.memory import PARAM_WINDOW, GlobalMemory, Region
+from dsv4lab.sim.movers import Movers
 from dsv4lab.sim.native import bytecode, library
 from dsv4lab.sim.native.core import NativeCore
+from dsv4lab.sim.native.movers import NativeMovers
 from dsv4lab.sim.observe import Observer, Observers, Operation
 from dsv4lab.sim.program import Kernel, Launch
 from dsv4lab.sim.races import RaceChecker
@@ -92,7 +94,9 @@ class Machine:
         self.resumed: Wait | None = None  # the wait that the instruction now executing comes back from
         self.printed: list[str] = []
         self.observers = Observers()
-        self.core = NativeCore(self) if library.choose(core) == "native" else Core(self)
+        native = library.choose(core) == "native"
+        self.core = NativeCore(self) if native else Core(self)
+        self.movers = NativeMovers(self) if native else Movers(self)
         self.spun = 0  # blocks of instructions run in whole turns since the last progress
         self._serial = 0
         self._constants: dict[int, list[Array]] = {}

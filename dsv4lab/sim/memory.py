@@ -232,6 +232,7 @@ class SharedMemory(Region):
         self.limit = SHARED_RESERVED + size
         self.check_reads = check_reads
         self.written = np.zeros(total // 4, bool)
+        self.phases = np.zeros(total // 8, np.uint8)  # of mbarriers, see MBarrier
         self._written_views = {4: self.written, 8: self.written.view(np.uint16), 16: self.written.view(np.uint32)}
         self._complete = {4: True, 8: 0x0101, 16: 0x01010101}
 

@@ -45,7 +45,7 @@ class Cta:
         self.wgmma_pending: dict[int, dict[int, object]] = defaultdict(dict)  # by warpgroup, then by sequence number
         self.wgmma_issued: dict[int, int] = defaultdict(int)  # by warp
         self.wgmma_flight: dict[int, Any] = {}  # accumulators by group, by warp
-        self.in_flight: dict[int, set[int]] = defaultdict(set)  # wgmma accumulator slots, by warp
+        self.in_flight: dict[int, frozenset[int]] = {}  # wgmma accumulator slots, by warp
         self.cluster_tickets: dict[int, int] = {}  # generation of barrier.cluster a warp arrived in
         self.register_budget: dict[int, int] = {}  # setmaxnreg, by warp
         self.local: Region | None = None

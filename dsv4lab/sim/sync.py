@@ -6,9 +6,12 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from numpy.typing import NDArray
+
 from dsv4lab.sim.errors import BarrierMisuse
 from dsv4lab.sim.observe import Deed, Observers, Site
 
+Array = NDArray
 HISTORY = 8  # events kept for a barrier's report
 TX_LIMIT = (1 << 20) - 1  # bytes an mbarrier can hold outstanding in one phase
 
@@ -17,10 +20,11 @@ class MBarrier:
     """An mbarrier object: a phase completes when no arrival and no byte is outstanding.
 
     who acts on it is a thread's Site, or the Deed of an asynchronous operation. arrived: how often each instruction of each
-    warp arrived or completed bytes here, by (CTA rank, warp, instruction).
+    warp arrived or completed bytes here, by (CTA rank, warp, instruction). phases: 1 + the phase's parity, by offset / 8, of
+    every mbarrier in the CTA's shared memory; the native core reads it.
     """
 
-    def __init__(self, rank: int, offset: int, count: int, who: Site, observers: Observers) -> None:
+    def __init__(self, rank: int, offset: int, count: int, who: Site, observers: Observers, phases: Array) -> None:
         if not 0 < count <= TX_LIMIT:
             raise BarrierMisuse(f"mbarrier.init needs a count from 1 to {TX_LIMIT}, got {count}")
         self.rank = rank
@@ -29,6 +33,8 @@ class MBarrier:
         self.pending = count
         self.bytes = 0  # may go negative while complete_tx runs ahead of expect_tx
         self.phase = 0  # phases completed so far
+        self._phases = phases
+        phases[offset >> 3] = 1
         self.observers = observers
         self.arrived: Counter[tuple[int, int, int]] = Counter()
         self._events: deque[tuple[str, int, int, Site | Deed]] = deque([("init({})", count, 0, who)], maxlen=HISTORY)
@@ -66,7 +72,7 @@ class MBarrier:
 
     def _count(self, who: Site | Deed) -> None:
         site = who.site if isinstance(who, Deed) else who
-        self.arrived[site.cta.rank, site.warp, site.pc] += 1
+        self.arrived[site.cta.rank, site.warp, site.pc] += 1 if isinstance(who, Deed) else len(who.lanes)
 
     def defer(self) -> None:
         """One more arrival is owed in this phase (`cp.async.mbarrier.arrive` without `.noinc`)."""
@@ -81,6 +87,7 @@ class MBarrier:
             raise BarrierMisuse(f"{self}: outstanding bytes exceed {TX_LIMIT}")
         if self.pending == 0 and self.bytes == 0:
             self.phase += 1
+            self._phases[self.offset >> 3] = 1 + (self.phase & 1)
             self.pending = self.count
             if self.observers:
                 self.observers.tell("mbarrier_flip", self, self.phase - 1)

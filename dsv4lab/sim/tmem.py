@@ -108,15 +108,16 @@ class TensorMemory:
         if self._written is not None:
             self._written[lanes, start : start + columns] = True
 
-    def put(self, lanes: slice, start: int, row: Array, column: Array, values: Array, what: str) -> None:
-        """Store words at (row, column) relative to the first lane and `start`."""
-        self._inside(start, int(column.max()) + 1, what)
-        first = lanes.start or 0
+    def claim(self, lane: int, start: int, row: Array, column: Array, what: str) -> Array:
+        """A writable view of the rectangle that a fragment fills, from `lane` and column `start` on; it counts as written."""
+        height, width = int(row.max()) + 1, int(column.max()) + 1
+        self._inside(start, width, what)
         if self.observers:
-            self.observers.write("tmem", self.cta, first * COLUMNS + start, _fragment_cells(row, column))
-        self.cells[row + first, column + start] = values
+            self.observers.write("tmem", self.cta, lane * COLUMNS + start, _fragment_cells(row, column))
+        cells = self.cells[lane : lane + height, start : start + width]
         if self._written is not None:
-            self._written[row + first, column + start] = True
+            self._written[lane : lane + height, start : start + width] = True
+        return cells
 
 
 def _fragment_cells(row: Array, column: Array) -> Array:

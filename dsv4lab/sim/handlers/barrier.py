@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dsv4lab.sim.decode import ALL_LANES, ORDER, Action, Decoder, Form, Run, family
 from dsv4lab.sim.errors import BarrierMisuse, UnknownInstruction
 from dsv4lab.sim.handlers.alu import assign
-from dsv4lab.sim.observe import site
+from dsv4lab.sim.observe import site, sites
 from dsv4lab.sim.program import Address, Instruction
 from dsv4lab.sim.registers import WARP, Lanes
 from dsv4lab.sim.sync import MBarrier, NamedBarrier, Wait
@@ -42,6 +42,7 @@ def mbarrier(d: Decoder, i: Instruction, f: Form) -> Run | Action:
                 barrier = cta.mbarriers.pop(place, None)
                 if barrier is None:
                     raise BarrierMisuse(f"mbarrier.inval: no mbarrier at {cta.shared.describe(place)}")
+                cta.shared.phases[place >> 3] = 0
                 if observers := w.cta.machine.observers:
                     observers.tell("mbarrier_inval", site(w, int(lane), i.index), barrier)
 
@@ -67,7 +68,8 @@ def _init(d: Decoder, i: Instruction) -> Run:
             cta.shared.span(place, 8)
             cta.shared.mark(place, 8)
             who = site(w, int(lane), i.index)
-            barrier = MBarrier(cta.rank, place, int(w.u[count][lane]), who, cta.machine.observers)
+            number, phases = int(w.u[count][lane]), cta.shared.phases
+            barrier = MBarrier(cta.rank, place, number, who, cta.machine.observers, phases)
             cta.mbarriers[place] = barrier
             if cta.machine.observers:
                 cta.machine.observers.tell("mbarrier_init", who, barrier)
@@ -85,10 +87,30 @@ def _arrive(d: Decoder, i: Instruction, f: Form, what: str) -> Run:
         state, operands = d.sink(operands[0]), operands[1:]
     base, offset = d.address(operands[0])
     amount = d.source(operands[1], "b32") if len(operands) > 1 else None
+    plain = what == "arrive" and not expects and not partial
+
+    def together(w: Lanes, m: Any, lanes: Array) -> bool:
+        """Lanes that arrive on one barrier count at once, if at most the last of them ends the phase."""
+        addresses = w.u[base][lanes]
+        if (addresses != addresses[0]).any():
+            return False
+        barrier = locate(w, base, offset, int(lanes[0]))
+        counts = np.ones(w.n, np.uint64) if amount is None else w.u[amount].astype(np.uint64)
+        if not counts[lanes].all() or int(counts[lanes].sum()) > barrier.pending:
+            return False
+        if state is not None:
+            assign(w, state, barrier.phase & 1, m)
+        active = (counts if m is None else counts * m).reshape(w.warps, WARP)
+        for who in sites(w, m, i.index):
+            barrier.arrive(int(active[who.warp - w.warp].sum()), who)
+        return True
 
     def run(w: Lanes, m: Any) -> None:
         w.cta.machine.progress += 1
-        for lane in w.active(m):
+        lanes = w.active(m)
+        if plain and len(lanes) > 1 and not w.cta.machine.observers and together(w, m, lanes):
+            return
+        for lane in lanes:
             lane = int(lane)
             barrier = locate(w, base, offset, lane)
             value = 1 if amount is None else int(w.u[amount][lane])

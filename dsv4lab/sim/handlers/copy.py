@@ -328,7 +328,7 @@ def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
         def effect() -> None:
             tell_descriptor(w, descriptor)
             for at, start in pieces(plan, place, offset):
-                tma.store(plan, at, machine.memory, owner.shared, start, name)
+                machine.movers.store_box(plan, at, owner, start, name)
             group.outstanding -= 1
 
         machine.issue(None, effect, "TMA reduce" if name else "TMA store", w, i.index, (lane,), f"at {tuple(place)}")
@@ -358,7 +358,7 @@ def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
             size = plan.counted_bytes * (4 if rows else 1)
             for target in targets:
                 for at, start in pieces(plan, place, offset):
-                    tma.load(plan, at, machine.memory, target.shared, start, shift)
+                    machine.movers.load_box(plan, at, target, start, shift)
                 barrier_of(target).mbarrier(bar_place).complete(size, Deed(f"TMA load at {tuple(place)}", who))
 
         machine.issue(None, effect, "TMA load", w, i.index, (lane,), f"at {tuple(place)}")

@@ -171,7 +171,7 @@ def _transfer(d: Decoder, i: Instruction, f: Form, what: str) -> Action:
     registers = [d.register(o) if load else d.source(o, "b32") for o in d.items(i.operands[0 if load else 1])]
     base, offset = d.address(i.operands[1 if load else 0])
     times = int(repeat[1:])
-    lanes, columns = fragment(shape, times * 2 if packed else times)
+    index = lanes, columns = fragment(shape, times * 2 if packed else times)
     if packed and shape != "32x32b":
         raise UnknownInstruction(f"{i.opcode}: packing is simulated for 32x32b only")
     if len(registers) * (2 if packed else 1) != len(lanes):
@@ -191,20 +191,24 @@ def _transfer(d: Decoder, i: Instruction, f: Form, what: str) -> Action:
                 raise ResourceError(f"{i.opcode} at lane {lane} leaves the warp's quarter of TMEM")
             span = slice(row, row + height)
             part = slice(first, first + WARP)
-            observers = w.cta.machine.observers
+            observers, movers = w.cta.machine.observers, w.cta.machine.movers
             operation = observers.start(observers.record(f"tcgen05.{what}", w, i.index)) if observers else None
             if load:
                 cells = w.cta.tensor.read(span, column, width, i.opcode)
-                values = cells[lanes, columns]
-                if packed:
+                if not packed:
+                    movers.load_fragment(w, first, registers, cells, index)
+                else:
+                    values = cells[index]
                     values = (values[0::2] & np.uint32(0xFFFF)) | (values[1::2] << np.uint32(16))
-                for register, value in zip(registers, values, strict=True):
-                    w.u[register][part] = value
+                    for register, value in zip(registers, values, strict=True):
+                        w.u[register][part] = value
             else:
-                values = np.stack([w.u[r][part] for r in registers])
-                if packed:
-                    values = np.stack([values & np.uint32(0xFFFF), values >> np.uint32(16)], axis=1).reshape(-1, WARP)
-                w.cta.tensor.put(span, column, lanes, columns, values, i.opcode)
+                cells = w.cta.tensor.claim(row, column, lanes, columns, i.opcode)
+                if not packed:
+                    movers.store_fragment(w, first, registers, cells, index)
+                else:
+                    values = np.stack([w.u[r][part] for r in registers])
+                    cells[index] = np.stack([values & np.uint32(0xFFFF), values >> np.uint32(16)], axis=1).reshape(-1, WARP)
             if operation is not None:
                 observers.end(operation)
 

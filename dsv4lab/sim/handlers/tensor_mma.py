@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsv4lab.sim import numfmt, operands
+from dsv4lab.sim import operands
 from dsv4lab.sim.decode import Decoder, Form, Run
 from dsv4lab.sim.errors import UnknownInstruction
-from dsv4lab.sim.layouts import decode_descriptor, operand_index
+from dsv4lab.sim.layouts import decode_descriptor
 from dsv4lab.sim.program import Address, Immediate, Instruction, Vector
 from dsv4lab.sim.registers import Lanes
 from dsv4lab.sim.state import Cta
@@ -176,27 +176,16 @@ class Product:
         return operands.values(np.ascontiguousarray(np.concatenate(cells)).view(np.uint8), form.a)
 
     def _shared(self, cta: Cta, bits: int, rows: int, name: str, mn_major: bool) -> Array:
-        size = operands.BITS[name]
-        if mn_major and size < 8:
+        if mn_major and operands.BITS[name] < 8:
             raise UnknownInstruction("tcgen05.mma: 4-bit operands must be K-major")
         descriptor = decode_descriptor(bits, True)
-        index = operand_index(descriptor, rows, self.form.k * size // 8, size // 8 if mn_major else 0)
-        data = cta.shared.gather(index, descriptor.start, "tcgen05.mma")
-        if name.endswith(".8"):  # in shared memory as TMA pads it; the 8-bit containers exist in TMEM only
-            data = operands.unpack(data, 4 if name == "e2m1.8" else 6)
-        return operands.values(data, name)
+        return cta.machine.movers.tile(cta, descriptor, rows, self.form.k, name, mn_major, "tcgen05.mma")
 
-    def _scaled(self, cta: Cta, tile: Array, address: int, first_byte: int, lane: int = 0) -> Array:
-        """Multiply a (rows, K) tile by its factors: row i's word lies at lane i % 32, column i / 32, one byte a block."""
-        rows, depth = tile.shape
-        count = depth // self.vector
-        table = numfmt.table(self.form.scales)
-        start = first_byte if count < 4 else 0
-        words = cta.tensor.read(slice(lane, lane + 32), address & 0xFFFF, (rows + 31) // 32, "tcgen05.mma (scale factors)")
-        codes = np.ascontiguousarray(words.T).reshape(-1)[:rows].view(np.uint8).reshape(rows, 4)[:, start : start + count]
-        if self.form.scales == "e4m3":
-            codes = codes & np.uint8(0x7F)
-        return (tile.reshape(rows, count, self.vector) * table[codes][:, :, None]).reshape(rows, depth)
+    def _scaled(self, cta: Cta, tile: Array, address: int, first: int, lane: int = 0) -> Array:
+        """A (rows, K) tile times its factors, which begin at byte `first` of a word if they do not fill it."""
+        start = first if tile.shape[1] // self.vector < 4 else 0
+        what = "tcgen05.mma (scale factors)"
+        return cta.machine.movers.scale(cta, tile, self.vector, lane, address & 0xFFFF, start, self.form.scales, what)
 
     def _lanes(self, rows: int) -> list[tuple[slice, slice]]:
         """TMEM lanes and the product's rows that they hold."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dsv4lab.sim import operands
 from dsv4lab.sim.decode import ALL_LANES, Action, Decoder, Form, family
 from dsv4lab.sim.errors import HazardError, MissingFence, UnknownInstruction
-from dsv4lab.sim.layouts import accumulator_fragment, decode_descriptor, operand_index
+from dsv4lab.sim.layouts import accumulator_fragment, decode_descriptor
 from dsv4lab.sim.observe import Operation
 from dsv4lab.sim.program import Immediate, Instruction, Vector
 from dsv4lab.sim.registers import WARP, Lanes
@@ -33,13 +33,13 @@ _GROUP = 4  # warps of a warpgroup
 
 @dataclass
 class InFlight:
-    """Accumulator registers of a warp's operations that no wait has covered."""
+    """Accumulator registers of a warp's operations that no wait has covered, a set for each instruction."""
 
-    open: set[int] = field(default_factory=set)
-    committed: deque[set[int]] = field(default_factory=deque)
+    open: set[frozenset[int]] = field(default_factory=set)
+    committed: deque[set[frozenset[int]]] = field(default_factory=deque)
 
-    def slots(self) -> set[int]:
-        return set().union(self.open, *self.committed)
+    def slots(self) -> frozenset[int]:
+        return frozenset().union(*self.open, *(registers for group in self.committed for registers in group))
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Collected:
 
     index: int
     descriptors: dict[int, tuple[int, int, bool]] = field(default_factory=dict)  # a, b, accumulate
-    fragments: dict[int, list[Array]] = field(default_factory=dict)
+    fragments: dict[int, Array] = field(default_factory=dict)  # (registers, 32) words
     groups: list[Group] = field(default_factory=list)
     operation: Operation | None = None
 
@@ -166,6 +166,7 @@ def _multiply(d: Decoder, i: Instruction, f: Form) -> Action:
         a_mn_major=not from_registers and bool(_flag(i, 6, 0)),
         b_mn_major=bool(_flag(i, 6 if from_registers else 7, 0)),
     )
+    touched = frozenset(shape.d_slots)
 
     missing = d.unfenced.get(i.index)
 
@@ -192,16 +193,17 @@ def _multiply(d: Decoder, i: Instruction, f: Form) -> Action:
             value = bool(w.u[accumulate][lane]) != negated
             collected.descriptors[warp] = (0 if a < 0 else int(w.u[a][lane]), int(w.u[b][lane]), value)
             if a_slots:
-                collected.fragments[warp] = [w.u[s][lane : lane + WARP].copy() for s in a_slots]
+                collected.fragments[warp] = np.stack([w.u[s][lane : lane + WARP] for s in a_slots])
             group = cta.wgmma_groups[warp].open
             group.outstanding += 1
             collected.groups.append(group)
             flight = _flight(cta, warp)
-            flight.open.update(shape.d_slots)
             if cta.machine.observers:
                 collected.operation = cta.machine.observers.record("wgmma", w, i.index, None, operation=collected.operation)
                 cta.machine.observers.tell("contributed", collected.operation.site, collected.operation)
-            cta.in_flight[warp] = cta.in_flight[warp] | flight.open
+            if touched not in flight.open:
+                flight.open.add(touched)
+                cta.in_flight[warp] = cta.in_flight.get(warp, frozenset()) | touched
             if len(collected.descriptors) == _GROUP:
                 del pending[sequence]
                 _start(w, i.index, warp // _GROUP, shape, collected)
@@ -226,46 +228,35 @@ def _start(w: Lanes, index: int, warpgroup: int, shape: Shape, collected: Collec
 
 
 def _product(cta: Cta, shape: Shape, collected: Collected, first: int, a_bits: int, b_bits: int) -> Array:
-    size = operands.BITS[shape.a]
-    row_bytes = shape.k * size // 8
+    def tile(bits: int, rows: int, name: str, mn_major: bool) -> Array:
+        return cta.machine.movers.tile(cta, decode_descriptor(bits, False), rows, shape.k, name, mn_major, "wgmma")
+
     if shape.a_slots:
         left = _fragment(shape, [collected.fragments[first + q] for q in range(_GROUP)])
     else:
-        left = operands.values(_tile(cta, a_bits, 64, row_bytes, size // 8 if shape.a_mn_major else 0), shape.a)
-    right = operands.values(_tile(cta, b_bits, shape.n, row_bytes, size // 8 if shape.b_mn_major else 0), shape.b)
-    product = operands.multiply(left, right, shape.d == "s32")
+        left = tile(a_bits, 64, shape.a, shape.a_mn_major)
+    product = operands.multiply(left, tile(b_bits, shape.n, shape.b, shape.b_mn_major), shape.d == "s32")
     return -product if shape.a_sign * shape.b_sign < 0 else product
 
 
-def _tile(cta: Cta, bits: int, rows: int, row_bytes: int, element: int) -> Array:
-    descriptor = decode_descriptor(bits, False)
-    return cta.shared.gather(operand_index(descriptor, rows, row_bytes, element), descriptor.start, "wgmma")
-
-
-def _fragment(shape: Shape, parts: list[list[Array]]) -> Array:
-    """The 64 x K operand that the warps hold in registers, as float32."""
-    per = 32 // operands.BITS[shape.a]
-    out = np.zeros((64, shape.k), np.float32)
-    lane = np.arange(WARP)
-    for warp, registers in enumerate(parts):
-        for item, register in enumerate(registers):
-            elements = operands.values(register.view(np.uint8).reshape(WARP, 4), shape.a)
-            row = 16 * warp + lane // 4 + 8 * (item % 2)
-            column = per * (lane % 4) + 4 * per * (item // 2)
-            for j in range(per):
-                out[row, column + j] = elements[:, j]
-    return out
+def _fragment(shape: Shape, parts: list[Array]) -> Array:
+    """The 64 x K operand that the warps hold in registers, (registers, 32) words each, as float32."""
+    per = 32 // operands.BITS[shape.a]  # elements of a register
+    words = np.stack(parts).reshape(-1, WARP)
+    elements = operands.values(words.view(np.uint8), shape.a).reshape(_GROUP, -1, 2, 8, 4, per)
+    # Thread 4 r + q of a warp holds in register 2 c + h: row 8 h + r, columns 4 per c + per q and following.
+    return elements.transpose(0, 2, 3, 1, 4, 5).reshape(64, shape.k)
 
 
 def _accumulate(cta: Cta, shape: Shape, first: int, product: Array, accumulate: bool) -> None:
+    if shape.d == "f32":
+        cta.machine.movers.accumulate(cta, first, shape.d_slots, product, accumulate)
+        return
     row, column = accumulator_fragment(shape.n)
     values = product[row, column]  # (128, N / 2)
     w = cta.lanes(first, _GROUP)
     for item, slot in enumerate(shape.d_slots):
-        if shape.d == "f32":
-            out = w.f[slot]
-            out[...] = out + values[:, item] if accumulate else values[:, item]
-        elif shape.d == "s32":
+        if shape.d == "s32":
             old = w.s[slot].astype(np.int64) if accumulate else np.int64(0)
             w.u[slot][...] = ((old + values[:, item]) & 0xFFFFFFFF).astype(np.uint32)
         else:

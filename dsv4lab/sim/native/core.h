@@ -60,6 +60,7 @@ typedef struct {
     u8 *data;
     u8 *written;             /* by 4-byte word */
     u64 size;
+    const u8 *phases;        /* 1 + parity of the phase of the mbarrier at a multiple of 8; 0: none there */
 } Shared;
 
 /* A CTA as the operations see it. */

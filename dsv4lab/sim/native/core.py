@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 Array = NDArray
 _LANES = 1024
+
+
+def at(array: Array) -> int:
+    """Where an array lies in memory."""
+    return int(array.__array_interface__["data"][0])
 
 
 class _Program(ctypes.Structure):
@@ -97,12 +102,12 @@ class NativeProgram:
         self.touch_start = np.cumsum([0, *map(len, touches)]).astype(np.int32)
         self.touched = np.array([slot for slots in touches for slot in slots] or [0], np.int32)
         self.struct = _Program(
-            self.steps.ctypes.data,
+            at(self.steps),
             total,
-            self.lists.ctypes.data,
-            self.widths.ctypes.data,
-            self.touch_start.ctypes.data,
-            self.touched.ctypes.data,
+            at(self.lists),
+            at(self.widths),
+            at(self.touch_start),
+            at(self.touched),
         )
         self.address = ctypes.addressof(self.struct)
 
@@ -118,7 +123,7 @@ class NativeCore(Core):
         self._progress = _Progress()
         self._where = ctypes.addressof(self._progress)
         self._mask = np.zeros(_LANES, bool)
-        self._mask_at = self._mask.ctypes.data
+        self._mask_at = at(self._mask)
         self._programs: dict[int, tuple[Program, NativeProgram]] = {}
         self.declined: dict[int, int] | None = None  # instruction -> times, if someone wants to know
 
@@ -133,40 +138,46 @@ class NativeCore(Core):
         self._ranges = np.array(ranges or [(0, 0)], np.uint64)
         self._see = (bytecode.FENCE if machine.observers else 0) | (bytecode.MEMORY if machine.observers.accesses else 0)
         self._watch = np.zeros(len(machine.compiled.widths), np.uint8)
-        self._watch_at = self._watch.ctypes.data
-        self._watched: list[Any] = []
+        self._watch_at = at(self._watch)
+        self._watched: set[frozenset[int]] = set()
 
-    def _cta(self, cta: Cta) -> int:
+    def cta(self, cta: Cta) -> int:
         """The address of a CTA's description, made when it first executes."""
         if cta.native is None:
             ctas = cta.cluster.ctas
+            memories = [other.shared for other in ctas]
             shared = np.array(
-                [(c.shared.data.ctypes.data, c.shared.written.ctypes.data, c.shared.size) for c in ctas], np.uint64
-            )
+                [(at(m.data), at(m.written), m.size, at(m.phases)) for m in memories], np.uint64
+            )  # Shared of core.h
             rows, params, local = cta.registers.addresses, self.machine.params, cta.local
             made = _Cta(
                 self._program.address,
-                rows.ctypes.data,
-                self._ranges.ctypes.data,
+                at(rows),
+                at(self._ranges),
                 len(self.machine.memory.allocations),
-                shared.ctypes.data,
+                at(shared),
                 len(ctas),
                 cta.rank,
-                params.data.ctypes.data,
+                at(params.data),
                 params.size,
-                None if local is None else local.data.ctypes.data,
+                None if local is None else at(local.data),
                 cta.local_stride,
                 int(cta.shared.check_reads),
             )
-            cta.native = ctypes.addressof(made), made, shared
+            cta.native = ctypes.addressof(made), made, shared, at(shared) + cta.rank * shared.strides[0]
         return int(cta.native[0])
+
+    def shared(self, cta: Cta) -> int:
+        """The address of the description of a CTA's shared memory."""
+        self.cta(cta)
+        return int(cta.native[3])
 
     def run_group(self, unit: Unit, group: Group, left: int) -> int:
         if self.machine.observers.instructions:
             return super().run_group(unit, group, left)
         lanes, mask, progress, machine = unit.lanes, group.mask, self._progress, self.machine
         singles, limit = machine.compiled.singles, meeting(unit, group)
-        cta, mask_at = self._cta(lanes.cta), None
+        cta, mask_at = self.cta(lanes.cta), None
         if mask is not None:
             self._mask[: lanes.n] = mask
             mask_at = self._mask_at
@@ -195,11 +206,12 @@ class NativeCore(Core):
 
     def _flying(self, lanes: Lanes) -> int | None:
         """Flags of the slots that belong to a wgmma of these warps; None if there are none."""
-        flying = [slots for w in range(lanes.warp, lanes.warp + lanes.warps) if (slots := lanes.cta.in_flight.get(w))]
+        flights = lanes.cta.in_flight
+        flying = {slots for warp in range(lanes.warp, lanes.warp + lanes.warps) if (slots := flights.get(warp))}
         if not flying:
             return None
-        if len(flying) != len(self._watched) or any(a is not b for a, b in zip(flying, self._watched, strict=True)):
+        if flying != self._watched:  # frozensets keep their hash, so this is quick
             self._watched = flying
             self._watch[:] = 0
-            self._watch[list(set().union(*flying))] = 1
+            self._watch[list(frozenset().union(*flying))] = 1
         return self._watch_at

@@ -216,11 +216,34 @@ OP(store_matrix)
     return DONE;
 }
 
+/* mbarrier.try_wait and test_wait where all lanes' phases (b: parity, of `size` bytes) have completed. */
+OP(try_wait)
+{
+    u8 *d = ROW(u8, s->d);
+    const u32 *base4 = ROW(u32, s->a), *parity4 = ROW(u32, s->b);
+    const u64 *base8 = ROW(u64, s->a), *parity8 = ROW(u64, s->b);
+    for (s32 i = 0; i < f->n; i++) {
+        if (!holds(m, i))
+            continue;
+        u64 address = (s->variant & 8 ? base4[i] : base8[i]) + (u64)s->k;
+        address -= address >= SHARED_WINDOW ? SHARED_WINDOW : 0;
+        u64 rank = address >> 24, offset = address & 0xFFFFFF, parity = (s->size == 4 ? parity4[i] : parity8[i]) & 1;
+        if (rank >= (u64)f->cta->ranks || offset + 8 > f->cta->shared[rank].size || offset & 7)
+            return DECLINED;
+        u8 phase = f->cta->shared[rank].phases[offset >> 3];
+        if (!phase || phase - 1u == parity)
+            return DECLINED;
+    }
+    EACH({ d[i] = 1; });
+    return DONE;
+}
+
 const Entry memory_entries[] = {
     {"load", load},
     {"store", store},
     {"load.param", load_param},
     {"load.matrix", load_matrix},
     {"store.matrix", store_matrix},
+    {"try.wait", try_wait},
     {0, 0},
 };
