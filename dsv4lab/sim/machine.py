@@ -287,7 +287,7 @@ class Machine:
         running = [unit for unit in self.units if unit.poll()]
         for unit in running:
             unit.look(self.progress)
-        polling = all(unit.circling for unit in running)
+        polling = bool(running) and all(unit.circling for unit in running)
         if polling and self.queues:
             self.perform()
         elif (polling or self.spun > _LONELY) and self._more():

@@ -32,10 +32,14 @@ class Unit:
     turns: int = 0
     states: set[int] = field(default_factory=set)  # digests of its state at the ends of turns since `since`
     since: int = -1  # the machine's progress when `states` began
+    looked: int = 0  # turns at the last look
     circling: bool = False
 
     def look(self, progress: int) -> None:
         """Note the state at the end of a turn; the same state twice, and nothing happened meanwhile: it waits by polling."""
+        if self.turns == self.looked and self.since == progress:
+            return
+        self.looked = self.turns
         if self.since != progress or len(self.states) > _CIRCLE:
             self.states, self.since, self.circling = set(), progress, False
         places = tuple((group.pc, None if group.mask is None else group.mask.tobytes()) for group in self.groups)

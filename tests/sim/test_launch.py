@@ -36,6 +36,31 @@ def test_ctas_may_wait_for_ctas_that_start_later(schedule):
     np.testing.assert_array_equal(seen, 6)
 
 
+@pytest.mark.parametrize("schedule", ["eager", "random:0", "random:1"])
+def test_long_loops_without_barriers_are_no_deadlock(schedule):
+    out = np.zeros(64, np.uint32)
+    run(
+        """
+        ld.param.b64 %d1, [p0];
+        mov.u32 %r0, %tid.x;
+        mov.u32 %r1, 0;
+        $loop:
+        add.u32 %r1, %r1, 1;
+        setp.lt.u32 %p1, %r1, 6000;
+        @%p1 bra $loop;
+        mul.wide.u32 %d2, %r0, 4;
+        add.s64 %d1, %d1, %d2;
+        st.global.b32 [%d1], %r1;
+        ret;
+        """,
+        block=64,
+        grid=1,
+        schedule=schedule,
+        out=out,
+    )
+    np.testing.assert_array_equal(out, 6000)
+
+
 def test_a_lock_that_nobody_frees_is_a_deadlock():
     lock, seen = np.ones(1, np.uint32), np.zeros(1, np.uint32)
     with pytest.raises(Deadlock, match="spin"):
