@@ -7,7 +7,7 @@ The machinery under `dsv4lab.ops`; it knows nothing of any single operation. See
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,20 +22,21 @@ from dsv4lab.sim.schedule import Schedule
 from dsv4lab.sim.session import ARCHITECTURES, DEFAULT_ARCH
 
 if TYPE_CHECKING:
-    from dsv4lab.sim import Checks, Executed
+    from dsv4lab.sim import Checks, Executed, Observer
 
 BACKENDS = ("auto", "reference", "kernel", "sim")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What runs operations. arch, schedule, seed and checks are the simulator's; its launches are added to `launches`."""
+    """What runs operations. All but the name are the simulator's; what it launches is added to `launches`."""
 
     name: str = "auto"
     arch: Optional[str] = None
     schedule: str = "eager"
     seed: int = 0
     checks: Optional["Checks"] = None
+    observers: tuple["Observer", ...] = ()
     launches: list["Executed"] = field(default_factory=list, compare=False)
 
 
@@ -114,8 +115,8 @@ class _Operation:
 
         host = sim.Host(arch)
         names = {n: a for n, a in self.signature.bind(*args, **kwargs).arguments.items() if isinstance(a, Tensor)}
-        settings: dict[str, Any] = dict(schedule=backend.schedule, seed=backend.seed, checks=backend.checks, names=names)
-        with sim.simulating(arch, **settings) as runs, running_on(host):
+        how: dict[str, Any] = dict(schedule=backend.schedule, seed=backend.seed, checks=backend.checks)
+        with sim.simulating(arch, names=names, observers=backend.observers, **how) as runs, running_on(host):
             try:
                 return function(*args, **kwargs)
             finally:
@@ -150,7 +151,13 @@ def register_kernel(
 
 @contextmanager
 def backend(
-    name: str, *, arch: Optional[str] = None, schedule: str = "eager", seed: int = 0, checks: Optional["Checks"] = None
+    name: str,
+    *,
+    arch: Optional[str] = None,
+    schedule: str = "eager",
+    seed: int = 0,
+    checks: Optional["Checks"] = None,
+    observers: Iterable["Observer"] = (),
 ) -> Iterator[Backend]:
     """Run the operations inside the block on the named backend.
 
@@ -158,14 +165,15 @@ def backend(
         y = ops.linear(x, weight, act="nvfp4")
     print(simulated.launches[0].stats.instructions)
 
-    arch ("sm_90a", the default, or "sm_100a"), schedule ("eager", "lazy", "random" with its seed) and checks (`sim.Checks`, all
-    by default) are the simulator's alone. Raises ValueError on an unknown name, or on settings that another backend lacks.
+    arch ("sm_90a", the default, or "sm_100a"), schedule ("eager", "lazy", "random" with its seed), checks (`sim.Checks`) and
+    observers (`sim.Recorder`, say) are the simulator's alone. Raises ValueError on an unknown name, or on settings that another
+    backend lacks.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
-    chosen = Backend(name, arch, schedule, seed, checks)
+    chosen = Backend(name, arch, schedule, seed, checks, tuple(observers))
     if name != "sim" and chosen != Backend(name):
-        raise ValueError(f"arch, schedule, seed and checks are for backend 'sim', got them for {name!r}")
+        raise ValueError(f"arch, schedule, seed, checks and observers are for backend 'sim', got some for {name!r}")
     if name == "sim":
         Schedule(schedule, seed)
         if arch not in (None, *ARCHITECTURES):

@@ -290,7 +290,7 @@ def test_unknown_names_are_rejected() -> None:
     ):
         with pytest.raises(ValueError, match=message), ops.backend("sim", **settings):
             pass
-    with pytest.raises(ValueError, match="are for backend 'sim', got them for 'kernel'"), ops.backend("kernel", seed=1):
+    with pytest.raises(ValueError, match="are for backend 'sim', got some for 'kernel'"), ops.backend("kernel", seed=1):
         pass
 
 

@@ -38,6 +38,7 @@ from dsv4lab.sim.ptx import ParseError
 from dsv4lab.sim.recorder import Recorder
 from dsv4lab.sim.session import CaptureError, disable, doctor, enable
 from dsv4lab.sim.shim import ShimError
+from dsv4lab.sim.tensor_core import IssuedProduct, TensorCore
 from dsv4lab.sim.timeline import Timeline, Timing
 from dsv4lab.sim.tracing import Trace
 
@@ -51,6 +52,7 @@ __all__ = [
     "Exploration",
     "Finding",
     "Host",
+    "IssuedProduct",
     "Kernel",
     "Launch",
     "Observer",
@@ -60,6 +62,7 @@ __all__ = [
     "ShimError",
     "SimulatorError",
     "Stats",
+    "TensorCore",
     "TensorMap",
     "Timeline",
     "Timing",

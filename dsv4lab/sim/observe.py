@@ -126,6 +126,7 @@ class Operation:
     reads: list[Touch] = field(default_factory=list)
     writes: list[Touch] = field(default_factory=list)
     performed: int | None = None  # machine.step
+    performer: object = None  # whose method carries it out, for kinds that have one: a tensor core's product
 
     def __str__(self) -> str:
         return f"{self.kind}{f' {self.note}' if self.note else ''} of {self.site}"
@@ -280,6 +281,7 @@ class Observers(list[Observer]):
 
     def watched(self, effect: Callable[[], None], operation: Operation) -> Callable[[], None]:
         """The effect of an operation that is issued now."""
+        operation.performer = getattr(effect, "__self__", None)
         self.tell("issued", operation)
 
         def run() -> None:

@@ -25,10 +25,13 @@ from dsv4lab.viz.resources import plot_resources
 from dsv4lab.viz.roofline import plot_roofline
 from dsv4lab.viz.scale_histogram import plot_scale_histogram
 from dsv4lab.viz.scale_layout import plot_scale_layout
+from dsv4lab.viz.scale_words import plot_scale_words
 from dsv4lab.viz.shape_tour import plot_shape_tour
 from dsv4lab.viz.sinkhorn import plot_sinkhorn
 from dsv4lab.viz.stream_norms import plot_stream_norms
 from dsv4lab.viz.style import STYLE_PATH, style_context, use_style
+from dsv4lab.viz.swizzle import plot_swizzle
+from dsv4lab.viz.tmem_map import plot_tmem_map
 from dsv4lab.viz.traffic import plot_traffic
 from dsv4lab.viz.training_curve import plot_training_curve
 from dsv4lab.viz.warp_timeline import plot_warp_timeline
@@ -57,9 +60,12 @@ __all__ = [
     "plot_roofline",
     "plot_scale_histogram",
     "plot_scale_layout",
+    "plot_scale_words",
     "plot_shape_tour",
     "plot_sinkhorn",
     "plot_stream_norms",
+    "plot_swizzle",
+    "plot_tmem_map",
     "plot_traffic",
     "plot_training_curve",
     "plot_warp_timeline",

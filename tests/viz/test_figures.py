@@ -128,6 +128,24 @@ def cases() -> dict[str, Case]:
             ],
             {},
         ),
+        "scale_words": (
+            viz.plot_scale_words,
+            [
+                np.arange(32)[:, None, None] + 32 * np.arange(3)[:, None] + np.zeros(4, int),
+                np.zeros((32, 3, 1), int) + np.array([0, 0, 1])[:, None] * 4 + np.arange(4),
+            ],
+            {"first_column": 48},
+        ),
+        "swizzle": (
+            viz.plot_swizzle,
+            [np.array([[0, 1, 2], [1, 0, -1], [2, 1, 0]])],
+            {"marked": np.array([[True, False, True], [False, True, True], [True, True, False]])},
+        ),
+        "tmem_map": (
+            viz.plot_tmem_map,
+            [np.where(np.arange(61) < 30, 0, np.where(np.arange(61) < 34, 1, -1)) + np.zeros((64, 1), int), ["sums", "scales"]],
+            {},
+        ),
         "shape_tour": (
             viz.plot_shape_tour,
             [trunk],
@@ -325,6 +343,11 @@ REFUSED = [
     ("scale_layout", 0, {}, r"offsets must not be empty, got an empty mapping"),
     ("scale_layout", 0, {"a": np.zeros((2, 3), int), "b": np.zeros((3, 2), int)}, r"offsets\['b'\] must have shape \(2, 3\)"),
     ("scale_layout", 0, {"a": -np.ones((2, 3), int)}, r"offsets\['a'\] must lie in \[0, inf\], got \[-1, -1\]"),
+    ("scale_words", 1, np.zeros((32, 3, 3), int), r"block must have shape \(32, 3, 4\), got \(32, 3, 3\)"),
+    ("scale_words", 0, -np.ones((32, 3, 4), int), r"row must lie in \[0, inf\], got \[-1, -1\]"),
+    ("swizzle", 0, np.zeros(4, int), r"chunk must have shape \(L, P\), got \(4,\)"),
+    ("swizzle", "marked", np.ones((3, 2), bool), r"marked must have shape \(3, 3\), got \(3, 2\)"),
+    ("tmem_map", 0, np.full((4, 4), 2), r"owner must lie in \[-1, 1\], got \[2, 2\]"),
     ("mtp_acceptance", 0, np.array([50, 51]), r"accepted must be <= drafted, got 51 of 50 at position 2"),
     ("mtp_acceptance", 1, np.array([100]), r"drafted must have shape \(2\), got \(1,\)"),
     ("warp_timeline", 0, np.array([0, 0, 1, 2, 3]), r"row must lie in \[0, 2\], got \[0, 3\]"),
