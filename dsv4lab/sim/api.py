@@ -179,6 +179,7 @@ def trace(
     fn: Any,
     *args: Any,
     launch: int = 0,
+    ctas: int | None = None,
     arch: str | None = None,
     schedule: str = "eager",
     seed: int = 0,
@@ -187,10 +188,11 @@ def trace(
 ) -> Trace:
     """Run a compiled function, or one to compile, and keep a log of everything that its launch does.
 
-    launch: which one, if the host function makes several. Raises CaptureError if it makes fewer, and what `execute` raises.
+    launch: which one, if the host function makes several. ctas: keep only this many of its CTAs, the first ones.
+    Raises CaptureError if the function makes fewer launches, and what `execute` raises.
     To log launches that fail, or that someone else makes, give a `Recorder` to the `observers` of `run` or `simulating`.
     """
-    recorder = Recorder()
+    recorder = Recorder(ctas)
     run(fn, *args, arch=arch, schedule=schedule, seed=seed, checks=checks, observers=[recorder], options=options)
     if not -len(recorder.traces) <= launch < len(recorder.traces):
         raise CaptureError(f"launch {launch} is to be traced, but the host function made {len(recorder.traces)}")

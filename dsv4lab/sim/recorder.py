@@ -34,11 +34,18 @@ _TENSOR_CORE = ("wgmma", "tcgen05.mma", "tcgen05.cp", "tcgen05.shift")
 
 
 class Recorder(Observer):
-    """An observer that keeps everything; `traces` has one Trace for each launch that ended, or failed while it was watched."""
+    """An observer that keeps everything; `traces` has one Trace for each launch that ended.
+
+    ctas: keep only this many of a launch's CTAs, the first ones (a cluster's CTAs should be kept together); None: all.
+    After a launch that failed, `trace()` gives what was recorded until then.
+    """
 
     wants = frozenset({"access", "touch", "executed"})
 
-    def __init__(self) -> None:
+    def __init__(self, ctas: int | None = None) -> None:
+        if ctas is not None and ctas < 1:
+            raise ValueError(f"ctas must be at least 1, got {ctas}")
+        self.limit = 1 << 31 if ctas is None else ctas
         self.traces: list[Trace] = []
 
     # the launch
@@ -52,6 +59,7 @@ class Recorder(Observer):
         self._operations: dict[int, OperationInfo] = {}
         self._conflicts: dict[int, Conflicts] = {}
         self._lives: dict[tuple[str, int], Lifetimes] = {}
+        self._shared_bytes = 0
         self._granules: dict[tuple[int, int, int, str], Array] = {}
         self._moved: dict[tuple[str, str], tuple[dict[str, int], Array]] = {}
 
@@ -68,30 +76,50 @@ class Recorder(Observer):
                 rows["low"] = rows["low"] * _GRANULE - SHARED_RESERVED
                 rows["high"] = rows["high"] * _GRANULE - SHARED_RESERVED
             pieces[memory, cta] = rows.astype(PIECE)
-        return Trace(self.machine.launch, events, tuple(self._infos), self._operations, self._conflicts, tuple(moved), pieces)
+        return Trace(
+            launch=self.machine.launch,
+            events=events,
+            barrier_infos=tuple(self._infos),
+            operations=self._operations,
+            conflicts=self._conflicts,
+            moved=tuple(moved),
+            occupancy=pieces,
+            shared_bytes=self._shared_bytes,
+            ctas=range(min(int(np.prod(self.machine.launch.grid)), self.limit)),
+        )
 
     def cluster_begin(self, cluster: Cluster) -> None:
         for cta in cluster.ctas:
+            if cta.serial >= self.limit:
+                continue
+            self._shared_bytes = cta.shared.limit - SHARED_RESERVED
             self._lives["shared", cta.serial] = Lifetimes(cta.shared.size // _GRANULE)
             self._lives["tmem", cta.serial] = Lifetimes(COLUMNS)
 
     def cluster_end(self, cluster: Cluster) -> None:
         for cta in cluster.ctas:
             for memory in ("shared", "tmem"):
-                self._lives[memory, cta.serial].end()
+                if cta.serial < self.limit:
+                    self._lives[memory, cta.serial].end()
 
     def _log(self, kind: str, site: Site, subject: int = -1, value: int = 0, extra: int = -1) -> None:
+        if site.cta.serial >= self.limit:
+            return
         self._rows.append((self.machine.step, KIND[kind], site.cta.serial, site.warp, site.pc, subject, value, extra))
 
     # instructions and accesses
 
     def executed(self, cta: Cta, warp: int, start: int, end: int) -> None:
+        if cta.serial >= self.limit:
+            return
         self._rows.append((self.machine.step, KIND["run"], cta.serial, warp, start, -1, end - start, -1))
 
     def warp_exit(self, site: Site) -> None:
         self._log("exit", site)
 
     def access(self, access: Access) -> None:
+        if access.site.cta.serial >= self.limit:
+            return
         size = len(access.addresses) * access.bytes
         extra = -1
         if access.space == "shared":
@@ -117,7 +145,9 @@ class Recorder(Observer):
             cta = access.site.cta.cluster.cta(int(rank))
             mine = offsets[ranks == rank]
             places = np.unique(np.concatenate([mine, mine + access.bytes - 1]) // _GRANULE)
-            lives = self._lives["shared", cta.serial]
+            lives = self._lives.get(("shared", cta.serial))
+            if lives is None:
+                continue
             if access.kind != "write":
                 lives.read(places, self.machine.step)
             if access.kind != "read":
@@ -134,13 +164,17 @@ class Recorder(Observer):
 
     def issued(self, operation: Operation) -> None:
         site = operation.site
+        if site.cta.serial >= self.limit:
+            return
         self._operations[operation.serial] = OperationInfo(
             operation.serial, operation.kind, site.cta.serial, site.warp, site.pc, operation.issued, operation.note
         )
         self._log("issue", site, operation.serial)
 
     def performed(self, operation: Operation) -> None:
-        info = self._operations[operation.serial]
+        info = self._operations.get(operation.serial)
+        if info is None:
+            return
         info.performed = self.machine.step
         self._log("perform", operation.site, operation.serial)
         if operation.kind in ("wgmma", "tcgen05.mma"):
@@ -157,16 +191,19 @@ class Recorder(Observer):
                     seen.add((touch.base, len(touch.offsets)))
                     self._move(touch.offsets.reshape(-1) + touch.base, touch.width, way, engine)
         for touch in operation.reads:
-            if touch.space in ("shared", "tmem"):
+            if self._kept_life(touch):
                 self._life(touch).read(self._places(touch), self.machine.step)
         cells = [(touch.owner, self._places(touch)) for touch in operation.reads if touch.space == "tmem"]
         for touch in operation.writes:
-            if touch.space in ("shared", "tmem"):
+            if self._kept_life(touch):
                 own = touch.owner is operation.site.cta or kind in _TENSOR_CORE or kind.startswith(("TMA", "bulk"))
                 places = self._places(touch)
                 if kind == "tcgen05.mma" and any(o is touch.owner and np.array_equal(p, places) for o, p in cells):
                     continue  # an accumulation goes on with what is there
                 self._life(touch).write(places, self.machine.step, writer if own else 4)
+
+    def _kept_life(self, touch: Touch) -> bool:
+        return touch.space in ("shared", "tmem") and touch.owner is not None and touch.owner.serial < self.limit
 
     def _life(self, touch: Touch) -> Lifetimes:
         assert touch.owner is not None
@@ -255,7 +292,8 @@ class Recorder(Observer):
     def mbarrier_flip(self, barrier: MBarrier, phase: int) -> None:
         number = self._barriers[id(barrier)]
         info = self._infos[number]
-        self._rows.append((self.machine.step, KIND["flip"], info.cta, -1, -1, number, phase, -1))
+        if info.cta < self.limit:
+            self._rows.append((self.machine.step, KIND["flip"], info.cta, -1, -1, number, phase, -1))
 
     def mbarrier_pass(self, site: Site, barrier: MBarrier, phase: int) -> None:
         self._log("pass", site, self._barrier(barrier, site), phase)

@@ -198,6 +198,8 @@ class Trace:
     conflicts: dict[int, Conflicts]
     moved: tuple[Moved, ...]
     occupancy: dict[tuple[str, int], Array]  # (memory, CTA) -> pieces
+    shared_bytes: int  # of a CTA: what the kernel declares and what the launch adds
+    ctas: range  # that were recorded
 
     # the log
 
@@ -218,10 +220,6 @@ class Trace:
         """Source line of an instruction, "file.py:12"; its PTX opcode where none is known."""
         found = self.launch.kernel.instructions[instruction]
         return f"{Path(found.location.file).name}:{found.location.line}" if found.location else found.opcode
-
-    @property
-    def ctas(self) -> range:
-        return range(int(np.prod(self.launch.grid)))
 
     @property
     def warps(self) -> range:
@@ -299,7 +297,7 @@ class Trace:
 
     def shared(self, step: int | None = None, cta: int = 0) -> Occupancy:
         """What a CTA's shared memory holds, in pieces of 16 bytes; at one step if given."""
-        size = max(self.launch.shared_bytes, 16)
+        size = max(-(-self.shared_bytes // 16) * 16, 16)
         found = Occupancy(self._pieces("shared", cta), "bytes", size, WRITERS)
         return found if step is None else found.at(step)
 

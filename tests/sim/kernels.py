@@ -57,6 +57,24 @@ def spilling(x: cute.Tensor, y: cute.Tensor):
     _spilling(x, y).launch(grid=[1, 1, 1], block=[THREADS, 1, 1])
 
 
+STATIC_FLOATS = 300
+
+
+@cute.kernel
+def _reverse(x: cute.Tensor, y: cute.Tensor):
+    thread, _, _ = cute.arch.thread_idx()
+    shared = cute.make_tensor(cute.arch.alloc_smem(cutlass.Float32, STATIC_FLOATS), cute.make_layout(STATIC_FLOATS))
+    shared[thread] = x[thread]
+    cute.arch.barrier()
+    y[thread] = shared[THREADS - 1 - thread]
+
+
+@cute.jit
+def reverse(x: cute.Tensor, y: cute.Tensor):
+    """y = x backwards for 128 elements, through STATIC_FLOATS of static shared memory."""
+    _reverse(x, y).launch(grid=[1, 1, 1], block=[THREADS, 1, 1])
+
+
 TILE_M, TILE_K = 64, 64  # of the tensor copy, elements
 
 

@@ -37,6 +37,15 @@ def test_spills_registers_and_barriers_are_those_that_ptxas_reports(
     assert found.spill_store_bytes > 0 and found.spill_load_bytes > 0
 
 
+def test_static_shared_memory_is_what_the_kernel_declares(kernels: ModuleType, compiled: Callable[..., sim.Compiled]) -> None:
+    x, y = torch.arange(128.0), torch.zeros(128)
+    function = compiled("reverse", x, y)
+    (found,) = sim.resources(function).values()
+    assert found.shared_bytes == 4 * kernels.STATIC_FLOATS  # ptxas -v: "1200 bytes smem"
+    assert sim.trace(function, x, y).shared_bytes == 4 * kernels.STATIC_FLOATS
+    torch.testing.assert_close(y, x.flip(0))
+
+
 def test_a_kernel_without_spills(compiled: Callable[..., sim.Compiled]) -> None:
     a, b, c = torch.ones(64, 64).half(), torch.ones(64, 64).half(), torch.zeros(64, 64)
     function = compiled("wgmma_tile", a, b, c)

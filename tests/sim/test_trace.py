@@ -143,6 +143,21 @@ def test_tensor_memory_holds_the_accumulator(compiled: Callable[..., sim.Compile
         trace.tensor_memory(cta=1)
 
 
+def test_only_the_first_ctas_are_kept_if_so_asked(kernels: ModuleType) -> None:
+    from dsv4lab.kernels.lessons.scaled_copy import scaled_copy
+
+    source, target = torch.randn(192, 128).half(), torch.zeros(192, 128).half()
+    compiled = sim.compile(scaled_copy, source, target, 2.0, 2, arch="sm_90a")
+    whole, part = sim.trace(compiled, source, target, 2.0), sim.trace(compiled, source, target, 2.0, ctas=2)
+    assert (list(whole.ctas), list(part.ctas)) == ([0, 1, 2], [0, 1]) and set(part.events["cta"]) == {0, 1}
+    kept = whole.events[whole.events["cta"] < 2]
+    assert len(part.events) == len(kept) and (part.events["instruction"] == kept["instruction"]).all()
+    assert part.traffic().of("source").once == 2 * 64 * 128 * 2
+    assert len(part.timeline().rows) == 2 * 7
+    with pytest.raises(ValueError, match="ctas must be at least 1, got 0"):
+        sim.Recorder(0)
+
+
 # the modelled timeline
 
 
