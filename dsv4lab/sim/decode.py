@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 
 from dsv4lab.sim.errors import UnknownInstruction
 from dsv4lab.sim.program import Address, Immediate, Instruction, Kernel, Label, Not, Operand, Pair, Register, Symbol, Vector
-from dsv4lab.sim.register_fences import unfenced
 from dsv4lab.sim.registers import WIDTHS, Lanes
 
 Array = NDArray
@@ -153,11 +151,6 @@ class Decoder:
         self.names: dict[int, str] = {}
         self._slots: dict[object, int] = {}
         self._touched: set[int] = set()
-
-    @cached_property
-    def unfenced(self) -> dict[int, tuple[str, int]]:
-        """wgmma instructions that lack a `wgmma.fence`: see `register_fences`."""
-        return unfenced(self.kernel)
 
     # operands
 

@@ -82,11 +82,12 @@ class WgmmaFences(Observer):
                 slot = self._slots.get(getattr(item, "name", ""), -1)
                 if slot in accessed:
                     before = instruction(self.machine, accessed[slot])
-                    self._found(site, f"wgmma takes register {item} without wgmma.fence after\n    {before}")
+                    message = f"register {item} of a wgmma was touched before, and no wgmma.fence lies between"
+                    self._found(site, f"{message}\n  touched at {before}")
                     return
 
     def _found(self, site: Site, message: str) -> None:
-        error = MissingFence(f"missing wgmma.fence: {message}\n  missing: wgmma.fence by every warp of the warpgroup")
+        error = MissingFence(f"{message}\n  missing: wgmma.fence by every warp of the warpgroup")
         if not self.collect:
             raise error
         if site.pc not in self._reported:

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 
 from dsv4lab.sim import operands
 from dsv4lab.sim.decode import ALL_LANES, Action, Decoder, Form, family
-from dsv4lab.sim.errors import HazardError, MissingFence, UnknownInstruction
+from dsv4lab.sim.errors import HazardError, UnknownInstruction
 from dsv4lab.sim.layouts import accumulator_fragment, decode_descriptor
 from dsv4lab.sim.observe import Operation
 from dsv4lab.sim.program import Immediate, Instruction, Vector
 from dsv4lab.sim.registers import WARP, Lanes
-from dsv4lab.sim.report import instruction
 from dsv4lab.sim.state import Cta
 from dsv4lab.sim.sync import Group, Groups, Wait
 
@@ -168,16 +167,8 @@ def _multiply(d: Decoder, i: Instruction, f: Form) -> Action:
     )
     touched = frozenset(shape.d_slots)
 
-    missing = d.unfenced.get(i.index)
-
     def run(w: Lanes, m: Any) -> None:
         cta = w.cta
-        if missing is not None and cta.machine.checks.races:
-            name, before = missing
-            raise MissingFence(
-                f"register {name} of a wgmma was touched before, and no wgmma.fence lies between\n"
-                f"  touched at {instruction(cta.machine, before)}"
-            )
         for position in range(w.warps):
             warp, lane = w.warp + position, position * WARP
             sequence = cta.wgmma_issued[warp]
