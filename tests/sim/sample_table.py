@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Iterator
 from datetime import date
 from importlib.metadata import version
@@ -114,7 +115,17 @@ def _why(sample: Sample, facts: dict[str, Facts]) -> str:
     if failing and not words:
         first = str(facts[failing[0]]["error"]).strip().splitlines()[0]
         words = [f"unexplained ({', '.join(failing)}): {first}"]
+    races = facts[RACES].get("races", ())
+    if races and not failing and not words:
+        words = [f"not judged: {_headline(races[0])}"]
     return " ".join(words).replace("|", "\\|")
+
+
+def _headline(finding: str) -> str:
+    """A race in one line: what, and the source lines of both accesses."""
+    first = re.sub(r" on .*?: ", ": ", finding.splitlines()[0], count=1)
+    lines = re.findall(r"\(instruction \d+, [^)]*?([\w.]+\.py:\d+)\)", finding)
+    return f"{first} ({' and '.join(dict.fromkeys(lines))})" if lines else first
 
 
 def main() -> None:

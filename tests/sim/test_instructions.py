@@ -5,7 +5,7 @@ import pytest
 
 from dsv4lab.sim import numfmt
 from dsv4lab.sim.assembly import kernel, launch_of, memory_of, per_thread, run
-from dsv4lab.sim.errors import MemoryFault, UninitializedRead, UnknownInstruction
+from dsv4lab.sim.errors import BarrierMisuse, MemoryFault, UninitializedRead, UnknownInstruction
 from dsv4lab.sim.machine import Machine
 
 RNG = np.random.default_rng(3)
@@ -190,6 +190,44 @@ def test_unknown_forms_name_themselves_when_reached():
         run("frobnicate.sync.b32 %r1, %r2; ret;", data=data)
     with pytest.raises(UnknownInstruction, match=r"\.bogus is not simulated"):
         run("add.bogus.s32 %r1, %r2, %r3; ret;", data=data)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%r0,%r1,%r2,%r3}, {%r4,%r5}, {%r6,%r7}, {%r0,%r1,%r2,%r3}, %r8, 0;",
+        "wgmma.mma_async.sp.sync.aligned.m64n8k32.f32.f16.f16 {%r0,%r1,%r2,%r3}, %d1, %d2, %r4, 0, 1, 1, 1, 0, 0;",
+        "tcgen05.mma.sp.cta_group::1.kind::f16 [%r1], %d1, %d2, [%r2], %r3, 1;",
+    ],
+)
+def test_sparse_products_are_refused_by_name(code):
+    data = np.zeros(1, np.uint32)
+    with pytest.raises(UnknownInstruction, match=code.split(" ")[0].replace(".", r"\.") + " is not simulated"):
+        run(f"{code} ret;", data=data)
+
+
+def test_float64_fma_rounds_once():
+    rows = np.array(
+        [[1 + 2.0**-30, 1 - 2.0**-30, -1.0], [1e308, 10, -1e308], [0.0, 3, -0.0], [2.0**-600, 2.0**-500, 2.0**-1074]]
+    )
+    data = rows.reshape(-1).copy()
+    out = np.zeros(4)
+    body = """ld.param.b64 %d1, [p0]; ld.param.b64 %d2, [p1]; mov.u32 %r0, %tid.x; setp.gt.u32 %p1, %r0, 3; @%p1 bra E;
+    mul.wide.u32 %d3, %r0, 24; add.s64 %d4, %d1, %d3; ld.global.b64 %d5, [%d4]; ld.global.b64 %d6, [%d4+8];
+    ld.global.b64 %d7, [%d4+16]; fma.rn.f64 %d8, %d5, %d6, %d7; mul.wide.u32 %d3, %r0, 8; add.s64 %d4, %d2, %d3;
+    st.global.b64 [%d4], %d8; E: ret;"""
+    run(body, data=data, out=out)
+    np.testing.assert_array_equal(out, [-(2.0**-60), 9e308, 0.0, 2.0**-1074])
+
+
+def test_arrivals_that_must_not_complete_a_phase():
+    data = np.zeros(1, np.uint32)
+    body = """mov.b32 %r1, smem; setp.eq.u32 %p1, %r0, 0; mbarrier.init.shared.b64 [%r1], {count};
+    mbarrier.arrive.noComplete.shared.b64 %d1, [%r1], 2; ret;"""
+    with pytest.raises(BarrierMisuse, match="of 2 arrivals would complete the phase"):
+        run(body.replace("{count}", "2"), block=1, data=data)
+    run(body.replace("{count}", "3"), block=1, data=data)
 
 
 def test_atomics_apply_once_a_lane():

@@ -79,7 +79,7 @@ def build_mma(d: Decoder, i: Instruction, f: Form) -> Run:
     pair = f.has("cta_group::2")
     f.drop("cta_group::1")
     kind = f.prefix("kind::")
-    if kind not in _DEPTH:
+    if kind not in _DEPTH or f.has("sp"):
         raise UnknownInstruction(f"{i.opcode} is not simulated")
     scaled = f.has("block_scale")
     block = f.take("block16", "block32", "scale_vec::1X", "scale_vec::2X", "scale_vec::4X")
