@@ -191,32 +191,32 @@ class _Run:
         memory.added = self._keep  # memory that is found only when a kernel reaches for it is still as it was
 
     def _keep(self, allocation: Allocation) -> None:
-        data = allocation.data.copy()
-        for base, old in self.before.items():
-            if allocation.base <= base < allocation.base + allocation.size:
-                data[base - allocation.base :][: len(old)] = old
-        self.before[allocation.base] = data
+        data, start = allocation.own.copy(), allocation.start
+        for other, old in self.before.items():
+            if start <= other < start + len(data):
+                data[other - start :][: len(old)] = old
+        self.before[start] = data
 
     def once(self, schedule: Schedule) -> None:
         """One run. Raises what it runs into, or ScheduleDependence."""
         for allocation in self.memory.allocations:
-            allocation.data[...] = self.before[allocation.base]
+            allocation.own[...] = self.before[allocation.start]
         self.machine.schedule = schedule
         for launch in self.launches:
             self.instructions += self.machine.run(launch).instructions
         if self.wrong is None and (why := self.check()) is not None:
             self.wrong = (str(schedule), why)
         if self.first is None:
-            self.first = (str(schedule), {a.base: a.data.copy() for a in self.memory.allocations})
+            self.first = (str(schedule), {a.start: a.own.copy() for a in self.memory.allocations})
         else:
             self._compare(str(schedule), *self.first)
 
     def _compare(self, schedule: str, other: str, result: dict[int, NDArray[np.uint8]]) -> None:
         for allocation in self.memory.allocations:
-            expected = result.get(allocation.base, self.before[allocation.base])
-            differs = allocation.data != expected
+            expected = result.get(allocation.start, self.before[allocation.start])
+            differs = allocation.own != expected
             if allocation.name not in self.ignore and differs.any():
-                where = allocation.describe(int(np.flatnonzero(differs)[0]))
+                where = allocation.describe(allocation.lead + int(np.flatnonzero(differs)[0]))
                 raise ScheduleDependence(
                     f"{self.launches[-1].kernel.name}: {int(differs.sum())} bytes of {allocation.name} depend on the schedule: "
                     f"{where} differs between {other} and {schedule}"
@@ -253,7 +253,7 @@ def _checker(
 def _tensor(allocation: Allocation, expected: Any) -> NDArray[Any]:
     """An allocation read as elements of the expected array's type."""
     extent, dtype = allocation.extent, np.asarray(expected).dtype
-    data = allocation.data[allocation.lead :]
+    data = allocation.own
     if dtype.itemsize != extent.element_bytes:
         raise ValueError(
             f"{allocation.name} has elements of {extent.element_bytes} bytes, the expected array of {dtype.itemsize}"

@@ -124,6 +124,16 @@ class Allocation(Region):
         super().__init__(name, address - self.lead, np.ctypeslib.as_array(raw))
         self.extent: Extent = extent or Extent()
 
+    @property
+    def start(self) -> int:
+        """The tensor's address."""
+        return self.base + self.lead
+
+    @property
+    def own(self) -> Array:
+        """The tensor's bytes alone. What lies before them is somebody else's, malloc's bookkeeping perhaps."""
+        return self.data[self.lead :]
+
     def describe(self, offset: int) -> str:
         offset -= self.lead
         where = f"{self.name} + {offset} bytes (of {self.size - self.lead})"

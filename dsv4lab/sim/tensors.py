@@ -44,12 +44,13 @@ _get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_cha
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of process memory and the tensor that it belongs to."""
+    """A piece of process memory and the tensor that it belongs to. owner: what keeps it allocated, if known."""
 
     name: str
     address: int
     size: int
     extent: Extent
+    owner: Any = None
 
 
 class DeviceTensor:
@@ -97,7 +98,7 @@ def describe(tensor: Any, name: str) -> Block | None:
         extent = Extent()
         if tensor.storage_offset() == 0 and tensor.dim():
             extent = Extent(tuple(tensor.shape), tensor.stride(), tensor.element_size())
-        return Block(name, storage.data_ptr(), storage.nbytes(), extent) if storage.nbytes() else None
+        return Block(name, storage.data_ptr(), storage.nbytes(), extent, storage) if storage.nbytes() else None
     capsule = tensor.__dlpack__()
     found = _DLTensor.from_address(_get_pointer(capsule, b"dltensor"))
     if not found.data or found.device_type not in (_CPU, _CUDA):
@@ -106,7 +107,7 @@ def describe(tensor: Any, name: str) -> Block | None:
     strides = tuple(found.strides[i] for i in range(found.ndim)) if found.strides else _compact(shape)
     size = found.bits * found.lanes // 8 or 1
     span = (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))) * size if all(shape) else 0
-    return Block(name, found.data + found.byte_offset, span, Extent(shape, strides, size)) if span > 0 else None
+    return Block(name, found.data + found.byte_offset, span, Extent(shape, strides, size), tensor) if span > 0 else None
 
 
 def _compact(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -166,7 +167,7 @@ class Registry:
         return [*self._blocks, *sorted(found.values(), key=lambda block: -block.size)]
 
     def memory(self, names: Mapping[str, Any] | None = None) -> GlobalMemory:
-        """The machine's global memory. The caller keeps the tensors alive while it is used."""
+        """The machine's global memory. It keeps the tensors' memory allocated as long as it lives."""
         return _LiveMemory(self, names)
 
 
@@ -177,10 +178,12 @@ class _LiveMemory(GlobalMemory):
     def __init__(self, registry: Registry, names: Mapping[str, Any] | None) -> None:
         super().__init__()
         self._registry, self._names, self._complete = registry, names, False
+        self._owners: list[Any] = []
         self._extend()
 
     def _extend(self) -> None:
         for block in self._registry.blocks(self._names, everything=self._complete):
+            self._owners.append(block.owner)
             self.add(block.name, block.address, block.size, block.extent)
 
     def find(self, address: int) -> Allocation:
