@@ -61,7 +61,7 @@ class Recorder(Observer):
         self._lives: dict[tuple[str, int], Lifetimes] = {}
         self._shared_bytes = 0
         self._granules: dict[tuple[int, int, int, str], Array] = {}
-        self._moved: dict[tuple[str, str], tuple[dict[str, int], Array]] = {}
+        self._moved: dict[tuple[int, str], tuple[str, dict[str, int], Array]] = {}  # by the tensor's address and the direction
 
     def launch_end(self, machine: Machine) -> None:
         self.traces.append(self.trace())
@@ -69,7 +69,7 @@ class Recorder(Observer):
     def trace(self) -> Trace:
         """What was recorded so far: the whole launch, or what came before it failed."""
         events = np.array(self._rows, EVENT) if self._rows else np.zeros(0, EVENT)
-        moved = [Moved(name, way, dict(by), int(seen.sum())) for (name, way), (by, seen) in self._moved.items()]
+        moved = [Moved(name, way, dict(by), int(seen.sum())) for (_, way), (name, by, seen) in self._moved.items()]
         pieces = {key: lives.pieces() for key, lives in self._lives.items()}
         for (memory, cta), rows in pieces.items():
             if memory == "shared" and len(rows):
@@ -127,7 +127,7 @@ class Recorder(Observer):
         elif access.space == "global":
             for way in ("read", "written"):
                 if access.kind == "atomic" or access.kind[:4] == way[:4]:
-                    self._move(access.addresses.view(np.int64), access.bytes, way, "threads")
+                    self._move(np.unique(access.addresses.view(np.int64)), access.bytes, way, "threads")
         self._log(access.space, access.site, _ACCESS[access.kind], size, extra)
 
     def _shared_access(self, access: Access) -> int:
@@ -243,7 +243,12 @@ class Recorder(Observer):
         if not inside.all():
             self._move(addresses[~inside], width, way, engine)
             addresses = addresses[inside]
-        by, seen = self._moved.setdefault((owner.name, way), ({}, np.zeros(owner.size, bool)))
+        found = self._moved.get((owner.base, way))
+        if found is None:
+            same = sum(name.split(" #")[0] == owner.name and w == way for (_, w), (name, _, _) in self._moved.items())
+            name = f"{owner.name} #{same + 1}" if same else owner.name
+            found = self._moved[owner.base, way] = (name, {}, np.zeros(owner.size, bool))
+        _, by, seen = found
         by[engine] = by.get(engine, 0) + len(addresses) * width
         start = addresses - owner.base
         seen[(start[:, None] + np.arange(width)).reshape(-1) if width > 1 else start] = True

@@ -94,7 +94,10 @@ class Conflicts:
 
 @dataclass(frozen=True)
 class Moved:
-    """Bytes between a tensor and the multiprocessors. by: "TMA", "threads", "cp.async" -> bytes; once: different bytes."""
+    """Bytes between a tensor and the multiprocessors. by: "TMA", "threads", "cp.async" -> bytes; once: different bytes.
+
+    Lanes of a warp that access the same bytes by one instruction move them once. Tensors of one name are numbered.
+    """
 
     tensor: str
     direction: str  # "read" or "written"

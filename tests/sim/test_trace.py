@@ -118,6 +118,30 @@ def test_traffic_counts_what_tiling_reads_again(scale: Callable[..., sim.Trace],
         traffic.of("c")
 
 
+def test_tensors_of_one_name_are_counted_apart(kernels: ModuleType) -> None:
+    from dsv4lab.kernels.lessons.tiled_gemm import tiled_gemm
+    from dsv4lab.sim.memory import GlobalMemory
+
+    a, b, c = torch.randn(64, 128).half(), torch.randn(64, 128).half(), torch.zeros(64, 64)
+    (launch,) = sim.compile(tiled_gemm, a, b, c, 2, arch="sm_90a").capture(a, b, c)
+    memory = GlobalMemory()
+    for tensor in (a, b, c):
+        memory.add("x", tensor.data_ptr(), tensor.nbytes)
+    recorder = sim.Recorder()
+    sim.execute(launch, memory, observers=[recorder])
+    rows = recorder.traces[0].traffic().rows
+    assert [(row.tensor, row.direction, row.factor) for row in rows] == [
+        ("x", "read", 1), ("x #2", "read", 1), ("x", "written", 1),
+    ]  # fmt: skip
+
+
+def test_lanes_that_read_the_same_bytes_move_them_once(compiled: Callable[..., sim.Compiled]) -> None:
+    a, b, c = torch.ones(1).expand(128), torch.ones(128), torch.zeros(128)
+    trace = sim.trace(compiled("add", a, b, c), a, b, c)
+    assert trace.traffic().of("a").by == {"threads": 4 * 4}  # four warps, four bytes
+    assert trace.traffic().of("b").by == {"threads": 128 * 4}
+
+
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_shared_memory_holds_as_many_tiles_as_there_are_stages(scale: Callable[..., sim.Trace], stages: int) -> None:
     trace = scale(stages=stages, schedule="lazy")
