@@ -68,7 +68,7 @@ class Access(NamedTuple):
 
     space: "global", "shared" or "local". addresses: uint64, the first byte of each of the accesses: a global address,
     rank << 24 | offset of the shared byte, or an offset into the CTA's local memory. lanes: the lane of each. bytes: of each.
-    kind: "read", "write" or "atomic".
+    kind: "read", "write" or "atomic". A write is told before memory changes.
     """
 
     site: Site
@@ -78,6 +78,7 @@ class Access(NamedTuple):
     lanes: Array
     bytes: int
     order: Order
+    values: Array | None = None  # of ordinary stores: (accesses,) or (accesses, n) unsigned elements
 
 
 class Fence(NamedTuple):
@@ -346,7 +347,15 @@ def site(w: Lanes, lane: int, index: int) -> Site:
 
 
 def accesses(
-    w: Lanes, lanes: Array, index: int, space: str, kind: str, addresses: Array, size: int, order: Order
+    w: Lanes,
+    lanes: Array,
+    index: int,
+    space: str,
+    kind: str,
+    addresses: Array,
+    size: int,
+    order: Order,
+    values: Array | None = None,
 ) -> Iterator[Access]:
     """One Access for each warp; lanes: the lane, counted within the window, of each address."""
     warps = lanes // WARP
@@ -355,4 +364,5 @@ def accesses(
         if here.any():
             mine = lanes[here] % WARP
             site = Site(w.cta, w.warp + position, index, tuple(np.unique(mine).tolist()))
-            yield Access(site, space, kind, addresses[here], mine, size, order)
+            stored = None if values is None else values[here]
+            yield Access(site, space, kind, addresses[here], mine, size, order, stored)

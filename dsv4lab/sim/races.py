@@ -9,7 +9,8 @@ What a proxy fence followed is tracked separately: an operation of the asynchron
 bytes that ordinary stores wrote without `fence.proxy.async` in between. Bytes that were only read need no such fence before an
 operation overwrites them, which pipelines rely on.
 
-A `tcgen05.ld` is over once `tcgen05.wait::ld` or an instruction that takes one of its registers was executed.
+A `tcgen05.ld` is over once `tcgen05.wait::ld` or an instruction that takes one of its registers was executed. Stores of one
+and the same value may cross, as kernels let several warps write one result.
 
 Not checked: the order of lanes within a warp, and scopes of fences and atomics.
 """
@@ -108,7 +109,7 @@ class RaceChecker(Observer):
             self._acquire(actor, access)
         for shadow, base, addresses, where in self._parts(access):
             place = shadow.lanes((addresses - base).astype(np.int64), access.bytes)
-            self._visit(actor, shadow, place, site, kind, strong, where)
+            self._visit(actor, shadow, place, site, kind, strong, where, access)
         if strong and kind != "read":
             self._release(actor, access)
 
@@ -167,13 +168,23 @@ class RaceChecker(Observer):
     def _flag(access: Access, address: int) -> tuple[object, int]:
         return (access.site.cta.cluster if access.space == "shared" else None, address)
 
-    def _visit(self, who: Actor | Task, shadow: Shadow, place: Any, site: Site, kind: str, strong: bool, where: Any) -> None:
+    def _visit(
+        self,
+        who: Actor | Task,
+        shadow: Shadow,
+        place: Any,
+        site: Site,
+        kind: str,
+        strong: bool,
+        where: Any,
+        access: Access | None = None,
+    ) -> None:
         """Check an access against the ones recorded, and record it."""
         writers = shadow.writers[place]
         seen = who.seen
         for entry in distinct(writers):
             if entry and entry not in seen:
-                self._compare(who, entry, site, kind, strong, where, shadow, place, writers == entry)
+                self._compare(who, entry, site, kind, strong, where, shadow, place, writers == entry, access)
         if kind == "read":
             self._add_reader(who, shadow, place, self._record(who, site, "read", strong), strong)
             return
@@ -182,7 +193,7 @@ class RaceChecker(Observer):
         for number in numbers:
             for entry in self._readers[number]:
                 if entry not in seen:
-                    self._compare(who, entry, site, kind, strong, where, shadow, place, readers == number)
+                    self._compare(who, entry, site, kind, strong, where, shadow, place, readers == number, access)
         if numbers:
             shadow.readers[place] = 0
         shadow.writers[place] = self._record(who, site, "write", strong)
@@ -234,6 +245,7 @@ class RaceChecker(Observer):
         shadow: Shadow,
         place: Any,
         at: Any,
+        access: Access | None,
     ) -> None:
         """Whether a recorded access lies before the one that `who` makes now, as it must."""
         first = self._records[entry]
@@ -247,12 +259,29 @@ class RaceChecker(Observer):
         if ordered and fenced:
             who.seen.add(entry)
             return
+        if first.kind == "write" and first.operation is None and access is not None and self._changes_nothing(access):
+            return
         operation = who.operation if isinstance(who, Task) else None
         offset = shadow.first(place, at, True)
         make = race_report.missing_fence if ordered else race_report.race
         self._found(
             make(self.machine, first, site, operation, kind, where, offset), (first.site.pc, site.pc, first.kind, kind, ordered)
         )
+
+    def _changes_nothing(self, access: Access) -> bool:
+        """Whether a store writes what is there already, as warps do that all store one uniform value."""
+        if access.values is None:
+            return False
+        stored = np.ascontiguousarray(access.values).view(np.uint8).reshape(len(access.addresses), access.bytes)
+        for address, value in zip(access.addresses.tolist(), stored, strict=True):
+            if access.space == "shared":
+                owner, offset = access.site.cta.cluster.resolve(address)
+                there = owner.shared.span(offset, access.bytes)
+            else:
+                there = self.machine.memory.span(address, access.bytes)
+            if not np.array_equal(there, value):
+                return False
+        return True
 
     def _found(self, error: SimulatorError, key: tuple[object, ...]) -> None:
         if not self.collect:
@@ -389,6 +418,15 @@ class RaceChecker(Observer):
             actor.loading.clear()
 
     # barriers and fences
+
+    def tcgen05_fence(self, site: Site, what: str) -> None:
+        """Orders tensor operations around a relaxed arrival or wait as other fences do."""
+        actor = self._actors[site.cta, site.warp]
+        if what == "after_thread_sync":
+            actor.learn(actor.acquiring)
+        else:
+            actor.released = Message(actor.causal, actor.fenced)
+            actor.advance()
 
     def fence(self, site: Site, fence: Fence) -> None:
         actor = self._actors[site.cta, site.warp]

@@ -196,6 +196,14 @@ RULES = {
         grid=2,
         cluster=2,
     ),
+    "tcgen05.fence makes a relaxed arrival carry": Rule(
+        f"@%p1 st.shared.b32 [%r3], 5; tcgen05.fence::before_thread_sync; @%p1 mbarrier.arrive.relaxed.cta.shared.b64 _, [%r1];"
+        f"{wait('%r1', 0).replace('try_wait.parity', 'try_wait.parity.relaxed.cta')} tcgen05.fence::after_thread_sync;"
+        "ld.shared.b32 %r12, [%r1+1024];",
+        "tcgen05.fence::after_thread_sync;",
+        DataRace,
+        "nothing orders",
+    ),
     "an mbarrier used before its initialisation is known": Rule(
         "@%p1 mbarrier.init.shared.b64 [%r1+32], 1; @%p1 mbarrier.arrive.release.cta.shared.b64 _, [%r1];"
         f"{wait('%r1', 0)} @%p3 mbarrier.arrive.shared.b64 _, [%r1+32];",
@@ -243,6 +251,13 @@ def test_neighbouring_bytes_are_not_one() -> None:
     execute(body, rule, "eager")
     with pytest.raises(DataRace, match="1024"):
         execute(body.replace("st.shared.b16 [%r4+1024], %h1", "st.shared.b32 [%r1+1024], %r0"), rule, "eager")
+
+
+def test_stores_of_one_value_may_cross() -> None:
+    rule = RULES["two writes"]
+    execute("st.shared.b32 [%r1+1024], 5; st.global.b32 [%d2], 6;", rule, "eager")
+    with pytest.raises(DataRace, match="write and write"):
+        execute("st.shared.b32 [%r1+1024], %r6;", rule, "eager")
 
 
 def test_every_race_is_collected_once() -> None:

@@ -85,7 +85,7 @@ class Access:
     def store(self, w: Lanes, m: Any, values: Array) -> None:
         addresses = self.addresses(w, m)
         if w.cta.machine.observers.accesses:
-            self.tell(w, m, "write", addresses)
+            self.tell(w, m, "write", addresses, values=values)
         space = self.space or _window(int(addresses[0]))
         if space == "global":
             w.cta.machine.memory.store(addresses, values, self.size, self.count)
@@ -96,7 +96,16 @@ class Access:
         else:
             raise MemoryFault("the kernel's parameters cannot be written")
 
-    def tell(self, w: Lanes, m: Any, kind: str, addresses: Array, lanes: Array | None = None, size: int = 0) -> None:
+    def tell(
+        self,
+        w: Lanes,
+        m: Any,
+        kind: str,
+        addresses: Array,
+        lanes: Array | None = None,
+        size: int = 0,
+        values: Array | None = None,
+    ) -> None:
         """Tell observers of the access; addresses as the instruction gives them, by default one for each active lane."""
         space = self.space or _window(int(addresses[0]))
         lanes = w.active(m) if lanes is None else lanes
@@ -108,7 +117,7 @@ class Access:
             threads = (lanes + w.first).astype(np.uint64)
             addresses = addresses - np.uint64(LOCAL_WINDOW) + threads * np.uint64(w.cta.local_stride)
         size = size or self.size * self.count
-        for access in accesses(w, lanes, self.index, space, kind, addresses, size, self.order):
+        for access in accesses(w, lanes, self.index, space, kind, addresses, size, self.order, values):
             w.cta.machine.observers.tell("access", access)
 
     def _load_shared(self, w: Lanes, addresses: Array) -> Array:
