@@ -14,15 +14,18 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from dsv4lab.sim import api, exploration, session, shim
 from dsv4lab.sim.errors import SimulatorError
 from dsv4lab.sim.fake_gpu import fake_gpu
 from dsv4lab.sim.machine import Checks
 from dsv4lab.sim.program import Kernel, Launch
+from dsv4lab.sim.races import RaceChecker
 from dsv4lab.sim.schedule import Schedule
+from dsv4lab.sim.wgmma_fences import WgmmaFences
 
 ALWAYS_CHECKED = ("bounds", "alignment", "barrier rules", "deadlock")
 _ALIGN_SOURCE = """
@@ -59,6 +62,10 @@ class Outcome:
     @property
     def ok(self) -> bool:
         return self.error is None and not self.findings
+
+    def add(self, *findings: tuple[str, str]) -> None:
+        """File findings, each once however many launches show it."""
+        self.findings += [one for one in dict.fromkeys(findings) if one not in self.findings]
 
     def __str__(self) -> str:
         count = sum(self.launches.values())
@@ -109,12 +116,10 @@ def run_script(
         if not any(launch.kernel is known for known in outcome.kernels):
             outcome.kernels.append(launch.kernel)
         if explore is None:
-            done = api.execute(launch, schedule=order[0].kind, seed=order[0].seed, checks=checks)
-            outcome.instructions += done.stats.instructions
-            outcome.simulated_s += done.seconds
+            _execute(launch, order[0], checks, outcome)
         else:
             found = exploration.explore(launch, seeds=explore, checks=checks, raising=False, first=False)
-            outcome.findings += [(finding.kind, str(finding)) for finding in found.findings]
+            outcome.add(*((finding.kind, str(finding)) for finding in found.findings))
             outcome.instructions += found.instructions
             outcome.simulated_s += found.seconds
 
@@ -131,6 +136,20 @@ def run_script(
     return outcome
 
 
+def _execute(launch: Launch, schedule: Schedule, checks: Checks, outcome: Outcome) -> None:
+    """Run a launch once; races and missing fences are filed and do not stop it."""
+    collectors: list[RaceChecker | WgmmaFences] = []
+    if checks.races:
+        collectors = [RaceChecker(collect=True), WgmmaFences(collect=True)]
+    settings: dict[str, Any] = {"schedule": schedule.kind, "seed": schedule.seed, "checks": replace(checks, races=False)}
+    try:
+        done = api.execute(launch, observers=collectors, **settings)
+        outcome.instructions += done.stats.instructions
+        outcome.simulated_s += done.seconds
+    finally:
+        outcome.add(*((error.kind, str(error)) for collector in collectors for error in collector.findings))
+
+
 def plan(schedule: str, explore: int | None) -> list[Schedule]:
     """The schedules of every launch. Raises ValueError on a name or number that cannot be."""
     if explore is None:
@@ -142,12 +161,12 @@ def plan(schedule: str, explore: int | None) -> list[Schedule]:
     return exploration.schedules(explore)
 
 
-def checks_without(names: Sequence[str]) -> Checks:
-    """All checks but these. Raises ValueError naming the known ones."""
+def checks_without(names: Sequence[str], *, races: bool = False) -> Checks:
+    """All checks but these; races, the slow one, only where asked for. Raises ValueError naming the known ones."""
     unknown = [name for name in names if name not in _switches()]
     if unknown:
         raise ValueError(f"checks to skip must be among {', '.join(_switches())}, got {', '.join(unknown)}")
-    return Checks(**dict.fromkeys(names, False))
+    return Checks(**{"races": races} | dict.fromkeys(names, False))
 
 
 def _switches() -> list[str]:
@@ -162,7 +181,7 @@ def _run(script: str, outcome: Outcome) -> str | None:
         return None if stop.code in (None, 0) else f"exit status {stop.code}"
     except SimulatorError as error:
         traceback.print_exc()
-        outcome.findings.append((error.kind, str(error)))
+        outcome.add((error.kind, str(error)))
         return f"{type(error).__name__} in a kernel"
     except Exception as error:
         traceback.print_exc()

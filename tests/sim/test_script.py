@@ -15,6 +15,30 @@ from dsv4lab import cli
 from dsv4lab.sim import script
 from dsv4lab.sim.fake_gpu import fake_gpu
 
+RACY = """
+import torch
+import cutlass
+import cutlass.cute as cute
+from cutlass.cute.runtime import from_dlpack
+from cutlass.memory import SmemAllocator
+
+@cute.kernel
+def _mirror(x: cute.Tensor, y: cute.Tensor):
+    thread, _, _ = cute.arch.thread_idx()
+    held = SmemAllocator().allocate_tensor(cutlass.Float32, cute.make_layout(64), byte_alignment=16)
+    held[thread] = 0.0
+    cute.arch.barrier()
+    held[thread] = x[thread]
+    y[thread] = held[63 - thread]
+
+@cute.jit
+def mirror(x: cute.Tensor, y: cute.Tensor):
+    _mirror(x, y).launch(grid=[1, 1, 1], block=[64, 1, 1])
+
+x, y = torch.randn(64, device="cuda"), torch.zeros(64, device="cuda")
+for _ in range(2):
+    mirror(from_dlpack(x), from_dlpack(y))
+"""
 SOURCE = """
 import sys
 import torch
@@ -75,6 +99,15 @@ def test_exploring_collects_what_every_schedule_shows(path: Path) -> None:
     faulty = script.run_script(path, ["1", "unaligned"], arch="sm_100a", explore=1)
     assert [kind for kind, _ in faulty.findings] == ["memory fault"]
     assert "eager, lazy, random:0" in faulty.findings[0][1] and "AssertionError" in str(faulty.error)
+
+
+def test_races_are_filed_once_and_do_not_stop_the_script(path: Path) -> None:
+    path.write_text(RACY, encoding="utf-8")
+    found = script.run_script(path, arch="sm_90a", checks=script.checks_without([], races=True))
+    assert found.error is None and sum(found.launches.values()) == 2
+    assert {kind for kind, _ in found.findings} == {"race"} and "races" in found.checks
+    assert len(found.findings) == len(set(found.findings)) and f"{path}:15" in found.findings[0][1]
+    assert script.run_script(path, arch="sm_90a", checks=script.checks_without(["races"], races=True)).ok
 
 
 def test_bad_requests_get_one_line(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
