@@ -123,7 +123,9 @@ class RaceChecker(Observer):
                 cta = access.site.cta.cluster.cta(int(rank) & 0xFF)
                 here = addresses[ranks == rank] & np.uint64(OFFSET_MASK)
                 self._alive(access.site, cta)
-                out.append((self._shared[cta], np.uint64(0), here, cta))
+                here = here[here + np.uint64(access.bytes) <= np.uint64(cta.shared.size)]  # memory itself reports the others
+                if len(here):
+                    out.append((self._shared[cta], np.uint64(0), here, cta))
             return out
         while len(addresses):
             owner = self.machine.memory.find(int(addresses[0]))

@@ -1,4 +1,4 @@
-"""target = 2 source + 1 (float32) on sm_90a: TMA loads into a ring, in-place-free arithmetic, TMA stores out of two buffers.
+"""target = 2 source + 1 (float32) on sm_90a: TMA loads into a ring of buffers, TMA stores out of two.
 
 Warp 4 loads tiles into STAGES buffers; each has a full barrier (bytes) and an empty barrier (one arrival of each of warps 0-3).
 Warps 0-3 compute into OUT buffers, of which warp 0 stores one while the other is filled.

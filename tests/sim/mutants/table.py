@@ -70,6 +70,7 @@ MUTANTS = [
             operand(r"mbarrier\.init", 1, 3, "mbarrier_init(empty"),
             (RACE, MISUSE),
         ),
+        ("shared memory written out of bounds", offset(r"st\.shared", 0, 1 << 18, nth=3), FAULT),
         ("an input buffer that nothing fills", offset(r"ld\.shared", 1, 12288, "inside["), (UNINITIALISED, RACE)),
     ),
     *_of(
@@ -142,6 +143,7 @@ MUTANTS = [
         ("the commit that frees a buffer removed", drop(r"tcgen05\.commit", "commit(empty"), DEADLOCK),
         ("the commit that announces an accumulator removed", drop(r"tcgen05\.commit", "commit(sums_full"), DEADLOCK),
         ("a commit to the other buffer's barrier", offset(r"tcgen05\.commit", 0, 8, "commit(empty"), (DEADLOCK, MISUSE, RACE)),
+        ("tcgen05.wait::ld removed", drop(r"tcgen05\.wait::ld"), RACE),
         ("the arrival that frees an accumulator removed", drop(ARRIVE, "mbarrier_arrive(sums_empty"), DEADLOCK),
         ("a phase not flipped", None, (*EARLY, WRONG)),
         (
