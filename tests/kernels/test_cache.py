@@ -96,13 +96,16 @@ def test_the_key_has_all_that_matters(folder: Path, tmp_path: Path, monkeypatch:
     get("another config")
     get(place=Place("sm_90a"))
     get(module="dsv4lab.kernels.gemm.w4a4.sm100")
-    with monkeypatch.context() as patch:
-        patch.setattr(cache.importlib.metadata, "version", lambda name: "0.0")
-        get()
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "fingerprint", lambda module: "edited")
-        get()
+    for owner, name, value in (
+        (cache.importlib.metadata, "version", lambda name: "0.0"),
+        (cache, "fingerprint", lambda module: "edited"),
+    ):
+        cache._loaded.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            get()
     assert len(done) == 6
+    cache._loaded.clear()
     get()
     assert len(done) == 6 and len(list(folder.glob("*.kernel"))) == 6
 

@@ -53,7 +53,7 @@ class Compiled:
     ptx: str
 
 
-_loaded: dict[tuple[str, tuple[str, ...]], Callable[..., Any]] = {}
+_loaded: dict[tuple[str, Any, str, tuple[str, ...]], Callable[..., Any]] = {}
 
 
 def kernel(module: str, config: Any, build: Build, runtime: Runtime) -> Callable[..., Any]:
@@ -63,18 +63,18 @@ def kernel(module: str, config: Any, build: Build, runtime: Runtime) -> Callable
     of the key. config: a frozen dataclass, whose repr is, too. build: gives the `@cute.jit` callable and its example
     arguments; called only when there is no entry.
     """
-    source = {
-        "module": module,
-        "config": repr(config),
-        "arch": runtime.arch,
-        "machine": platform.machine(),
-        "sources": fingerprint(module),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "format": FORMAT,
-    }
-    key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:32]
-    where = (key, runtime.libraries)
+    where = (module, config, runtime.arch, runtime.libraries)
     if where not in _loaded:
+        source = {
+            "module": module,
+            "config": repr(config),
+            "arch": runtime.arch,
+            "machine": platform.machine(),
+            "sources": fingerprint(module),
+            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "format": FORMAT,
+        }
+        key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:32]
         compiled = _from_disk(folder() / f"{key}.kernel", source, lambda: _compile(build, runtime.arch))
         runtime.know(compiled.ptx, compiled.cubin)
         _loaded[where] = _link(compiled.object, runtime.libraries)
