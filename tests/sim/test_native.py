@@ -133,7 +133,11 @@ def _floating() -> list[str]:
         else:
             out += [f"add.rn.ftz.{t} {d}, {a}, {b};", f"fma.rn.ftz.{t} {d}, {a}, {b}, {c};", f"mul.rn.ftz.{t} {d}, {a}, {b};"]
     out += ["add.sat.f32 %r20, %r10, %r11;", "fma.rn.ftz.sat.f32 %r20, %r10, %r11, %r12;", "div.full.ftz.f32 %r20, %r10, %r11;"]
-    out += [f"{op}.approx.ftz.f32 %r20, %r10;" for op in ("rcp", "sqrt", "rsqrt")] + ["rcp.rn.f32 %r20, %r10;"]
+    out += [f"{op}.approx.ftz.f32 %r20, %r10;" for op in ("rcp", "sqrt", "rsqrt", "ex2")]
+    out += [
+        "rcp.rn.f32 %r20, %r10;",
+        "ex2.approx.f32 %r20, %r10;",
+    ]
     out += [f"{op}.rn.f64 %d20, %d10, %d11;" for op in ("add", "sub", "mul", "div")] + ["copysign.f32 %r20, %r10, %r11;"]
     out += ["neg.f64 %d20, %d10;", "abs.f64 %d20, %d10;"]
     for t in ("f16", "bf16"):

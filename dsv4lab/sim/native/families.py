@@ -249,7 +249,7 @@ def _copysign(d: Decoder, i: Instruction, f: Form) -> Code | None:
     return Code(f"copysign.{t}", *_operands(d, i, t, 2))
 
 
-@family("rcp", "rsqrt", "sqrt")
+@family("rcp", "rsqrt", "sqrt", "ex2")
 def _special(d: Decoder, i: Instruction, f: Form) -> Code | None:
     f.drop("approx")
     return _arithmetic(d, i, f, 1)

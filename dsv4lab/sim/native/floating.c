@@ -101,8 +101,24 @@ EVERY(max3, 3, greatest(greatest(x, y), z))
 EVERY(minnan3, 3, least_nan(least_nan(x, y), z))
 EVERY(maxnan3, 3, greatest_nan(greatest_nan(x, y), z))
 
+/* 2^x as numfmt.exp2 computes it, operation for operation. */
+static double power_of_two(double x)
+{
+    static const double terms[] = {0x1.0000000000000p+0, 0x1.62e42fefa39efp-1, 0x1.ebfbdff82c58fp-3,
+                                  0x1.c6b08d704a0c0p-5, 0x1.3b2ab6fba4e77p-7, 0x1.5d87fe78a6731p-10,
+                                  0x1.430912f86c787p-13, 0x1.ffcbfc588b0c7p-17, 0x1.62c0223a5c824p-20,
+                                  0x1.b5253d395e7c4p-24, 0x1.e4cf5158b8ecap-28, 0x1.e8cac7351bb25p-32,
+                                  0x1.c3bd650fc2986p-36};
+    x = x < -1100 ? -1100 : x > 1100 ? 1100 : x;
+    double whole = rint(x), rest = x - whole, out = terms[12];
+    for (int k = 11; k >= 0; k--)
+        out = out * rest + terms[k];
+    return x == x ? ldexp(out, (int)whole) : x;
+}
+
 /* Elementary functions are evaluated in float64 and rounded. */
 SINGLE(rcp_f32, 1, 1, (float)(1.0 / (double)x))
+SINGLE(ex2_f32, 1, 1, (float)power_of_two((double)x))
 SINGLE(sqrt_f32, 1, 1, (float)sqrt((double)x))
 SINGLE(rsqrt_f32, 1, 1, (float)(1.0 / sqrt((double)x)))
 
@@ -182,7 +198,7 @@ COMPARES(setp_f64, double, )
 const Entry float_entries[] = {
     SIX(add, add), SIX(sub, sub), SIX(mul, mul), SIX(fma, fma), TWO(div, div), SIX(min, min), SIX(max, max),
     SIX(minnan, minnan), SIX(maxnan, maxnan), SIX(min3, min3), SIX(max3, max3), SIX(minnan3, minnan3), SIX(maxnan3, maxnan3),
-    {"rcp.f32", rcp_f32}, {"sqrt.f32", sqrt_f32}, {"rsqrt.f32", rsqrt_f32},
+    {"rcp.f32", rcp_f32}, {"ex2.f32", ex2_f32}, {"sqrt.f32", sqrt_f32}, {"rsqrt.f32", rsqrt_f32},
     {"add.f64", add_f64}, {"sub.f64", sub_f64}, {"mul.f64", mul_f64}, {"div.f64", div_f64},
     {"mixed.add.f16", mixed_add_f16}, {"mixed.sub.f16", mixed_sub_f16}, {"mixed.fma.f16", mixed_fma_f16},
     {"mixed.add.bf16", mixed_add_bf16}, {"mixed.sub.bf16", mixed_sub_bf16}, {"mixed.fma.bf16", mixed_fma_bf16},
