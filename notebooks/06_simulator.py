@@ -80,7 +80,8 @@ tma_cycles = timeline.busy("TMA") * timeline.cycles
 lab.check_that("TMA works for the bytes it moves", tma_cycles, "==", 2 * num_tiles * tile_bytes / timeline.timing.copy_bytes)
 
 # %% [markdown]
-# Nearly everything is grey: with two tiles in flight the kernel waits for latency. The arithmetic of a ring: with one stage a
+# Nearly everything is grey: with two tiles in flight the kernel waits for latency. (White is a warp that waits for its turn to
+# issue.) The arithmetic of a ring: with one stage a
 # tile's round trip (load, scale, store, give back) takes $R$ cycles; with $S$ stages $S$ tiles make the trip together, so
 # $T$ tiles take at least $\lceil T/S \rceil R$, and more once they queue for the same engine or issue slots.
 

@@ -75,7 +75,8 @@ TIMINGS = {
 class Timeline:
     """Spans on rows: the warps of every CTA, then its engines. spans: records of SPAN; kind: index into kinds.
 
-    subject: of a wait, the barrier (-1: a group of operations); of an engine's span, the operation's serial.
+    subject: of a wait, the barrier (-1: a group of operations); of an engine's span, the operation's serial. A row is empty
+    where a warp waits for an issue slot or the shared-memory port, and after it has exited.
     """
 
     rows: tuple[str, ...]

@@ -123,13 +123,17 @@ class BankConflicts:
         return sum(row.passes - row.phases for row in self.rows)
 
     def figure(self, most: int = 16) -> dict[str, Any]:
-        """Arguments of viz.plot_bank_conflicts for the `most` instructions with the most passes to spare."""
-        rows, lines = self.rows[:most], self.lines[:most]
+        """Arguments of viz.plot_bank_conflicts: the `most` worst instructions; those of a line without conflicts as one row."""
+        chosen: dict[str, list[Conflicts]] = {}
+        for row, line in zip(self.rows, self.lines, strict=True):
+            alone = row.passes > row.phases
+            chosen.setdefault(f"{line} #{row.instruction}" if alone else line, []).append(row)
+        shown = list(chosen.items())[:most]
         return dict(
-            words=np.stack([row.words for row in rows]) if rows else np.zeros((0, 32)),
-            passes=[row.passes for row in rows],
-            phases=[row.phases for row in rows],
-            labels=lines,
+            words=np.array([sum(row.words for row in rows) for _, rows in shown]).reshape(-1, 32),
+            passes=[sum(row.passes for row in rows) for _, rows in shown],
+            phases=[sum(row.phases for row in rows) for _, rows in shown],
+            labels=[f"{line} ({len(rows)} instructions)" if len(rows) > 1 else line for line, rows in shown],
         )
 
 

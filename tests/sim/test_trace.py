@@ -104,6 +104,9 @@ def test_bank_conflicts_of_rows_of_128_bytes_with_and_without_a_swizzle(scale: C
         assert found.excess == 8 * 64 * (degree - 1)
         assert all(row.words.sum() == 4 * 128 * 4 for row in found.rows)
         assert found.lines[0].split("  ")[1] in ("ld.v4.b32", "st.v4.b32")
+        figure = found.figure()
+        assert len(figure["labels"]) == (2 if swizzled else 8)  # a line without conflicts is one row
+        assert sum(figure["passes"]) == sum(row.passes for row in found.rows) and figure["words"].sum() == 8 * 4 * 512
 
 
 def test_traffic_counts_what_tiling_reads_again(scale: Callable[..., sim.Trace], gemm: sim.Trace) -> None:
