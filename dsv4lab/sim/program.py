@@ -183,6 +183,7 @@ class Kernel:
     shared: tuple[SharedVariable, ...] = ()
     local: tuple[LocalVariable, ...] = ()
     max_threads: tuple[int, int, int] | None = None
+    thread_registers: int = 0  # of a thread at launch, from `.maxnreg` or the cubin; 0: not known
     cluster: tuple[int, int, int] | None = None
     constants: dict[str, bytes] = field(default_factory=dict)
     call_params: dict[str, int] = field(default_factory=dict)

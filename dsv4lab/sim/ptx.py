@@ -49,7 +49,7 @@ _SPECIAL = {
     *("%clock", "%clock_hi", "%clock64", "%globaltimer", "%globaltimer_lo", "%globaltimer_hi"),
     *(f"%lanemask_{relation}" for relation in ("eq", "le", "lt", "ge", "gt")),
 }
-_IGNORED = (".pragma", ".minnctapersm", ".maxnreg", ".explicitcluster", ".blocksareclusters", ".noreturn")
+_IGNORED = (".pragma", ".minnctapersm", ".explicitcluster", ".blocksareclusters", ".noreturn")
 _DEPOT_REGISTERS = ("%SP", "%SPL")
 
 _WORD = r"[%$A-Za-z_][\w$]*"
@@ -71,7 +71,7 @@ _VARIABLE = re.compile(
 )
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.+)$", re.S)
 _RANGE = re.compile(rf"({_WORD})<(\d+)>$")
-_SHAPE = re.compile(r"\.(reqntid|maxntid|reqnctapercluster|maxclusterrank)\s+(\d+(?:\s*,\s*\d+)*)")
+_SHAPE = re.compile(r"\.(reqntid|maxntid|reqnctapercluster|maxclusterrank|maxnreg)\s+(\d+(?:\s*,\s*\d+)*)")
 
 
 class ParseError(SimulatorError):
@@ -232,6 +232,7 @@ class _Module:
             shared=_in_order(body.shared),
             local=tuple(body.local),
             max_threads=shapes.get("reqntid"),
+            thread_registers=shapes.get("maxnreg", (0,))[0],
             cluster=shapes.get("reqnctapercluster"),
             constants=self.constants,
             call_params=body.call_params,

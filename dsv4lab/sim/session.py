@@ -26,10 +26,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv4lab.sim import contract, descriptor, ptx, shim
+from dsv4lab.sim.cubin import resources
 from dsv4lab.sim.errors import SimulatorError
 from dsv4lab.sim.program import Kernel, Launch
 from dsv4lab.sim.tensors import SOURCE, Registry, as_device
@@ -138,7 +139,7 @@ class Session:
         """The kernels of a compiled module, parsed once."""
         module = self.module_of(cubin)
         if module is None:
-            module = _Module(cubin, text, ptx.parse_module(text))
+            module = _Module(cubin, text, _with_registers(ptx.parse_module(text), cubin))
             self._modules.append(module)
         return module.kernels
 
@@ -348,6 +349,14 @@ def _without_handles(original: Any) -> Any:
         return []
 
     return load
+
+
+def _with_registers(kernels: dict[str, Kernel], cubin: bytes) -> dict[str, Kernel]:
+    """Kernels that use `setmaxnreg` learn from the cubin how many registers their threads begin with."""
+    if not any(i.opcode.startswith("setmaxnreg") for kernel in kernels.values() for i in kernel.instructions):
+        return kernels
+    known = resources(cubin)
+    return {name: replace(k, thread_registers=known[name].registers if name in known else 0) for name, k in kernels.items()}
 
 
 def _cubins(image: int) -> Iterator[bytes]:

@@ -47,7 +47,8 @@ class Cta:
         self.wgmma_flight: dict[int, Any] = {}  # accumulators by group, by warp
         self.in_flight: dict[int, frozenset[int]] = {}  # wgmma accumulator slots, by warp
         self.cluster_tickets: dict[int, int] = {}  # generation of barrier.cluster a warp arrived in
-        self.register_budget: dict[int, int] = {}  # setmaxnreg, by warp
+        self.register_budget: dict[int, int] = {}  # registers of a thread, by warp that executed setmaxnreg
+        self.free_registers = 0  # given back by setmaxnreg.dec and not taken by .inc
         self.local: Region | None = None
         self.local_stride = 0  # bytes of local memory of a thread
         self.native: Any = None  # what the native core keeps of a CTA

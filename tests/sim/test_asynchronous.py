@@ -1,5 +1,7 @@
 """Barriers, asynchronous copies, TMA and TMEM on hand-written PTX, under every kind of schedule."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -255,6 +257,30 @@ def test_tmem_that_is_not_freed_or_not_allocated():
         run(TMEM + " ret;", block=64, out=np.zeros(4, np.uint32))
     with pytest.raises(MemoryFault, match="touches TMEM columns 64 to 64"):
         run(TMEM + "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r40}, [%r9+64]; ret;", block=64, out=np.zeros(4, np.uint32))
+
+
+def run_with_registers(body, block=256, registers=128, schedule="eager"):
+    made = replace(kernel(body, 1), thread_registers=registers)
+    out = np.zeros(4, np.uint32)
+    Machine(memory_of(out=out), schedule).run(launch_of(made, out, block=block))
+
+
+SPLIT = """mov.u32 %r0, %tid.x; shr.u32 %r6, %r0, 7; setp.eq.u32 %p1, %r6, 0; @%p1 bra P;
+setmaxnreg.inc.sync.aligned.u32 {more}; bra E; P: setmaxnreg.dec.sync.aligned.u32 {less}; E: ret;"""
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_setmaxnreg_moves_registers_between_warps(schedule):
+    run_with_registers(SPLIT.format(more=216, less=40), schedule=schedule)
+    with pytest.raises(Deadlock, match=r"waits for 3072 registers, .* of the CTA's are free"):
+        run_with_registers(SPLIT.format(more=224, less=40), schedule=schedule)
+
+
+def test_setmaxnreg_in_the_wrong_direction():
+    with pytest.raises(ResourceError, match=r"setmaxnreg.dec.* to 136 registers a thread, but warp 0 has 128"):
+        run_with_registers("setmaxnreg.dec.sync.aligned.u32 136; ret;")
+    with pytest.raises(ResourceError, match=r"setmaxnreg.inc.* to 120 registers a thread, but warp 0 has 128"):
+        run_with_registers("setmaxnreg.inc.sync.aligned.u32 120; ret;")
 
 
 def test_setmaxnreg_over_the_register_file():

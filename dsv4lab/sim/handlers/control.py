@@ -11,8 +11,9 @@ from dsv4lab.sim.errors import ResourceError, SimulatorError, UnknownInstruction
 from dsv4lab.sim.memory import PARAM_WINDOW
 from dsv4lab.sim.observe import Fence, Order
 from dsv4lab.sim.program import Immediate, Instruction, Register, Vector
-from dsv4lab.sim.registers import Lanes
+from dsv4lab.sim.registers import WARP, Lanes
 from dsv4lab.sim.startup import TIMERS
+from dsv4lab.sim.sync import Wait
 
 _REGISTER_POOL = 65536  # 32-bit registers of a multiprocessor
 
@@ -93,7 +94,8 @@ def fence(d: Decoder, i: Instruction, f: Form) -> Run:
 
 @family("setmaxnreg")
 def setmaxnreg(d: Decoder, i: Instruction, f: Form) -> Action:
-    f.take("inc", "dec")
+    """A CTA's warps share the registers it was launched with: `.dec` gives some back, `.inc` waits until there are enough."""
+    up = f.take("inc", "dec") == "inc"
     f.drop("sync", "aligned", "u32")
     operand = i.operands[0]
     if not isinstance(operand, Immediate):
@@ -102,17 +104,28 @@ def setmaxnreg(d: Decoder, i: Instruction, f: Form) -> Action:
     if not 24 <= count <= 256 or count % 8:
         raise UnknownInstruction(f"setmaxnreg needs a multiple of 8 from 24 to 256, got {count}")
 
-    def run(w: Lanes, m: Any) -> None:
-        for warp in range(w.warp, w.warp + w.warps):
-            w.cta.register_budget[warp] = count
-        # A warp that has not said anything keeps an even share; what was claimed alone must already fit.
-        total = 32 * sum(w.cta.register_budget.values())
+    def run(w: Lanes, m: Any) -> Any:
+        cta = w.cta
+        initial = -(-d.kernel.thread_registers // 8) * 8
+        have = cta.register_budget.get(w.warp, initial)
+        if initial:
+            if (count < have) if up else (count > have):
+                raise ResourceError(f"{i.opcode} to {count} registers a thread, but warp {w.warp} has {have}")
+            needed = WARP * (count - have)
+            if needed > cta.free_registers:
+                what = f"waits for {needed} registers, {cta.free_registers} of the CTA's are free"
+                return Wait("setmaxnreg", what, lambda: needed <= cta.free_registers)
+            cta.free_registers -= needed
+        cta.register_budget[w.warp] = count
+        total = WARP * sum(cta.register_budget.values())
         if total > _REGISTER_POOL:
             raise ResourceError(f"setmaxnreg: warps claim {total} registers, the multiprocessor has {_REGISTER_POOL}")
-        if w.cta.machine.observers:
-            w.cta.machine.observers.warps("set_registers", w, m, i.index, count)
+        cta.machine.progress += 1
+        if cta.machine.observers:
+            cta.machine.observers.warps("set_registers", w, m, i.index, count)
+        return None
 
-    return Action(run, stop=True, members=ALL_LANES)
+    return Action(run, stop=True, members=ALL_LANES, single=True)
 
 
 @family("mov")

@@ -410,9 +410,13 @@ def tensormap(d: Decoder, i: Instruction, f: Form) -> Run:
             address = int(w.u[base][lane]) + offset
             if shared and address < SHARED_WINDOW:
                 address += SHARED_WINDOW
-            tma.replace_field(bytes_at(w.cta, address, DESCRIPTOR_BYTES), field, ordinal, int(w.u[value][lane]))
-            if w.cta.machine.observers.accesses:
-                tell_bytes(w, int(lane), i.index, "write", address, DESCRIPTOR_BYTES)
+            raw = bytes_at(w.cta, address, DESCRIPTOR_BYTES)
+            before = raw.copy()
+            tma.replace_field(raw, field, ordinal, int(w.u[value][lane]))
+            changed = np.flatnonzero(before != raw)
+            if w.cta.machine.observers.accesses and len(changed):  # what stays as it was is no conflict
+                first = int(changed[0])
+                tell_bytes(w, int(lane), i.index, "write", address + first, int(changed[-1]) + 1 - first)
 
     return run
 
