@@ -52,7 +52,7 @@ def plot_bank_conflicts(words: Any, passes: Any, phases: Any, labels: Sequence[s
     for row, value in enumerate(degree):
         text = f"{taken[row]:.0f} of {least[row]:.0f}" if value > 1.005 else f"{taken[row]:.0f}"
         bars.text(value + 0.02 * max(degree.max(), 1), row, text, va="center", fontsize=8, color=INK)
-    bars.set(xlim=(0, 1.35 * float(degree.max())), xlabel="passes / fewest possible")
+    bars.set(xlim=(0, 1.5 * float(degree.max())), xlabel="passes / fewest possible")
     bars.tick_params(axis="y", length=0, labelleft=False)
     bars.grid(False, axis="y")
     return axs
