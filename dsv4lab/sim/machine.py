@@ -24,6 +24,7 @@ from dsv4lab.sim.native import bytecode, library
 from dsv4lab.sim.native.core import NativeCore
 from dsv4lab.sim.native.movers import NativeMovers
 from dsv4lab.sim.observe import Observer, Observers, Operation
+from dsv4lab.sim.parallel import Pace, spread
 from dsv4lab.sim.program import Kernel, Launch
 from dsv4lab.sim.races import RaceChecker
 from dsv4lab.sim.registers import WARP, Lanes, RegisterFile
@@ -144,10 +145,9 @@ class Machine:
         if self.observers:
             self.observers.tell("launch_begin", self)
         try:
+            pace = Pace(self)
             with np.errstate(all="ignore"):
-                while waiting or self.clusters:
-                    self._fill()
-                    self._drive()
+                self.run_clusters(pace)
         except SimulatorError as error:
             if error.where is None:
                 error.where = self._where(self.current)
@@ -157,6 +157,16 @@ class Machine:
         if self.observers:
             self.observers.tell("launch_end", self)
         return self.stats
+
+    def run_clusters(self, pace: Pace | None = None) -> None:
+        """Run all clusters that wait; in several processes where `pace` finds them worth it."""
+        while self.waiting_clusters or self.clusters:
+            if pace is not None and pace.worthwhile():
+                if spread(self, pace.count):
+                    return
+                pace = None
+            self._fill()
+            self._drive()
 
     @property
     def step(self) -> int:
