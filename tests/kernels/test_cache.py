@@ -116,6 +116,7 @@ def test_the_fingerprint_follows_imports(tmp_path: Path, monkeypatch: pytest.Mon
     (package / "__init__.py").write_text("")
     (package / "kernel.py").write_text("from inkpot.helper import tile\nimport math\n")
     (package / "helper.py").write_text("from inkpot import deep\ntile = 3\n")
+    (package / "deep.py").write_text("shallow = 1\n")
     (package / "other.py").write_text("pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(cache, "_PACKAGE", "inkpot")
@@ -128,7 +129,10 @@ def test_the_fingerprint_follows_imports(tmp_path: Path, monkeypatch: pytest.Mon
     (package / "other.py").write_text("pass  # edited\n")
     assert now() == first
     (package / "helper.py").write_text("from inkpot import deep\ntile = 4\n")
-    assert now() != first
+    second = now()
+    assert second != first
+    (package / "deep.py").write_text("shallow = 2\n")
+    assert now() not in (first, second), "a module that is imported as a name of its package"
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ _loaded: dict[tuple[str, Any, str, tuple[str, ...]], Callable[..., Any]] = {}
 def kernel(module: str, config: Any, build: Build, runtime: Runtime) -> Callable[..., Any]:
     """The compiled host function of a kernel, ready for `runtime`: from memory, from disk, or compiled now.
 
-    module: the name of the module that defines the kernel; its source, and that of what it imports from this package, is part
+    module: the name of the module that builds the kernel; its source, and that of what it imports from this package, is part
     of the key. config: a frozen dataclass, whose repr is, too. build: gives the `@cute.jit` callable and its example
     arguments; called only when there is no entry.
     """
@@ -96,14 +96,23 @@ def fingerprint(module: str) -> str:
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        spec = importlib.util.find_spec(name) if name not in seen else None
+        path = _source_of(name) if name not in seen else None
         seen.add(name)
-        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        if path is None:
             continue
-        text = Path(spec.origin).read_bytes()
+        text = path.read_bytes()
         digest.update(name.encode() + b"\0" + text)
         waiting += sorted(_imported(text), reverse=True)
     return digest.hexdigest()
+
+
+def _source_of(name: str) -> Path | None:
+    """The file of a module; None where there is no such module."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # `name` is something inside a module that is no package
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin is not None and spec.origin.endswith(".py") else None
 
 
 def _imported(text: bytes) -> set[str]:
@@ -113,7 +122,7 @@ def _imported(text: bytes) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return {name for name in found if name.partition(".")[0] == _PACKAGE}
 
 

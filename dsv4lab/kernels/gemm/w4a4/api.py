@@ -89,7 +89,7 @@ def _compiled(config: W4A4Config, runtime: Runtime) -> Callable[..., Any]:
         )
         return W4A4LinearSm100(config), examples
 
-    return cache.kernel("dsv4lab.kernels.gemm.w4a4.sm100", config, build, runtime)
+    return cache.kernel(__name__, config, build, runtime)
 
 
 def _check(

@@ -68,4 +68,4 @@ def _compiled(config: QuantizeRowsConfig, runtime: Runtime) -> Callable[..., Any
         )
         return QuantizeRowsSm100(config), examples
 
-    return cache.kernel("dsv4lab.kernels.quant.nvfp4_rows.sm100", config, build, runtime)
+    return cache.kernel(__name__, config, build, runtime)
