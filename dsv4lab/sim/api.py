@@ -80,9 +80,17 @@ class Compiled:
         except TypeError:
             return {}
 
+    def _without_constants(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments without those that were compiled in (`Constexpr`), which the compiled function does not take."""
+        parameters = [] if self._signature is None else list(self._signature.parameters.values())
+        if len(parameters) != len(args):
+            return args
+        return tuple(a for a, p in zip(args, parameters, strict=True) if "Constexpr" not in str(p.annotation))
+
     def _run(self, args: tuple[Any, ...], action: Callable[[Launch, GlobalMemory], Executed]) -> list[Executed]:
         done: list[Executed] = []
         names = self.names(args)
+        args = self._without_constants(args)
 
         def handle(launch: Launch) -> None:
             done.append(action(launch, self.session.tensors.memory(names)))

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,9 @@ from dsv4lab.sim.errors import ScheduleDependence, SimulatorError, WrongResult
 from dsv4lab.sim.machine import Checks, Machine
 from dsv4lab.sim.memory import Allocation, GlobalMemory
 from dsv4lab.sim.program import Launch
+from dsv4lab.sim.races import RaceChecker
 from dsv4lab.sim.schedule import Schedule
+from dsv4lab.sim.wgmma_fences import WgmmaFences
 
 Expected = Mapping[str, Any] | Callable[[], str | None]
 
@@ -87,10 +89,9 @@ class Exploration:
         self.findings.append(Finding(error.kind, error, [schedule]))
 
 
-def _place(error: SimulatorError) -> str:
-    """The instruction of an error's report, or its first one (a deadlock names several)."""
-    found = re.search(r"\(instruction (\d+),", str(error))
-    return found[1] if found else ""
+def _place(error: SimulatorError) -> list[str]:
+    """The first two instructions that an error's report names: both sides of a race."""
+    return re.findall(r"\(instruction (\d+),", str(error))[:2]
 
 
 def schedules(seeds: int | Iterable[int]) -> list[Schedule]:
@@ -123,13 +124,15 @@ def explore(
         anything. Without it only differences between schedules show.
     ignore: names of tensors that may depend on the schedule (sums by floating-point atomics, say).
     memory: what launches may touch, by default every live tensor.
-    raising: raise the first finding's error; else return it. first: stop at the first finding; else try every schedule.
+    raising: raise the first finding's error; else return it. first: stop at the first finding; else try every schedule, and let
+        a run go on after a race or a missing fence.
 
     Memory is restored before every run and holds the last one's result afterwards. A result that is wrong under every schedule
     is a "wrong result"; one that two schedules disagree about is a "schedule-dependent result", right or not.
     """
     launches, memory, names = _launches(kernel, tensors, memory)
-    run = _Run(launches, memory, checks, ignore, _checker(expect, memory, names, rtol, atol))
+    check = _checker(expect, memory, names, rtol, atol)
+    run = _Run(launches, memory, checks or Checks(races=True), ignore, check, collect=not (first or raising))
     found = Exploration([launch.kernel.name for launch in launches])
     start = time.perf_counter()
     for schedule in schedules(seeds):
@@ -137,7 +140,9 @@ def explore(
         try:
             run.once(schedule)
         except SimulatorError as error:
-            found.add(error, str(schedule))
+            run.errors.append(error)
+        for each in run.errors:
+            found.add(each, str(schedule))
         if found.findings and (first or raising):
             break
     else:
@@ -176,12 +181,16 @@ class _Run:
         self,
         launches: list[Launch],
         memory: GlobalMemory,
-        checks: Checks | None,
+        checks: Checks,
         ignore: Sequence[str],
         check: Callable[[], str | None],
+        *,
+        collect: bool,
     ) -> None:
         self.launches, self.memory, self.ignore, self.check = launches, memory, ignore, check
-        self.machine = Machine(memory, checks=checks or Checks(races=True))
+        self.collect = collect and checks.races  # races are kept in `errors`, and do not end a run
+        self.machine = Machine(memory, checks=replace(checks, races=checks.races and not collect))
+        self.errors: list[SimulatorError] = []
         self.instructions = 0
         self.before: dict[int, NDArray[np.uint8]] = {}
         self.first: tuple[str, dict[int, NDArray[np.uint8]]] | None = None  # the first complete run and its result
@@ -198,18 +207,30 @@ class _Run:
         self.before[start] = data
 
     def once(self, schedule: Schedule) -> None:
-        """One run. Raises what it runs into, or ScheduleDependence."""
+        """One run. Raises what it runs into, or ScheduleDependence; `errors` holds what did not end the run."""
+        self.errors = []
         for allocation in self.memory.allocations:
             allocation.own[...] = self.before[allocation.start]
         self.machine.schedule = schedule
         for launch in self.launches:
-            self.instructions += self.machine.run(launch).instructions
+            self._launch(launch)
         if self.wrong is None and (why := self.check()) is not None:
             self.wrong = (str(schedule), why)
         if self.first is None:
             self.first = (str(schedule), {a.start: a.own.copy() for a in self.memory.allocations})
         else:
             self._compare(str(schedule), *self.first)
+
+    def _launch(self, launch: Launch) -> None:
+        collectors: list[RaceChecker | WgmmaFences] = []
+        if self.collect:
+            collectors = [RaceChecker(collect=True), WgmmaFences(collect=True)]
+        self.machine.observers.extend(collectors)
+        try:
+            self.instructions += self.machine.run(launch).instructions
+        finally:
+            del self.machine.observers[len(self.machine.observers) - len(collectors) :]
+            self.errors += [error for collector in collectors for error in collector.findings]
 
     def _compare(self, schedule: str, other: str, result: dict[int, NDArray[np.uint8]]) -> None:
         for allocation in self.memory.allocations:

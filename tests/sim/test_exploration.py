@@ -6,7 +6,7 @@ import torch
 
 from dsv4lab import sim
 from dsv4lab.sim.assembly import kernel, launch_of, memory_of
-from dsv4lab.sim.errors import MemoryFault, ScheduleDependence, WrongResult
+from dsv4lab.sim.errors import DataRace, MemoryFault, ScheduleDependence, WrongResult
 
 # Every warp takes a ticket and writes it to its place: which one it gets is the schedule's choice.
 TICKETS = """
@@ -78,3 +78,30 @@ def test_captured_launches_and_memory_that_is_found_late(compiled):
     found = sim.explore(launches, memory=memory, seeds=2)
     assert found and len(found.kernels) == 2
     assert (c == 3).all()
+
+
+def test_collecting_goes_on_after_a_race():
+    """Two races of one run, and what they make of the result."""
+    both = """
+    ld.param.b64 %d1, [p0]; mov.u32 %r0, %tid.x; mov.b32 %r1, smem; shl.b32 %r2, %r0, 2; add.s32 %r3, %r1, %r2;
+    st.shared.b32 [%r3], 7; bar.sync 0; st.shared.b32 [%r3], %r0;
+    xor.b32 %r5, %r2, 128; add.s32 %r5, %r1, %r5; ld.shared.b32 %r6, [%r5]; ld.shared.b32 %r7, [%r5];
+    cvt.u64.u32 %d2, %r2; add.s64 %d3, %d1, %d2; st.global.b32 [%d3], %r6; ret;
+    """
+    out = np.zeros(64, np.uint32)
+    launch, memory = launch_of(kernel(both), out, block=64), memory_of(out=out)
+    assert sim.explore(launch, memory=memory, seeds=0, raising=False).kinds == ["race"]
+    found = sim.explore(launch, memory=memory, seeds=6, raising=False, first=False)
+    assert found.kinds == ["race", "schedule-dependent result"]
+    assert len([finding for finding in found.findings if finding.kind == "race"]) >= 2
+    with pytest.raises(DataRace, match="that nothing orders"):
+        sim.explore(launch, memory=memory, first=False)
+
+
+def test_constants_of_a_host_function_are_compiled_in(kernels):
+    from tests.sim.mutants.pipelined_copy import case, pipelined_copy
+
+    tensors, expected = case()
+    assert sim.explore(pipelined_copy, *tensors.values(), "", seeds=0, expect=expected)
+    found = sim.explore(pipelined_copy, *tensors.values(), "a buffer too few", seeds=0, expect=expected, raising=False)
+    assert found.kinds == ["race"]
