@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dsv4lab.sim.errors import DataRace, HazardError, MissingFence
+from dsv4lab.sim.errors import BarrierMisuse, DataRace, HazardError, MissingFence
 from dsv4lab.sim.memory import Allocation
 from dsv4lab.sim.observe import Operation, Site
 from dsv4lab.sim.report import instruction
@@ -114,6 +114,13 @@ def uninitialised_barrier(
         f"  missing: {_missing(first, second, operation)}",
     ]
     return DataRace("\n".join(lines))
+
+
+def overwritten(machine: Machine, site: Site, operation: Operation | None, where: Any, offset: int) -> BarrierMisuse:
+    return BarrierMisuse(
+        f"the mbarrier at {place(where, offset)} is overwritten without mbarrier.inval\n"
+        + _line(machine, "by", "write", site, operation)
+    )
 
 
 def exited(machine: Machine, site: Site, cta: Cta) -> HazardError:

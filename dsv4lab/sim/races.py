@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from dsv4lab.sim.sync import MBarrier
 
 
+_MBARRIER_BYTES = 8
+
+
 class _Barrier:
     """What an mbarrier carries: arrivals of the phase under way, and of all that completed."""
 
@@ -182,6 +185,12 @@ class RaceChecker(Observer):
         access: Access | None = None,
     ) -> None:
         """Check an access against the ones recorded, and record it."""
+        if kind == "write" and shadow.guarded is not None and shadow.guarded[place].any():
+            operation = who.operation if isinstance(who, Task) else None
+            error = race_report.overwritten(
+                self.machine, site, operation, where, shadow.first(place, shadow.guarded[place], True)
+            )
+            self._found(error, (site.pc, "mbarrier"))
         writers = shadow.writers[place]
         seen = who.seen
         for entry in distinct(writers):
@@ -452,11 +461,14 @@ class RaceChecker(Observer):
         shadow = self._shared[site.cta]
         if shadow.cell == 1:
             place = slice(barrier.offset, barrier.offset + 8)
+        shadow.guard(barrier.offset, _MBARRIER_BYTES, False)
         self._visit(actor, shadow, place, site, "write", False, site.cta)
+        shadow.guard(barrier.offset, _MBARRIER_BYTES, True)
         self._mbarriers[barrier] = _Barrier(site.cta, self._record(actor, site, "write", False))
 
     def mbarrier_inval(self, site: Site, barrier: MBarrier) -> None:
-        self._use(self._actors[site.cta, site.warp], barrier, site)
+        cta = self._use(self._actors[site.cta, site.warp], barrier, site).cta
+        self._shared[cta].guard(barrier.offset, _MBARRIER_BYTES, False)
         del self._mbarriers[barrier]
 
     def _use(self, who: Actor | Task, barrier: MBarrier, site: Site) -> _Barrier:
@@ -474,6 +486,7 @@ class RaceChecker(Observer):
         return state
 
     def _arrival(self, origin: Origin, barrier: MBarrier) -> None:
+        self._alive(origin.site if isinstance(origin, Operation) else origin, self._mbarriers[barrier].cta)
         if isinstance(origin, Operation):
             task = self._tasks[origin.serial]
             self._use(task, barrier, origin.site).pending.merge(task.carried())

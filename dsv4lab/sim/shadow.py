@@ -38,10 +38,18 @@ class Shadow:
         self.cell = cell  # bytes
         self.writers = np.zeros(-(-size // cell) if shape is None else shape, np.int32)
         self.readers = np.zeros_like(self.writers)
+        self.guarded: Array | None = None  # whether a cell is part of an mbarrier, once there is one
+
+    def guard(self, offset: int, size: int, live: bool) -> None:
+        """Bytes of shared memory become an mbarrier, or are none any more."""
+        if self.guarded is None:
+            self.guarded = np.zeros(len(self.writers), bool)
+        self.guarded[offset // self.cell : (offset + size) // self.cell] = live
 
     def refine(self) -> None:
         """Go on by the byte."""
         self.writers, self.readers = np.repeat(self.writers, self.cell), np.repeat(self.readers, self.cell)
+        self.guarded = None if self.guarded is None else np.repeat(self.guarded, self.cell)
         self.cell = 1
 
     def lanes(self, offsets: Array, width: int) -> Array:

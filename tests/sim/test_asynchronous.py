@@ -112,6 +112,15 @@ def test_exited_warps_do_not_count_for_a_barrier_of_all():
         ("@%p1 mbarrier.arrive.shared.b64 _, [%r1+8];", "no mbarrier was initialised"),
         ("@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 64;", "exits with bytes outstanding"),
         ("@%p1 mbarrier.init.shared.b64 [%r1+4], 1;", "not a multiple of 8"),
+        (
+            "@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 64; @%p1 mbarrier.init.shared.b64 [%r1], 1;",
+            "init of an mbarrier in use",
+        ),
+        (
+            "@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 64; @%p1 mbarrier.inval.shared.b64 [%r1];",
+            "inval of an mbarrier in use",
+        ),
+        ("@%p1 mbarrier.inval.shared.b64 [%r1]; @%p1 mbarrier.arrive.shared.b64 _, [%r1];", "no mbarrier was initialised"),
         ("bar.sync 17;", "number must be 0 to 15"),
         ("bar.sync 1, 40;", "multiple of 32, got 40"),
     ],

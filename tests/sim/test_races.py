@@ -14,7 +14,7 @@ import torch
 from dsv4lab import sim
 from dsv4lab.sim import ptx
 from dsv4lab.sim.assembly import kernel, launch_of, memory_of
-from dsv4lab.sim.errors import DataRace, HazardError, MissingFence
+from dsv4lab.sim.errors import BarrierMisuse, DataRace, HazardError, MissingFence
 from dsv4lab.sim.machine import Checks, Machine
 from dsv4lab.sim.races import RaceChecker
 
@@ -258,6 +258,29 @@ def test_stores_of_one_value_may_cross() -> None:
     execute("st.shared.b32 [%r1+1024], 5; st.global.b32 [%d2], 6;", rule, "eager")
     with pytest.raises(DataRace, match="write and write"):
         execute("st.shared.b32 [%r1+1024], %r6;", rule, "eager")
+
+
+def test_an_mbarrier_overwritten_by_other_means() -> None:
+    rule = RULES["two writes"]
+    execute("@%p1 mbarrier.inval.shared.b64 [%r1+8]; bar.sync 1; @%p1 st.shared.b64 [%r1+8], %d3;", rule, "eager")
+    with pytest.raises(BarrierMisuse, match=r"mbarrier at .* \+ 8 .* is overwritten without mbarrier.inval"):
+        execute("@%p1 st.shared.b64 [%r1+8], %d3;", rule, "eager")
+    load = LOAD.replace("[%r1+1024]", "[%r1]")
+    with pytest.raises(BarrierMisuse, match="write by the bulk load"):
+        execute(load + wait("%r1", 0), rule, "eager")
+
+
+def test_arrivals_at_a_cta_that_is_gone() -> None:
+    """CTA 0 exits at once; CTA 1 arrives on its mbarrier after a while, with or without a cluster barrier at the end."""
+    rule = RULES["distributed shared memory"]
+    remote = """mov.b32 %r60, 0; K: bar.sync 2; add.s32 %r60, %r60, 1; setp.lt.u32 %p6, %r60, 20; @%p6 bra K;
+    mov.u32 %r8, 0; mapa.shared::cluster.u32 %r9, %r1, %r8;
+    @%p1 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r9];"""
+    sync = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
+    body = sync + "mov.u32 %r7, %cluster_ctarank; setp.eq.u32 %p4, %r7, 0; @%p4 bra E;" + remote + "E:"
+    execute(body + sync, rule, "eager")
+    with pytest.raises(HazardError, match="after all threads of that CTA exited"):
+        execute(body, rule, "eager")
 
 
 def test_every_race_is_collected_once() -> None:

@@ -42,6 +42,7 @@ def mbarrier(d: Decoder, i: Instruction, f: Form) -> Run | Action:
                 barrier = cta.mbarriers.pop(place, None)
                 if barrier is None:
                     raise BarrierMisuse(f"mbarrier.inval: no mbarrier at {cta.shared.describe(place)}")
+                _must_be_idle(w, barrier, "mbarrier.inval")
                 cta.shared.phases[place >> 3] = 0
                 if observers := w.cta.machine.observers:
                     observers.tell("mbarrier_inval", site(w, int(lane), i.index), barrier)
@@ -52,6 +53,15 @@ def mbarrier(d: Decoder, i: Instruction, f: Form) -> Run | Action:
     if what in ("arrive", "arrive_drop", "expect_tx", "complete_tx"):
         return _arrive(d, i, f, what)
     raise UnknownInstruction(f"{i.opcode} is not simulated")
+
+
+def _must_be_idle(w: Lanes, barrier: MBarrier, what: str) -> None:
+    """Raise if an mbarrier that is to go is in the middle of a phase, or waited for."""
+    waiting = [u for u in w.cta.machine.units for g in u.groups if g.wait is not None and g.wait.subject is barrier]
+    if barrier.pending == barrier.count and not barrier.bytes and not waiting:
+        return
+    who = f"; {waiting[0].lanes.cta.describe()} warp {waiting[0].lanes.warp} waits for it" if waiting else ""
+    raise BarrierMisuse(f"{what} of an mbarrier in use: {barrier}{who}; last events: {'; '.join(barrier.history)}")
 
 
 def _init(d: Decoder, i: Instruction) -> Run:
@@ -67,6 +77,8 @@ def _init(d: Decoder, i: Instruction) -> Run:
                 raise BarrierMisuse(f"mbarrier.init: {cta.shared.describe(place)} is not a multiple of 8")
             cta.shared.span(place, 8)
             cta.shared.mark(place, 8)
+            if place in cta.mbarriers:
+                _must_be_idle(w, cta.mbarriers[place], "mbarrier.init")
             who = site(w, int(lane), i.index)
             number, phases = int(w.u[count][lane]), cta.shared.phases
             barrier = MBarrier(cta.rank, place, number, who, cta.machine.observers, phases)
