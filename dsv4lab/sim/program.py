@@ -183,7 +183,7 @@ class Kernel:
     shared: tuple[SharedVariable, ...] = ()
     local: tuple[LocalVariable, ...] = ()
     max_threads: tuple[int, int, int] | None = None
-    thread_registers: int = 0  # of a thread at launch, from `.maxnreg` or the cubin; 0: not known
+    thread_registers: int = 0  # of a thread at launch; 0: nothing fixes them, so that setmaxnreg has no effect
     cluster: tuple[int, int, int] | None = None
     constants: dict[str, bytes] = field(default_factory=dict)
     call_params: dict[str, int] = field(default_factory=dict)

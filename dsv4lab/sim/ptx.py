@@ -49,7 +49,7 @@ _SPECIAL = {
     *("%clock", "%clock_hi", "%clock64", "%globaltimer", "%globaltimer_lo", "%globaltimer_hi"),
     *(f"%lanemask_{relation}" for relation in ("eq", "le", "lt", "ge", "gt")),
 }
-_IGNORED = (".pragma", ".minnctapersm", ".explicitcluster", ".blocksareclusters", ".noreturn")
+_IGNORED = (".pragma", ".explicitcluster", ".blocksareclusters", ".noreturn")
 _DEPOT_REGISTERS = ("%SP", "%SPL")
 
 _WORD = r"[%$A-Za-z_][\w$]*"
@@ -71,7 +71,8 @@ _VARIABLE = re.compile(
 )
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.+)$", re.S)
 _RANGE = re.compile(rf"({_WORD})<(\d+)>$")
-_SHAPE = re.compile(r"\.(reqntid|maxntid|reqnctapercluster|maxclusterrank|maxnreg)\s+(\d+(?:\s*,\s*\d+)*)")
+_REGISTER_FILE = 65_536  # of a multiprocessor of sm_90 and sm_100
+_SHAPE = re.compile(r"\.(reqntid|maxntid|reqnctapercluster|maxclusterrank|maxnreg|minnctapersm)\s+(\d+(?:\s*,\s*\d+)*)")
 
 
 class ParseError(SimulatorError):
@@ -232,13 +233,24 @@ class _Module:
             shared=_in_order(body.shared),
             local=tuple(body.local),
             max_threads=shapes.get("reqntid"),
-            thread_registers=shapes.get("maxnreg", (0,))[0],
+            thread_registers=_registers_at_entry(shapes),
             cluster=shapes.get("reqnctapercluster"),
             constants=self.constants,
             call_params=body.call_params,
             source=self.source,
         )
         return end + 1
+
+
+def _registers_at_entry(shapes: dict[str, tuple[int, int, int]]) -> int:
+    """Registers of a thread at launch where the directives fix them, else 0: ptxas then drops every setmaxnreg."""
+    if "maxnreg" in shapes:
+        return shapes["maxnreg"][0]
+    threads = shapes.get("reqntid") or shapes.get("maxntid")
+    if "minnctapersm" not in shapes or threads is None:
+        return 0
+    share = _REGISTER_FILE // (threads[0] * threads[1] * threads[2] * shapes["minnctapersm"][0])
+    return min(share // 8 * 8, 255)
 
 
 class _Body:

@@ -352,11 +352,14 @@ def _without_handles(original: Any) -> Any:
 
 
 def _with_registers(kernels: dict[str, Kernel], cubin: bytes) -> dict[str, Kernel]:
-    """Kernels that use `setmaxnreg` learn from the cubin how many registers their threads begin with."""
+    """Kernels that use `setmaxnreg`, and fix their registers at entry, learn from the cubin how many those are."""
     if not any(i.opcode.startswith("setmaxnreg") for kernel in kernels.values() for i in kernel.instructions):
         return kernels
     known = resources(cubin)
-    return {name: replace(k, thread_registers=known[name].registers if name in known else 0) for name, k in kernels.items()}
+    return {
+        name: replace(k, thread_registers=known[name].registers) if k.thread_registers and name in known else k
+        for name, k in kernels.items()
+    }
 
 
 def _cubins(image: int) -> Iterator[bytes]:
