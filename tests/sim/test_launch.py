@@ -73,6 +73,7 @@ def test_a_lock_that_nobody_frees_is_a_deadlock():
             @%p1 bra $again;
             ret;
             """,
+            block=1,
             lock=lock,
             seen=seen,
         )
