@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 
 _MBARRIER_BYTES = 8
+_KEPT = 64  # generations of a named barrier after which no warp can still be about to leave one
 
 
 class _Barrier:
@@ -523,7 +524,7 @@ class RaceChecker(Observer):
         actor = self._actors[site.cta, site.warp]
         message = self._barriers.setdefault((id(barrier), generation), Message())
         message.merge(actor.released if self._relaxed(site) else Message(actor.causal, actor.fenced))
-        self._barriers.pop((id(barrier), generation - 2), None)
+        self._barriers.pop((id(barrier), generation - _KEPT), None)
         actor.advance()
 
     def barrier_pass(self, site: Site, barrier: Any, generation: int) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from dsv4lab import sim
 from dsv4lab.sim import ptx
-from dsv4lab.sim.assembly import kernel, launch_of, memory_of
+from dsv4lab.sim.assembly import kernel, launch_of, memory_of, run
 from dsv4lab.sim.errors import BarrierMisuse, DataRace, HazardError, MissingFence
 from dsv4lab.sim.machine import Checks, Machine
 from dsv4lab.sim.races import RaceChecker
@@ -358,3 +358,18 @@ def test_correct_kernels_are_silent(
     if name != "tile_copy":
         tensors[-1] = tensors[-1].float()
     compiled(name, *tensors, arch=arch)(*tensors, schedule=schedule, checks=Checks(races=True))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_warp_may_leave_a_named_barrier_many_generations_late(seed):
+    """Warps 0 and 1 meet once at barrier 1, where warps 0 and 2 then meet twenty times before warp 1 may have gone on."""
+    out = np.zeros(1, np.uint32)
+    body = """
+    mov.u32 %r0, %tid.x; shr.u32 %r0, %r0, 5; mov.u32 %r1, 0;
+    setp.eq.u32 %p1, %r0, 1; @%p1 bra ONE; setp.eq.u32 %p2, %r0, 2; @%p2 bra TWO;
+    bar.sync 1, 64;
+    TWO: bar.sync 2, 64;
+    L: bar.sync 1, 64; add.u32 %r1, %r1, 1; setp.lt.u32 %p3, %r1, 20; @%p3 bra L; ret;
+    ONE: bar.sync 1, 64; ret;
+    """
+    run(body, block=96, schedule=f"random:{seed}", checks=Checks(races=True), out=out)
