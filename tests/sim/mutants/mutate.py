@@ -69,6 +69,11 @@ def operand(opcode: str, position: int, value: int, at: str = "", nth: int | Non
     return lambda kernel: rewrite(kernel, change, matching(kernel, opcode, at, nth))
 
 
+def launched_with(registers: int, edit: Edit) -> Edit:
+    """Besides, fix the registers of a thread at launch, as `.maxnreg` does; setmaxnreg counts only where something does."""
+    return lambda kernel: replace(edit(kernel), thread_registers=registers)
+
+
 def offset(opcode: str, position: int, by: int, at: str = "", nth: int | None = None) -> Edit:
     """Move the address in an operand by some bytes."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.sim.mutants.mutate import Edit, coordinate, drop, drop_wait, offset, operand
+from tests.sim.mutants.mutate import Edit, coordinate, drop, drop_wait, launched_with, offset, operand
 
 DEADLOCK, RACE, FENCE, WRONG, HAZARD = "deadlock", "race", "missing fence", "wrong result", "hazard"
 FAULT, UNINITIALISED, MISUSE, RESOURCE = "memory fault", "uninitialised read", "barrier misuse", "resource misuse"
@@ -91,8 +91,8 @@ MUTANTS = [
         ("the barrier before the output buffer is refilled removed", drop(r"bar\.sync", "the buffer is free"), RACE),
         ("the wait for the stored buffer's reads removed", drop(r"cp\.async\.bulk\.wait_group\.read"), RACE),
         ("commit_group of the TMA store removed", drop(r"cp\.async\.bulk\.commit_group"), RACE),
-        ("more registers asked for than the CTA has", operand(r"setmaxnreg\.inc", 0, 232), DEADLOCK),
-        ("registers that the loader does not give up", drop(r"setmaxnreg\.dec"), DEADLOCK),
+        ("more registers asked for than the CTA has", launched_with(64, operand(r"setmaxnreg\.inc", 0, 232)), DEADLOCK),
+        ("registers that the loader does not give up", launched_with(64, drop(r"setmaxnreg\.dec")), DEADLOCK),
         ("stmatrix to rows that are not aligned", offset(r"stmatrix", 0, 8, nth=1), FAULT),
         ("the output tile stored one column to the right", coordinate(STORE, 0, 1), WRONG),
     ),

@@ -16,7 +16,7 @@ STAGES = 3
 WORKERS, LOADER = 4, 4  # warps of the warpgroup; the warp that loads, alone in its own warpgroup
 THREADS = 256
 GRID = 2
-WIDE, NARROW = 88, 40  # registers of a thread of the two warpgroups, of 64 each that the kernel is launched with
+WIDE, NARROW = 88, 40  # registers of a thread of the two warpgroups, if launched with 64 each
 RTOL = 2e-3  # of float16 output; inputs are small integers, so that sums are exact
 
 
