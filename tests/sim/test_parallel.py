@@ -59,7 +59,7 @@ def test_results_and_counts_are_the_same(spreads, monkeypatch, schedule):
 
 def test_a_fault_in_a_process_is_met_again_in_this_one(spreads):
     data = np.zeros(9 * THREADS, np.uint32)  # CTAs 9, 10 and 11 are out of bounds
-    with pytest.raises(MemoryFault, match="belongs to no tensor|out of bounds") as caught:
+    with pytest.raises(MemoryFault, match=r"belongs to no tensor|out of bounds") as caught:
         _launch(WRITES, data)
     assert spreads == [False] and "CTA (9, 0, 0)" in caught.value.where
     assert data[8 * THREADS + 1] == 8  # those before it ran
