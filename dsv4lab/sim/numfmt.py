@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
-from math import inf, isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,10 +185,25 @@ def tf32_operand(bits: Array) -> Array:
     return (bits & U32(0xFFFFE000)).view(F32)
 
 
+_SMALLEST = {F32: F32(2.0**-126), F16: F16(2.0**-14)}
+
+
 def flush(x: Array) -> Array:
-    """Subnormal float32 values become zero of the same sign (.ftz)."""
-    small = np.abs(x) < F32(2.0**-126)
-    return np.where(small, np.copysign(F32(0), x), x) if small.any() else x
+    """Subnormal float32 or float16 values become zero of the same sign (.ftz)."""
+    small = np.abs(x) < _SMALLEST[x.dtype.type]
+    return np.where(small, np.copysign(x.dtype.type(0), x), x) if small.any() else x
+
+
+def _odd_sum(product: Array, c: Array) -> Array:
+    """product + c in float64, "rounded to odd": a narrower rounding of the result is that of the exact sum."""
+    total = product + c
+    bits = total.view(U64)
+    addend = c.astype(F64)
+    other = total - product
+    error = (product - (total - other)) + (addend - other)
+    odd = (bits & U64(1)) == U64(1)
+    away = np.where((error > 0) == (total > 0), U64(1), U64(0xFFFFFFFFFFFFFFFF))
+    return np.where((error != 0) & ~odd & np.isfinite(total), bits + away, bits).view(F64)
 
 
 def fma_f32(a: Array, b: Array, c: Array) -> Array:
@@ -202,34 +215,35 @@ def fma_f32(a: Array, b: Array, c: Array) -> Array:
     product = a.astype(F64) * b.astype(F64)
     total = product + c
     result = total.astype(F32)
-    bits = total.view(U64)
-    halfway = (bits & U64(0x1FFFFFFF)) == U64(0x10000000)
+    halfway = (total.view(U64) & U64(0x1FFFFFFF)) == U64(0x10000000)
     tiny = np.abs(total) < 2.0**-125
     if (halfway | tiny).any():
-        addend = c.astype(F64)
-        other = total - product
-        error = (product - (total - other)) + (addend - other)
-        odd = (bits & U64(1)) == U64(1)
-        away = np.where((error > 0) == (total > 0), U64(1), U64(0xFFFFFFFFFFFFFFFF))
-        fixed = np.where((error != 0) & ~odd & np.isfinite(total), bits + away, bits)
-        result = fixed.view(F64).astype(F32)
+        result = _odd_sum(product, c).astype(F32)
     return result
 
 
-def fma_f64(a: Array, b: Array, c: Array) -> Array:
-    """a*b + c in float64 with one rounding, through exact fractions: slow, but kernels rarely compute in float64."""
-    plain = a * b + c
-    return np.array([_fma(*map(float, row)) for row in zip(a, b, c, plain, strict=True)], F64)
+def odd_f32(exact: Array) -> Array:
+    """float64 to float32, "rounded to odd": encoding the result in a narrower format rounds as encoding the input would."""
+    nearest = exact.astype(F32)
+    bits = nearest.view(U32)
+    inward = np.where(np.abs(nearest.astype(F64)) > np.abs(exact), bits - U32(1), bits)
+    keep = (nearest == exact) | ~np.isfinite(exact)
+    return np.where(keep, bits, inward | U32(1)).view(F32)
 
 
-def _fma(a: float, b: float, c: float, plain: float) -> float:
-    if not (isfinite(a) and isfinite(b) and isfinite(c)):
-        return plain
-    exact = Fraction(a) * Fraction(b) + Fraction(c)
-    try:
-        return float(exact) if exact else plain  # plain has the right sign of an exact zero
-    except OverflowError:
-        return inf if exact > 0 else -inf
+def fma_bf16(a: Array, b: Array, c: Array) -> Array:
+    """a*b + c of bf16 values held in float32, so rounded that encoding the result as bf16 rounds once."""
+    return odd_f32(_odd_sum(a.astype(F64) * b.astype(F64), c))
+
+
+def integer_f64(x: Array) -> Array:
+    """Integers as float64; bits beyond 53 are folded into the last one, which no rounding to 24 bits or fewer can tell."""
+    if x.dtype.itemsize < 8:
+        return x.astype(F64)
+    low = x.dtype.type(0x7FF)
+    large = (x > x.dtype.type(1 << 53)) | (x < x.dtype.type(-(1 << 53) if x.dtype.kind == "i" else 0))
+    sticky = np.where((x & low) != 0, x.dtype.type(0x800), x.dtype.type(0))
+    return np.where(large, (x & ~low) | sticky, x).astype(F64)
 
 
 # ln(2)^k / k!

@@ -8,6 +8,7 @@ MODULES = (
     "control",
     "printing",
     "alu",
+    "integer",
     "floating",
     "convert",
     "loadstore",

@@ -12,6 +12,7 @@ from dsv4lab.sim import numfmt
 from dsv4lab.sim.decode import TYPE_BYTES, Decoder, Form, Run, family
 from dsv4lab.sim.errors import UnknownInstruction
 from dsv4lab.sim.handlers.alu import assign, signed
+from dsv4lab.sim.handlers.floating import directed
 from dsv4lab.sim.memory import SHARED_WINDOW
 from dsv4lab.sim.program import Instruction, Vector
 from dsv4lab.sim.registers import Lanes
@@ -110,6 +111,9 @@ def _to_integer(d: Decoder, i: Instruction, f: Form, t: str, source: str) -> Run
     target, a = d.register(i.operands[0]), d.source(i.operands[1], source)
     size = TYPE_BYTES[t]
     info = np.iinfo(f"{'i' if signed(t) else 'u'}{size}")
+    # A NaN becomes 0, or where either type has 64 bits the integer with only its top bit set.
+    top = np.array(1 << (8 * size - 1), f"u{size}").view(info.dtype)
+    not_a_number = top if size == 8 or source == "f64" else info.dtype.type(0)
 
     def run(w: Lanes, m: Any) -> None:
         x = _as_float(w, a, source)
@@ -120,7 +124,7 @@ def _to_integer(d: Decoder, i: Instruction, f: Form, t: str, source: str) -> Run
         low, high = x <= float(info.min), x >= float(info.max)
         inside = np.where(low | high | np.isnan(x), 0, x).astype(info.dtype)
         value = np.where(low, info.dtype.type(info.min), np.where(high, info.dtype.type(info.max), inside))
-        value = np.where(np.isnan(x), info.dtype.type(0), value)
+        value = np.where(np.isnan(x), not_a_number, value)
         _assign_integer(w, target, value, m)
 
     return run
@@ -138,20 +142,27 @@ def _from_integer(d: Decoder, i: Instruction, f: Form, t: str, source: str) -> R
     rounding = f.take("rn", "rz", "rm", "rp") or "rn"
     f.drop("sat", "satfinite")
     target, read = d.register(i.operands[0]), _integer_reader(d, i, source)
-    if rounding != "rn":
-        raise UnknownInstruction(f"{i.opcode}: rounding .{rounding} from an integer is not simulated")
+    if t == "f64" and source == "u64" and rounding != "rn":
+        raise UnknownInstruction(f"{i.opcode}: rounding .{rounding} from .u64 is not simulated")
 
     def run(w: Lanes, m: Any) -> None:
         x = read(w)
-        if t in ("f32", "f64"):
-            value = x.astype(f"f{TYPE_BYTES[t]}").view(f"u{TYPE_BYTES[t]}")
-        elif t == "f16":
-            value = x.astype(np.float64).astype(np.float16).view(np.uint16)
+        if t == "f64":
+            value = _narrowed(x, np.float64, rounding).view(np.uint64)
+        elif t == "f32":
+            value = _narrowed(numfmt.integer_f64(x), np.float32, rounding).view(np.uint32)
         else:
-            value = numfmt.f32_to_bf16(x.astype(np.float32))
+            value = _encode(numfmt.odd_f32(numfmt.integer_f64(x)), t, rounding, False, False).astype(np.uint16)
         assign(w, target, value, m)
 
     return run
+
+
+def _narrowed(x: Array, dtype: type, rounding: str) -> Array:
+    """astype with a rounding mode."""
+    if rounding == "rn":
+        return x.astype(dtype)
+    return directed(lambda v: v.astype(dtype), rounding)(x)
 
 
 def _integer_reader(d: Decoder, i: Instruction, source: str) -> Callable[[Lanes], Array]:
@@ -204,14 +215,13 @@ def _float_to_float(d: Decoder, i: Instruction, f: Form, t: str, source: str) ->
         if t == "f64":
             value = x.astype(np.float64).view(np.uint64)
         elif t == "f32":
-            single = x.astype(np.float32)
-            if source == "f64" and rounding != "rn":
-                raise UnknownInstruction(f"{i.opcode}: rounding .{rounding} from f64 is not simulated")
+            single = _narrowed(x, np.float32, rounding)
             value = (numfmt.flush(single) if ftz else single).view(np.uint32)
         elif t == "tf32":
             value = numfmt.encode(x, numfmt.TF32, rounding, satfinite, relu) << np.uint32(13)
         else:
-            value = _encode(x.astype(np.float32), t, rounding, satfinite, relu).astype(np.uint16)
+            single = numfmt.odd_f32(x) if source == "f64" else x.astype(np.float32)
+            value = _encode(single, t, rounding, satfinite, relu).astype(np.uint16)
         assign(w, target, value, m)
 
     return run

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 from collections.abc import Callable
+from platform import machine
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from dsv4lab.sim.decode import Decoder, Form, Run, family
 from dsv4lab.sim.errors import UnknownInstruction
 from dsv4lab.sim.handlers import alu
 from dsv4lab.sim.handlers.alu import assign
+from dsv4lab.sim.handlers.integer import packed_minmax, saturated, with_carry
 from dsv4lab.sim.program import Instruction
 from dsv4lab.sim.registers import Lanes
 
@@ -46,20 +50,22 @@ class Values:
             np.copyto(out, value, where=m[:, None] if self.packed else m)
 
 
-def _rounded(function: Callable[..., Array], up: bool, toward_zero: bool = False) -> Callable[..., Array]:
-    """A float32 operation rounded up, down or to zero: the float64 result is exact enough to correct the nearest one."""
+_libm = ctypes.CDLL(ctypes.util.find_library("m"))
+_libm.fma.restype, _libm.fma.argtypes = ctypes.c_double, [ctypes.c_double] * 3
+_libm.fmaf.restype, _libm.fmaf.argtypes = ctypes.c_float, [ctypes.c_float] * 3
+# fesetround's constants for rounding down, up and to zero
+_MODES = dict(zip(("rm", "rp", "rz"), (0x400, 0x800, 0xC00) if machine() == "x86_64" else (0x800000, 0x400000, 0xC00000)))
+
+
+def directed(function: Callable[..., Array], mode: str) -> Callable[..., Array]:
+    """An operation under another rounding mode of the processor, which numpy's arithmetic and libm's fma follow."""
 
     def operation(*values: Array) -> Array:
-        exact = function(*(v.astype(np.float64) for v in values))
-        nearest = exact.astype(np.float32)
-        back = nearest.astype(np.float64)
-        if toward_zero:
-            wrong = np.abs(back) > np.abs(exact)
-            target = np.zeros_like(nearest)
-        else:
-            wrong = back < exact if up else back > exact
-            target = np.full_like(nearest, np.inf if up else -np.inf)
-        return np.where(wrong, np.nextafter(nearest, target), nearest)
+        _libm.fesetround(_MODES[mode])
+        try:
+            return function(*values)
+        finally:
+            _libm.fesetround(0)
 
     return operation
 
@@ -68,9 +74,17 @@ def _rounding(f: Form, function: Callable[..., Array], type_name: str) -> Callab
     mode = f.take("rn", "rz", "rm", "rp")
     if mode in (None, "rn"):
         return function
-    if type_name not in ("f32", "f32x2"):
+    assert mode is not None
+    if type_name not in ("f32", "f32x2", "f64"):
         raise UnknownInstruction(f"{f.opcode}: rounding .{mode} of .{type_name} is not simulated")
-    return _rounded(function, mode == "rp", mode == "rz")
+    return directed(_fused if function is _multiply_add else function, mode)
+
+
+def _fused(a: Array, b: Array, c: Array) -> Array:
+    """a*b + c by libm, one rounding, in the processor's rounding mode."""
+    function = _libm.fma if a.dtype == np.float64 else _libm.fmaf
+    columns = (v.reshape(-1).tolist() for v in np.broadcast_arrays(a, b, c))
+    return np.array([function(*v) for v in zip(*columns, strict=True)], a.dtype).reshape(a.shape)
 
 
 def _finish(f: Form, function: Callable[..., Array]) -> Callable[..., Array]:
@@ -80,8 +94,8 @@ def _finish(f: Form, function: Callable[..., Array]) -> Callable[..., Array]:
         return function
 
     def operation(*values: Array) -> Array:
-        result = function(*((numfmt.flush(v) if v.dtype == np.float32 else v for v in values) if ftz else values))
-        if ftz and result.dtype == np.float32:
+        result = function(*((numfmt.flush(v) for v in values) if ftz else values))
+        if ftz:
             result = numfmt.flush(result)
         if saturate:
             result = np.where(result > 0, np.minimum(result, 1), 0).astype(result.dtype)  # NaN and -0 become +0
@@ -94,7 +108,7 @@ def _finish(f: Form, function: Callable[..., Array]) -> Callable[..., Array]:
 
 def _multiply_add(a: Array, b: Array, c: Array) -> Array:
     if a.dtype == np.float64:
-        return numfmt.fma_f64(a, b, c)
+        return _fused(a, b, c)
     if a.dtype == np.float16:
         return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float16)
     return numfmt.fma_f32(a, b, c)
@@ -104,6 +118,8 @@ def _arithmetic(d: Decoder, i: Instruction, f: Form, function: Callable[..., Arr
     t = f.type()
     if t in ("f16", "bf16") and f.take("f32"):
         raise UnknownInstruction("handled by _mixed")
+    if function is _multiply_add and t.startswith("bf16"):
+        function = numfmt.fma_bf16
     operation = _finish(f, _rounding(f, function, t))
     values = Values(d, t)
     target = d.register(i.operands[0])
@@ -153,7 +169,9 @@ def _either(
             if len(f.left) > 1 and f.left[-2] == "f32" and f.left[-1] in ("f16", "bf16"):
                 return _mixed(d, i, f, function, count)
             return _arithmetic(d, i, f, function, count)
-        return integer(d, i, f)
+        if "cc" in f.left:
+            return with_carry(d, i, f)
+        return saturated(d, i, f) if "sat" in f.left else integer(d, i, f)
 
 
 def _integer(function: Callable[..., Array]) -> Callable[[Decoder, Instruction, Form], Run]:
@@ -198,44 +216,41 @@ def rem(d: Decoder, i: Instruction, f: Form) -> Run:
     return alu.integer_divide(d, i, f)
 
 
-def _signed_zeros(pick: np.ufunc) -> Callable[[Array, Array], Array]:
-    """A minimum or maximum to which +0 is greater than -0; numpy leaves open which of the two it returns."""
-    lower = pick in (np.fmin, np.minimum)
+_NAN = {np.float16: np.uint16(0x7FFF), np.float32: np.uint32(0x7FFFFFFF), np.float64: np.uint64(0x7FFFFFFFFFFFFFFF)}
 
-    def operation(x: Array, y: Array) -> Array:
-        out = pick(x, y)
-        zero = (x == 0) & (y == 0)
-        return np.where(zero, -(-x - y) if lower else x + y, out) if zero.any() else out
 
-    return operation
+def extreme(a: Array, b: Array, smallest: bool, keep_nan: bool = False) -> Array:
+    """Element-wise minimum or maximum: -0 is below +0; a NaN loses unless kept; a NaN result is the canonical one."""
+    pick = (np.minimum if keep_nan else np.fmin) if smallest else (np.maximum if keep_nan else np.fmax)
+    out = pick(a, b)
+    zero, nan = out == 0, np.isnan(out)
+    if zero.any():
+        first = np.signbit(a) == smallest
+        out = np.where(zero & (a == b), np.where(first, a, b), out)
+    if nan.any():
+        out = np.where(nan, _NAN[out.dtype.type].view(out.dtype), out)
+    return out
 
 
 @family("min", "max")
 def minmax(d: Decoder, i: Instruction, f: Form) -> Run:
-    """Without .NaN a NaN operand loses against a number; three operands are allowed."""
+    """Without .NaN a NaN operand loses against a number; .xorsign.abs takes magnitudes and multiplies the signs."""
     if f.left[-1] not in _FLOATS:
-        return alu.integer_minmax(d, i, f)
-    keep_nan, absolute = f.has("NaN"), f.has("abs")
-    if f.has("xorsign"):
-        raise UnknownInstruction(f"{i.opcode}: .xorsign is not simulated")
-    pick = _signed_zeros(
-        {
-            ("min", False): np.fmin,
-            ("min", True): np.minimum,
-            ("max", False): np.fmax,
-            ("max", True): np.maximum,
-        }[f.family, keep_nan]
-    )
-    count = len(i.operands) - 1
+        return packed_minmax(d, i, f) if f.left[-1] in ("u16x2", "s16x2") else alu.integer_minmax(d, i, f)
+    keep_nan, xorsign, absolute = f.has("NaN"), f.has("xorsign"), f.has("abs")
+    smallest = f.family == "min"
 
     def function(*values: Array) -> Array:
         parts = [np.abs(v) for v in values] if absolute else list(values)
         out = parts[0]
         for part in parts[1:]:
-            out = pick(out, part)
+            out = extreme(out, part, smallest, keep_nan)
+        if xorsign:
+            negative = np.signbit(values[0]) != np.signbit(values[1])
+            out = np.where(negative & ~np.isnan(out), -out, out)
         return out
 
-    return _arithmetic(d, i, f, pick if count == 2 and not absolute else function, count)
+    return _arithmetic(d, i, f, function, len(i.operands) - 1)
 
 
 @family("neg", "abs")
@@ -277,11 +292,15 @@ def copysign(d: Decoder, i: Instruction, f: Form) -> Run:
 @family("ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos")
 def special(d: Decoder, i: Instruction, f: Form) -> Run:
     """Approximate and correctly rounded elementary functions; see `numfmt.APPROXIMATE` for what .approx means here."""
-    f.drop("approx", "rn")
+    mode = f.take("approx", "rn", "rz", "rm", "rp")
     ftz = f.has("ftz")
     name, t = f.family, f.type()
     values = Values(d, t)
     target, a = d.register(i.operands[0]), d.source(i.operands[1], t)
+    if mode in _MODES:
+        assert mode is not None and t in ("f32", "f64")
+        operation = directed(np.sqrt if name == "sqrt" else np.reciprocal, mode)
+        return lambda w, m: values.write(w, target, operation(values.read(w, a)), m)
 
     def run(w: Lanes, m: Any) -> None:
         x = values.read(w, a)
@@ -353,7 +372,17 @@ def setp(d: Decoder, i: Instruction, f: Form) -> Run:
 
         return direct
     if t.endswith("x2"):
-        raise UnknownInstruction(f"{i.opcode}: packed comparisons are not simulated")
+        if combine is not None or values is None or first is None:
+            raise UnknownInstruction(f"{i.opcode}: this packed comparison is not simulated")
+        packed = values
+
+        def halves(w: Lanes, m: Any) -> None:
+            result = compare(packed.read(w, a), packed.read(w, b))
+            assign(w, first, result[:, 0], m)
+            if second is not None:
+                assign(w, second, result[:, 1], m)
+
+        return halves
 
     def run(w: Lanes, m: Any) -> None:
         if values is not None:
