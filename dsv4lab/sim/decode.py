@@ -221,6 +221,11 @@ class Decoder:
             return self.register(operand.register), True
         return self.source(operand, "pred"), False
 
+    def is_predicate(self, operand: Operand) -> bool:
+        """Whether an operand that may be a number or a predicate is a predicate."""
+        register = operand.register if isinstance(operand, Not) else operand
+        return isinstance(register, Register) and self.kernel.registers.get(register.name) == "pred"
+
     def symbol(self, name: str, width: int) -> int:
         """Slot that holds a symbol's address: generic for parameters, local and constant data, a shared address for shared."""
         kernel = self.kernel

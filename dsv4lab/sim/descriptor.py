@@ -180,6 +180,11 @@ class TensorMap:
             )
 
 
+def code(element: str) -> int:
+    """The number that stands for an element type in a descriptor."""
+    return _ELEMENTS[element][0]
+
+
 def decode(raw: bytes) -> TensorMap:
     """Read a descriptor. Raises ValueError where the bytes are none, or use a feature that is not known here."""
     if len(raw) != DESCRIPTOR_BYTES:

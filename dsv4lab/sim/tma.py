@@ -32,6 +32,9 @@ _NAN = {
     **dict.fromkeys(("f32", "f32_ftz", "tf32", "tf32_ftz"), 0x7FFFFFFF),
 }
 _FIRST = np.zeros(1, np.int64)
+# element types as `tensormap.replace.elemtype` numbers them
+_REPLACED = ("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f32_ftz", "f64", "bf16", "tf32", "tf32_ftz")
+_REPLACED += ("b4x16", "b4x16_p64", "b6x16_p32")
 SHARED_ALIGNMENT = 128  # bytes; a box's address in shared memory
 
 
@@ -296,6 +299,10 @@ def replace_field(raw: Array, field: str, ordinal: int, value: int) -> None:
         if value > 3:
             raise UnknownInstruction(f"tensormap.replace: swizzle mode {value} is not simulated")
         word[2] = (int(word[2]) & ~(3 << 13)) | (value << 13)
+    elif field == "elemtype":
+        if value >= len(_REPLACED):
+            raise UnknownInstruction(f"tensormap.replace: element type {value} is not simulated")
+        word[2] = (int(word[2]) & ~(15 << 7)) | descriptor.code(_REPLACED[value]) << 7
     elif field == "fill_mode":
         word[2] = (int(word[2]) & ~(1 << 15)) | ((value & 1) << 15)
     else:

@@ -17,6 +17,7 @@ from dsv4lab.sim.sync import MBarrier, NamedBarrier, Wait
 
 Array = NDArray
 _SHARED = ("shared", "shared::cta", "shared::cluster")
+_PENDING = np.uint64(1)  # a state token: the phase's parity in bit 0, the pending count before the arrival above it
 _SPURIOUS = 0.05  # how often a random schedule lets try_wait give up at once, as the hardware may
 
 
@@ -52,6 +53,9 @@ def mbarrier(d: Decoder, i: Instruction, f: Form) -> Run | Action:
         return _wait(d, i, f, what)
     if what in ("arrive", "arrive_drop", "expect_tx", "complete_tx"):
         return _arrive(d, i, f, what)
+    if what == "pending_count":
+        count, token = d.register(i.operands[0]), d.source(i.operands[1], "b64")
+        return lambda w, m: assign(w, count, (w.u[token] >> _PENDING).astype(np.uint32), m)
     raise UnknownInstruction(f"{i.opcode} is not simulated")
 
 
@@ -129,7 +133,7 @@ def _arrive(d: Decoder, i: Instruction, f: Form, what: str) -> Run:
             if partial and value >= barrier.pending:
                 raise BarrierMisuse(f"{i.opcode} of {value} arrivals would complete the phase of {barrier}")
             if state is not None:
-                w.u[state][lane] = barrier.phase & 1  # the token that a wait without .parity takes
+                w.u[state][lane] = barrier.phase & 1 | barrier.pending << int(_PENDING)
             who = site(w, lane, i.index)
             if what == "expect_tx":
                 barrier.expect(value, who)
@@ -138,9 +142,9 @@ def _arrive(d: Decoder, i: Instruction, f: Form, what: str) -> Run:
             elif expects:
                 barrier.arrive(1, who, expect=value)
             else:
-                barrier.arrive(value, who)
                 if what == "arrive_drop":
                     barrier.count -= value
+                barrier.arrive(value, who)
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from dsv4lab.sim.decode import ALL_LANES, Action, Decoder, Form, Run, family
 from dsv4lab.sim.errors import UnknownInstruction
 from dsv4lab.sim.handlers.alu import assign, signed
 from dsv4lab.sim.handlers.bytematrix import load_bytes, store_bytes
+from dsv4lab.sim.handlers.floating import extreme
 from dsv4lab.sim.handlers.loadstore import Access
 from dsv4lab.sim.program import Instruction
 from dsv4lab.sim.registers import WARP, Lanes
@@ -170,8 +172,8 @@ def redux(d: Decoder, i: Instruction, f: Form) -> Action:
     floating = t == "f32"
     functions = {
         "add": np.add,
-        "min": np.minimum if keep_nan or not floating else np.fmin,
-        "max": np.maximum if keep_nan or not floating else np.fmax,
+        "min": np.minimum,
+        "max": np.maximum,
         "and": np.bitwise_and,
         "or": np.bitwise_or,
         "xor": np.bitwise_xor,
@@ -185,8 +187,11 @@ def redux(d: Decoder, i: Instruction, f: Form) -> Action:
         active = _active(w, m)
         out = np.zeros(w.warps, values.dtype)
         for row in range(w.warps):
-            if active[row].any():
-                out[row] = function.reduce(values[row][active[row]], dtype=values.dtype)
+            chosen = values[row][active[row]]
+            if floating and len(chosen):
+                out[row] = reduce(lambda x, y: extreme(x, y, name == "min", keep_nan), chosen.reshape(-1, 1))[0]
+            elif len(chosen):
+                out[row] = function.reduce(chosen, dtype=values.dtype)
         assign(w, target, np.repeat(out, WARP).view(np.uint32), m)
 
     return Action(run, stop=True, members=members)

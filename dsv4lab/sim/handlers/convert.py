@@ -290,7 +290,9 @@ def cvta(d: Decoder, i: Instruction, f: Form) -> Run:
 @family("isspacep")
 def isspacep(d: Decoder, i: Instruction, f: Form) -> Run:
     space = f.left.pop()
+    target, a = d.register(i.operands[0]), d.source(i.operands[1], "b64")
+    if space == "global":
+        return lambda w, m: assign(w, target, w.u[a] < np.uint64(SHARED_WINDOW), m)
     if not space.startswith("shared"):
         raise UnknownInstruction(f"{i.opcode} is not simulated")
-    target, a = d.register(i.operands[0]), d.source(i.operands[1], "b64")
     return lambda w, m: assign(w, target, (w.u[a] >> np.uint64(32)) == np.uint64(SHARED_WINDOW >> 32), m)

@@ -126,14 +126,20 @@ def _element_copy(d: Decoder, i: Instruction, f: Form) -> Run | Action:
         return Action(wait, stop=True)
     if f.has("mbarrier"):
         return _arrive_after_copies(d, i, f)
-    f.drop("ca", "cg", "shared", "shared::cta", "global", "L2::cache_hint", "L2::64B", "L2::128B", "L2::256B")
+    hinted = f.has("L2::cache_hint")
+    f.drop("ca", "cg", "shared", "shared::cta", "global", "L2::64B", "L2::128B", "L2::256B")
     base, offset = d.address(i.operands[0])
     source, source_offset = d.address(i.operands[1])
     size_operand = i.operands[2]
     if not isinstance(size_operand, Immediate):
         raise UnknownInstruction(f"{i.opcode} needs a constant size")
     size = size_operand.value
-    given = d.source(i.operands[3], "b32") if len(i.operands) > 3 else None
+    rest = i.operands[3:-1] if hinted else i.operands[3:]
+    given = ignored = None
+    if rest and d.is_predicate(rest[0]):
+        ignored = d.predicate(rest[0])
+    elif rest:
+        given = d.source(rest[0], "b32")
 
     def run(w: Lanes, m: Any) -> None:
         cta, machine = w.cta, w.cta.machine
@@ -141,6 +147,8 @@ def _element_copy(d: Decoder, i: Instruction, f: Form) -> Run | Action:
         to = w.u[base][lanes].astype(np.uint64) + np.uint64(offset & (2**64 - 1)) - cta.shared.base_word
         at = w.u[source][lanes].astype(np.uint64) + np.uint64(source_offset & (2**64 - 1))
         counts = None if given is None else w.u[given][lanes].copy()
+        if ignored is not None:
+            counts = np.where(w.u[ignored[0]][lanes] != ignored[1], 0, size)
         mine = [cta.copy_groups.setdefault(w.first + int(lane), Groups()).open for lane in lanes]
         for group in mine:
             group.outstanding += 1

@@ -221,8 +221,9 @@ _NAN = {np.float16: np.uint16(0x7FFF), np.float32: np.uint32(0x7FFFFFFF), np.flo
 
 def extreme(a: Array, b: Array, smallest: bool, keep_nan: bool = False) -> Array:
     """Element-wise minimum or maximum: -0 is below +0; a NaN loses unless kept; a NaN result is the canonical one."""
-    pick = (np.minimum if keep_nan else np.fmin) if smallest else (np.maximum if keep_nan else np.fmax)
-    out = pick(a, b)
+    out = (np.minimum if smallest else np.maximum)(a, b)
+    if not keep_nan and np.isnan(out).any():  # not fmin and fmax: a signalling NaN wins in libm's
+        out = np.where(np.isnan(a), b, np.where(np.isnan(b), a, out))
     zero, nan = out == 0, np.isnan(out)
     if zero.any():
         first = np.signbit(a) == smallest

@@ -11,6 +11,7 @@ from dsv4lab.sim import numfmt
 from dsv4lab.sim.decode import ORDER, TYPE_BYTES, Action, Decoder, Form, Run, family
 from dsv4lab.sim.errors import MemoryFault, UnknownInstruction
 from dsv4lab.sim.handlers.alu import assign, signed
+from dsv4lab.sim.handlers.floating import extreme
 from dsv4lab.sim.handlers.printing import store_argument
 from dsv4lab.sim.memory import LOCAL_WINDOW, PARAM_WINDOW, RANK_SHIFT, SHARED_WINDOW, WINDOW_BYTES
 from dsv4lab.sim.observe import Deed, Order, Site, accesses, site
@@ -343,6 +344,36 @@ def _async_store(d: Decoder, i: Instruction, f: Form) -> Run:
     return run
 
 
+def _async_reduction(d: Decoder, i: Instruction, f: Form) -> Action:
+    """`red.async`: a reduction on another CTA's shared memory that completes bytes on an mbarrier there."""
+    f.drop("mbarrier::complete_tx::bytes", "shared::cluster")
+    name = f.take("add", "min", "max", "and", "or", "xor", "inc", "dec")
+    t, size = _element(f)
+    if name is None:
+        raise UnknownInstruction(f"{i.opcode}: unknown reduction")
+    access = Access(d, i, i.operands[0], "shared", size, 1)
+    source = d.source(i.operands[1], t)
+    barrier = Access(d, i, i.operands[2], "shared", 8, 1)
+
+    def run(w: Lanes, m: Any) -> None:
+        values = w.u[source].copy()
+        addresses, targets = access.addresses(w, m), barrier.addresses(w, m)
+        for position, lane in enumerate(w.active(m)):
+            address, target = addresses[position : position + 1], int(targets[position])
+
+            def effect(address: Array = address, target: int = target, new: Array = values[lane : lane + 1]) -> None:
+                old, put = _cell(w, access, address)
+                put(_combine(name, t, old, new, None))
+                owner, place = w.cta.cluster.resolve(int(address[0]))
+                w.cta.machine.observers.write("shared", owner, place, _FIRST, size)
+                cta, offset = w.cta.cluster.resolve(target)
+                cta.mbarrier(offset).complete(size, "red.async")
+
+            w.cta.machine.issue(None, effect, "red.async", w, i.index, (int(lane),))
+
+    return Action(run)
+
+
 _FLOAT_ATOMS = ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2")
 
 
@@ -360,7 +391,7 @@ def _combine(name: str, t: str, old: Array, new: Array, third: Array | None) -> 
         else:
             kind = {"f32": "f4", "f64": "f8"}.get(t, "f2")
             a, b = old.view(kind), new.view(kind)
-        value = {"add": np.add, "min": np.fmin, "max": np.fmax}[name](a, b)
+        value = a + b if name == "add" else extreme(a, b, name == "min")
         return (numfmt.f32_to_bf16(value) if t.startswith("bf16") else value).view(bits)
     kind = f"{'i' if signed(t) else 'u'}{bits.itemsize}"
     a, b = old.view(kind), new.view(kind)
@@ -386,7 +417,7 @@ def atomic(d: Decoder, i: Instruction, f: Form) -> Action:
     """Lanes take effect one after another, in lane order."""
     f.drop(*ORDER, *_CACHE, "cluster", "noftz")
     if f.has("async"):
-        raise UnknownInstruction(f"{i.opcode} is not simulated")
+        return _async_reduction(d, i, f)
     count = _vector(f)
     space = f.take(*_SPACES)
     name = f.take("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")

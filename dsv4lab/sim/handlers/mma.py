@@ -42,7 +42,8 @@ def _numbers(registers: Array, name: str, packed4: bool) -> Array:
 
 @family("mma")
 def mma(d: Decoder, i: Instruction, f: Form) -> Action:
-    f.drop("sync", "aligned", "row", "col", "satfinite")
+    f.drop("sync", "aligned", "row", "col")
+    saturate = f.has("satfinite")
     kind = f.prefix("kind::")
     shape = next((m for part in f.left if (m := _SHAPE.fullmatch(part))), None)
     if shape is None:
@@ -55,6 +56,8 @@ def mma(d: Decoder, i: Instruction, f: Form) -> Action:
     d_type, a_type, b_type, c_type = f.left[:4]
     del f.left[:4]
     packed4 = kind in ("mxf4", "mxf4nvf4")
+    if d_type == a_type == b_type == c_type == "f64":
+        return _double(d, i, m_rows, n, k)
     supported = (m_rows, n) == (16, 8) and a_type in _SIZES and b_type in _SIZES and d_type == c_type
     if not supported or d_type not in ("f32", "f16", "s32"):
         raise UnknownInstruction(f"{i.opcode} is not simulated")
@@ -101,12 +104,35 @@ def mma(d: Decoder, i: Instruction, f: Form) -> Action:
                 left = (left.reshape(16, count, -1) * by_row[:, :, None]).reshape(16, k)
                 right = (right.reshape(8, count, -1) * by_column[:, :, None]).reshape(8, k)
             product = operands.multiply(left, right, d_type == "s32")
-            _write(w, part, targets, c, product, d_type)
+            _write(w, part, targets, c, product, d_type, saturate)
 
     return Action(run, stop=True, members=ALL_LANES)
 
 
-def _write(w: Lanes, part: slice, targets: list[int], sources: list[int], product: Array, d_type: str) -> None:
+def _double(d: Decoder, i: Instruction, m_rows: int, n: int, k: int) -> Action:
+    """float64: one number a register. A's register r holds row t/4 + 8 (r mod M/8), column t%4 + 4 (r div M/8)."""
+    if (m_rows, n) not in ((8, 8), (16, 8)):
+        raise UnknownInstruction(f"{i.opcode} is not simulated")
+    targets, a, b, c = ([d.source(r, "b64") for r in d.items(o)] for o in i.operands[:4])
+    halves = m_rows // 8
+
+    def run(w: Lanes, m: Any) -> None:
+        for position in range(w.warps):
+            part = slice(position * WARP, position * WARP + WARP)
+            left, right = np.empty((m_rows, k)), np.empty((8, k))
+            for item, slot in enumerate(a):
+                left[_LANE // 4 + 8 * (item % halves), _LANE % 4 + 4 * (item // halves)] = w.f[slot][part]
+            for item, slot in enumerate(b):
+                right[_LANE // 4, _LANE % 4 + 4 * item] = w.f[slot][part]
+            product = left @ right.T
+            for item, (target, source) in enumerate(zip(targets, c, strict=True)):
+                value = product[_LANE // 4 + 8 * (item // 2), 2 * (_LANE % 4) + item % 2]
+                w.f[target][part] = w.f[source][part] + value
+
+    return Action(run, stop=True, members=ALL_LANES)
+
+
+def _write(w: Lanes, part: slice, targets: list[int], sources: list[int], product: Array, d_type: str, saturate: bool) -> None:
     """D = product + C; thread t holds rows t/4 and t/4 + 8, columns 2 * (t % 4) and the next."""
     row, column = _LANE // 4, 2 * (_LANE % 4)
     if d_type == "f16":
@@ -119,4 +145,7 @@ def _write(w: Lanes, part: slice, targets: list[int], sources: list[int], produc
         if d_type == "f32":
             w.f[target][part] = w.f[source][part] + value
         else:
-            w.u[target][part] = ((w.s[source][part].astype(np.int64) + value) & 0xFFFFFFFF).astype(np.uint32)
+            total = w.s[source][part].astype(np.int64) + value
+            if saturate:
+                total = np.clip(total, -(1 << 31), (1 << 31) - 1)
+            w.u[target][part] = (total & 0xFFFFFFFF).astype(np.uint32)

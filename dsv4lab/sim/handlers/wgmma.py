@@ -65,6 +65,7 @@ class Shape:
     b_sign: int
     a_mn_major: bool
     b_mn_major: bool
+    saturate: bool
 
 
 @family("wgmma")
@@ -142,7 +143,7 @@ def _multiply(d: Decoder, i: Instruction, f: Form) -> Action:
     if match is None:
         raise UnknownInstruction(f"{i.opcode} is not simulated")
     n, k = int(match[1]), int(match[2])
-    f.drop("satfinite")
+    saturate = f.has("satfinite")
     d_type, a_type, b_type = f.left[-3:]
     del f.left[-3:]
     if d_type not in ("f32", "f16", "s32") or a_type not in operands.BITS or b_type not in operands.BITS:
@@ -164,6 +165,7 @@ def _multiply(d: Decoder, i: Instruction, f: Form) -> Action:
         b_sign=_flag(i, 5, 1),
         a_mn_major=not from_registers and bool(_flag(i, 6, 0)),
         b_mn_major=bool(_flag(i, 6 if from_registers else 7, 0)),
+        saturate=saturate,
     )
     touched = frozenset(shape.d_slots)
 
@@ -249,7 +251,10 @@ def _accumulate(cta: Cta, shape: Shape, first: int, product: Array, accumulate: 
     for item, slot in enumerate(shape.d_slots):
         if shape.d == "s32":
             old = w.s[slot].astype(np.int64) if accumulate else np.int64(0)
-            w.u[slot][...] = ((old + values[:, item]) & 0xFFFFFFFF).astype(np.uint32)
+            total = old + values[:, item]
+            if shape.saturate:
+                total = np.clip(total, -(1 << 31), (1 << 31) - 1)
+            w.u[slot][...] = (total & 0xFFFFFFFF).astype(np.uint32)
         else:
             halves = w.h[slot]
             new = values[:, 2 * item : 2 * item + 2]
