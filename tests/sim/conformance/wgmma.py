@@ -64,8 +64,10 @@ def product(
         c = bits(label + "c", 64 * n, np.int32).reshape(64, n)
         near = np.where(c & 1 == 1, (c | 0x7FFFF000) & 0x7FFFFFFF, c & 0xFFF | -0x80000000)  # so near the limits that many results saturate
         c = near.astype(np.int32) if satfinite else c >> 8
-        exact = np.rint(x @ y.T).astype(np.int64) + (c if accumulate else 0)
-        exact = np.clip(exact, -(1 << 31), (1 << 31) - 1) if satfinite else exact
+        exact = c.astype(np.int64) if accumulate else np.zeros((64, n), np.int64)
+        for first in range(0, depth, k):  # every instruction saturates
+            exact = exact + np.rint(x[:, first : first + k] @ y[:, first : first + k].T).astype(np.int64)
+            exact = np.clip(exact, -(1 << 31), (1 << 31) - 1) if satfinite else exact
         expected, bound = fragment((exact & 0xFFFFFFFF).astype(np.uint32)), EXACT
     else:
         dtype = np.float16 if d == "f16" else np.float32
