@@ -194,7 +194,24 @@ def flush(x: Array) -> Array:
     return np.where(small, np.copysign(x.dtype.type(0), x), x) if small.any() else x
 
 
-def _odd_sum(product: Array, c: Array) -> Array:
+_NAN = {F16: U16(0x7FFF), F32: U32(0x7FFFFFFF)}
+
+
+def canonical(x: Array) -> Array:
+    """Every float16 or float32 NaN becomes the one that arithmetic gives; float64 keeps its payloads."""
+    known = _NAN.get(x.dtype.type)
+    nan = x != x
+    return x if known is None or not nan.any() else np.where(nan, known.view(x.dtype), x)
+
+
+def tf32_away(x: Array, saturate: bool) -> Array:
+    """cvt.rna.tf32 as float32 bits. A NaN keeps its upper bits; saturated, it loses one unit as infinity does."""
+    bits = np.ascontiguousarray(x, dtype=F32).view(U32)
+    kept = (bits & U32(0xFFFFE000)) - U32(0x2000 if saturate else 0)
+    return np.where(np.isnan(x), kept, encode(x, TF32, "rna", saturate) << U32(13))
+
+
+def odd_sum(product: Array, c: Array) -> Array:
     """product + c in float64, "rounded to odd": a narrower rounding of the result is that of the exact sum."""
     total = product + c
     bits = total.view(U64)
@@ -218,7 +235,7 @@ def fma_f32(a: Array, b: Array, c: Array) -> Array:
     halfway = (total.view(U64) & U64(0x1FFFFFFF)) == U64(0x10000000)
     tiny = np.abs(total) < 2.0**-125
     if (halfway | tiny).any():
-        result = _odd_sum(product, c).astype(F32)
+        result = odd_sum(product, c).astype(F32)
     return result
 
 
@@ -233,7 +250,7 @@ def odd_f32(exact: Array) -> Array:
 
 def fma_bf16(a: Array, b: Array, c: Array) -> Array:
     """a*b + c of bf16 values held in float32, so rounded that encoding the result as bf16 rounds once."""
-    return odd_f32(_odd_sum(a.astype(F64) * b.astype(F64), c))
+    return odd_f32(odd_sum(a.astype(F64) * b.astype(F64), c))
 
 
 def integer_f64(x: Array) -> Array:

@@ -97,7 +97,7 @@ def _half_from_narrow(d: Decoder, i: Instruction, f: Form, narrow: str, wide: st
             raw = w.u[scale].astype(np.uint32)
             values = values * numfmt.table("ue8m0")[np.stack([raw & 255, raw >> 8], axis=1)]
         if relu:
-            values = np.where(values < 0, np.float32(0), values)
+            values = np.where(np.signbit(values) & ~np.isnan(values), np.float32(0), values)
         words = numfmt.f32_to_f16(values) if wide == "f16" else numfmt.f32_to_bf16(values)
         np.copyto(w.w[target], words, where=True if m is None else m[:, None])
 
@@ -211,14 +211,19 @@ def _float_to_float(d: Decoder, i: Instruction, f: Form, t: str, source: str) ->
         if to_integral:
             x = _TO_INTEGER[to_integral](x)
         if saturate:
-            x = np.where(np.isnan(x), 0, np.clip(x, 0, 1)).astype(x.dtype)
+            x = np.where(x > 0, np.minimum(x, 1), 0).astype(x.dtype)  # NaN and -0 become +0
         if t == "f64":
             value = x.astype(np.float64).view(np.uint64)
         elif t == "f32":
             single = _narrowed(x, np.float32, rounding)
+            if source in ("f16", "f32"):  # float64 and bf16 keep what fits of a NaN's payload
+                single = numfmt.canonical(single)
             value = (numfmt.flush(single) if ftz else single).view(np.uint32)
         elif t == "tf32":
-            value = numfmt.encode(x, numfmt.TF32, rounding, satfinite, relu) << np.uint32(13)
+            if rounding == "rna":
+                value = numfmt.tf32_away(x, satfinite)
+            else:
+                value = numfmt.encode(x, numfmt.TF32, rounding, satfinite, relu) << np.uint32(13)
         else:
             single = numfmt.odd_f32(x) if source == "f64" else x.astype(np.float32)
             value = _encode(single, t, rounding, satfinite, relu).astype(np.uint16)

@@ -42,8 +42,7 @@ class Values:
 
     def write(self, w: Lanes, slot: int, value: Array, m: Any) -> None:
         out = getattr(w, self.views)[slot]
-        if self.brain:
-            value = numfmt.f32_to_bf16(value)
+        value = numfmt.f32_to_bf16(value) if self.brain else numfmt.canonical(value)
         if m is None:
             out[...] = value
         else:
@@ -77,10 +76,10 @@ def _rounding(f: Form, function: Callable[..., Array], type_name: str) -> Callab
     assert mode is not None
     if type_name not in ("f32", "f32x2", "f64"):
         raise UnknownInstruction(f"{f.opcode}: rounding .{mode} of .{type_name} is not simulated")
-    return directed(_fused if function is _multiply_add else function, mode)
+    return directed(fused if function is _multiply_add else function, mode)
 
 
-def _fused(a: Array, b: Array, c: Array) -> Array:
+def fused(a: Array, b: Array, c: Array) -> Array:
     """a*b + c by libm, one rounding, in the processor's rounding mode."""
     function = _libm.fma if a.dtype == np.float64 else _libm.fmaf
     columns = (v.reshape(-1).tolist() for v in np.broadcast_arrays(a, b, c))
@@ -90,17 +89,25 @@ def _fused(a: Array, b: Array, c: Array) -> Array:
 def _finish(f: Form, function: Callable[..., Array]) -> Callable[..., Array]:
     """Apply .ftz, .sat and .relu around an operation."""
     ftz, saturate, relu = f.has("ftz"), f.has("sat"), f.has("relu")
+    early = ftz and f.family in ("mul", "fma")
     if not (ftz or saturate or relu):
         return function
 
     def operation(*values: Array) -> Array:
-        result = function(*((numfmt.flush(v) for v in values) if ftz else values))
         if ftz:
+            values = tuple(numfmt.flush(v) for v in values)
+        result = function(*values)
+        if early:  # the exact result counts: one that only rounding makes a normal number becomes zero
+            product = values[0].astype(np.float64) * values[1].astype(np.float64)
+            exact = product if len(values) == 2 else numfmt.odd_sum(product, values[2])
+            tiny = np.abs(exact) < float(np.finfo(result.dtype).tiny)
+            result = np.where(tiny, np.copysign(result.dtype.type(0), result), result)
+        elif ftz:
             result = numfmt.flush(result)
         if saturate:
             result = np.where(result > 0, np.minimum(result, 1), 0).astype(result.dtype)  # NaN and -0 become +0
         if relu:
-            result = np.where(result < 0, result.dtype.type(0), result)
+            result = np.where(np.signbit(result) & ~np.isnan(result), result.dtype.type(0), result)
         return result
 
     return operation
@@ -108,7 +115,7 @@ def _finish(f: Form, function: Callable[..., Array]) -> Callable[..., Array]:
 
 def _multiply_add(a: Array, b: Array, c: Array) -> Array:
     if a.dtype == np.float64:
-        return _fused(a, b, c)
+        return fused(a, b, c)
     if a.dtype == np.float16:
         return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float16)
     return numfmt.fma_f32(a, b, c)
@@ -131,9 +138,11 @@ def _arithmetic(d: Decoder, i: Instruction, f: Form, function: Callable[..., Arr
         def direct(w: Lanes, m: Any) -> None:
             v = w.f
             if m is None:
-                ufunc(v[a], v[b], out=v[target])
+                out = ufunc(v[a], v[b], out=v[target])
+                if (out != out).any():
+                    out[...] = numfmt.canonical(out)
             else:
-                ufunc(v[a], v[b], out=v[target], where=m)
+                values.write(w, target, ufunc(v[a], v[b]), m)
 
         return direct
 
@@ -216,21 +225,16 @@ def rem(d: Decoder, i: Instruction, f: Form) -> Run:
     return alu.integer_divide(d, i, f)
 
 
-_NAN = {np.float16: np.uint16(0x7FFF), np.float32: np.uint32(0x7FFFFFFF), np.float64: np.uint64(0x7FFFFFFFFFFFFFFF)}
-
-
 def extreme(a: Array, b: Array, smallest: bool, keep_nan: bool = False) -> Array:
     """Element-wise minimum or maximum: -0 is below +0; a NaN loses unless kept; a NaN result is the canonical one."""
     out = (np.minimum if smallest else np.maximum)(a, b)
     if not keep_nan and np.isnan(out).any():  # not fmin and fmax: a signalling NaN wins in libm's
         out = np.where(np.isnan(a), b, np.where(np.isnan(b), a, out))
-    zero, nan = out == 0, np.isnan(out)
+    zero = out == 0
     if zero.any():
         first = np.signbit(a) == smallest
         out = np.where(zero & (a == b), np.where(first, a, b), out)
-    if nan.any():
-        out = np.where(nan, _NAN[out.dtype.type].view(out.dtype), out)
-    return out
+    return numfmt.canonical(out)
 
 
 @family("min", "max")
@@ -256,7 +260,7 @@ def minmax(d: Decoder, i: Instruction, f: Form) -> Run:
 
 @family("neg", "abs")
 def sign(d: Decoder, i: Instruction, f: Form) -> Run:
-    """On floats only the sign bit changes, NaN included."""
+    """Only the sign bit changes; but a NaN of at most 32 bits becomes the canonical one."""
     if f.left[-1] not in _FLOATS:
         return alu.integer_sign(d, i, f)
     ftz = f.has("ftz")
@@ -266,11 +270,16 @@ def sign(d: Decoder, i: Instruction, f: Form) -> Run:
         bit = 0x8000000080000000
     target, a = d.register(i.operands[0]), d.source(i.operands[1], t)
     values = Values(d, t)
+    infinity = {"f16": 0x7C00, "f16x2": 0x7C00, "bf16": 0x7F80, "bf16x2": 0x7F80, "f32": 0x7F800000}.get(t)
+    size, top = (4, 0x7FFFFFFF) if t == "f32" else (2, 0x7FFF)
 
     def run(w: Lanes, m: Any) -> None:
         x = w.u[a]
         kind = x.dtype.type
         value = x ^ kind(bit) if f.family == "neg" else x & ~kind(bit)
+        if infinity is not None:
+            parts = value.view(f"u{size}")
+            parts[...] = np.where((parts & top) > infinity, top, parts)
         assign(w, target, value, m)
         if ftz and t == "f32":
             values.write(w, target, numfmt.flush(values.read(w, target)), m)
@@ -436,7 +445,7 @@ def testp(d: Decoder, i: Instruction, f: Form) -> Run:
         "infinite": np.isinf,
         "number": lambda x: ~np.isnan(x),
         "notanumber": np.isnan,
-        "normal": lambda x: np.isfinite(x) & (np.abs(x) >= np.finfo(x.dtype).tiny),
+        "normal": lambda x: np.isfinite(x) & ((np.abs(x) >= np.finfo(x.dtype).tiny) | (x == 0)),
         "subnormal": lambda x: (x != 0) & (np.abs(x) < np.finfo(x.dtype).tiny),
     }
     return lambda w, m: assign(w, target, tests[name](w.f[a]), m)

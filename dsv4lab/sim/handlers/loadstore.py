@@ -391,7 +391,7 @@ def _combine(name: str, t: str, old: Array, new: Array, third: Array | None) -> 
         else:
             kind = {"f32": "f4", "f64": "f8"}.get(t, "f2")
             a, b = old.view(kind), new.view(kind)
-        value = a + b if name == "add" else extreme(a, b, name == "min")
+        value = numfmt.canonical(a + b) if name == "add" else extreme(a, b, name == "min")
         return (numfmt.f32_to_bf16(value) if t.startswith("bf16") else value).view(bits)
     kind = f"{'i' if signed(t) else 'u'}{bits.itemsize}"
     a, b = old.view(kind), new.view(kind)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsv4lab.sim import numfmt, operands
+from dsv4lab.sim import accumulation, numfmt, operands
 from dsv4lab.sim.decode import ALL_LANES, Action, Decoder, Form, family
 from dsv4lab.sim.errors import UnknownInstruction
+from dsv4lab.sim.handlers.floating import fused
 from dsv4lab.sim.program import Instruction
 from dsv4lab.sim.registers import WARP, Lanes
 
@@ -103,14 +104,22 @@ def mma(d: Decoder, i: Instruction, f: Form) -> Action:
                 by_row, by_column = factors(w, low)
                 left = (left.reshape(16, count, -1) * by_row[:, :, None]).reshape(16, k)
                 right = (right.reshape(8, count, -1) * by_column[:, :, None]).reshape(8, k)
-            product = operands.multiply(left, right, d_type == "s32")
-            _write(w, part, targets, c, product, d_type, saturate)
+            if d_type == "s32":
+                _write_integers(w, part, targets, c, operands.multiply(left, right, True), saturate)
+                continue
+            half = d_type == "f16"
+            start = _accumulator(w, part, c, half)
+            if scaled:
+                total = operands.multiply(left, right) + start
+            else:
+                total = accumulation.mma(left, right, start, (a_type, b_type), half)
+            _write(w, part, targets, total, half)
 
     return Action(run, stop=True, members=ALL_LANES)
 
 
 def _double(d: Decoder, i: Instruction, m_rows: int, n: int, k: int) -> Action:
-    """float64: one number a register. A's register r holds row t/4 + 8 (r mod M/8), column t%4 + 4 (r div M/8)."""
+    """float64: a chain of fused multiply-adds along K, one number a register. A's register r holds row t/4 + 8 (r mod M/8), column t%4 + 4 (r div M/8)."""
     if (m_rows, n) not in ((8, 8), (16, 8)):
         raise UnknownInstruction(f"{i.opcode} is not simulated")
     targets, a, b, c = ([d.source(r, "b64") for r in d.items(o)] for o in i.operands[:4])
@@ -124,28 +133,48 @@ def _double(d: Decoder, i: Instruction, m_rows: int, n: int, k: int) -> Action:
                 left[_LANE // 4 + 8 * (item % halves), _LANE % 4 + 4 * (item // halves)] = w.f[slot][part]
             for item, slot in enumerate(b):
                 right[_LANE // 4, _LANE % 4 + 4 * item] = w.f[slot][part]
-            product = left @ right.T
-            for item, (target, source) in enumerate(zip(targets, c, strict=True)):
-                value = product[_LANE // 4 + 8 * (item // 2), 2 * (_LANE % 4) + item % 2]
-                w.f[target][part] = w.f[source][part] + value
+            held = [w.f[source][part].copy() for source in c]
+            for item, (target, total) in enumerate(zip(targets, held, strict=True)):
+                row, column = _LANE // 4 + 8 * (item // 2), 2 * (_LANE % 4) + item % 2
+                for step in range(k):
+                    total = fused(left[row, step], right[column, step], total)
+                w.f[target][part] = total
 
     return Action(run, stop=True, members=ALL_LANES)
 
 
-def _write(w: Lanes, part: slice, targets: list[int], sources: list[int], product: Array, d_type: str, saturate: bool) -> None:
-    """D = product + C; thread t holds rows t/4 and t/4 + 8, columns 2 * (t % 4) and the next."""
+def _places(item: int, half: bool) -> list[tuple[Array, Array]]:
+    """Rows and columns that register `item` of each thread holds: rows t/4 and t/4 + 8, columns 2 * (t % 4) and the next."""
     row, column = _LANE // 4, 2 * (_LANE % 4)
-    if d_type == "f16":
-        for item, (target, source) in enumerate(zip(targets, sources, strict=True)):
-            value = np.stack([product[row + 8 * item, column], product[row + 8 * item, column + 1]], axis=1)
-            w.h[target][part] = (w.h[source][part].astype(np.float32) + value).astype(np.float16)
-        return
+    if half:
+        return [(row + 8 * item, column), (row + 8 * item, column + 1)]
+    return [(row + 8 * (item // 2), column + item % 2)]
+
+
+def _accumulator(w: Lanes, part: slice, sources: list[int], half: bool) -> Array:
+    """C as a (16, 8) float32 matrix."""
+    out = np.empty((16, 8), np.float32)
+    for item, source in enumerate(sources):
+        for j, place in enumerate(_places(item, half)):
+            out[place] = w.h[source][part][:, j] if half else w.f[source][part]
+    return out
+
+
+def _write(w: Lanes, part: slice, targets: list[int], total: Array, half: bool) -> None:
+    """D from a (16, 8) float32 matrix."""
+    for item, target in enumerate(targets):
+        for j, place in enumerate(_places(item, half)):
+            if half:
+                w.h[target][part, j] = total[place].astype(np.float16)
+            else:
+                w.f[target][part] = total[place]
+
+
+def _write_integers(w: Lanes, part: slice, targets: list[int], sources: list[int], product: Array, saturate: bool) -> None:
+    """D = product + C, of 32 bits: modulo 2**32 or clamped."""
     for item, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        value = product[row + 8 * (item // 2), column + item % 2]
-        if d_type == "f32":
-            w.f[target][part] = w.f[source][part] + value
-        else:
-            total = w.s[source][part].astype(np.int64) + value
-            if saturate:
-                total = np.clip(total, -(1 << 31), (1 << 31) - 1)
-            w.u[target][part] = (total & 0xFFFFFFFF).astype(np.uint32)
+        (place,) = _places(item, False)
+        total = w.s[source][part].astype(np.int64) + product[place]
+        if saturate:
+            total = np.clip(total, -(1 << 31), (1 << 31) - 1)
+        w.u[target][part] = (total & 0xFFFFFFFF).astype(np.uint32)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsv4lab.sim import operands
+from dsv4lab.sim import accumulation, operands
 from dsv4lab.sim.decode import ALL_LANES, Action, Decoder, Form, family
 from dsv4lab.sim.errors import HazardError, UnknownInstruction
 from dsv4lab.sim.layouts import accumulator_fragment, decode_descriptor
@@ -212,15 +212,17 @@ def _start(w: Lanes, index: int, warpgroup: int, shape: Shape, collected: Collec
 
     def effect() -> None:
         a_bits, b_bits, accumulate = collected.descriptors[first]
-        product = _product(cta, shape, collected, first, a_bits, b_bits)
-        _accumulate(cta, shape, first, product, accumulate)
+        left, right = _operands(cta, shape, collected, first, a_bits, b_bits)
+        _accumulate(cta, shape, first, left, right, accumulate)
         for group in collected.groups:
             group.outstanding -= 1
 
     cta.machine.issue(("wgmma", id(cta), warpgroup), effect, "wgmma", w, index, operation=collected.operation)
 
 
-def _product(cta: Cta, shape: Shape, collected: Collected, first: int, a_bits: int, b_bits: int) -> Array:
+def _operands(cta: Cta, shape: Shape, collected: Collected, first: int, a_bits: int, b_bits: int) -> tuple[Array, Array]:
+    """A (64, K) and B (N, K) as float32, signs applied."""
+
     def tile(bits: int, rows: int, name: str, mn_major: bool) -> Array:
         return cta.machine.movers.tile(cta, decode_descriptor(bits, False), rows, shape.k, name, mn_major, "wgmma")
 
@@ -228,8 +230,7 @@ def _product(cta: Cta, shape: Shape, collected: Collected, first: int, a_bits: i
         left = _fragment(shape, [collected.fragments[first + q] for q in range(_GROUP)])
     else:
         left = tile(a_bits, 64, shape.a, shape.a_mn_major)
-    product = operands.multiply(left, tile(b_bits, shape.n, shape.b, shape.b_mn_major), shape.d == "s32")
-    return -product if shape.a_sign * shape.b_sign < 0 else product
+    return (-left if shape.a_sign * shape.b_sign < 0 else left), tile(b_bits, shape.n, shape.b, shape.b_mn_major)
 
 
 def _fragment(shape: Shape, parts: list[Array]) -> Array:
@@ -241,21 +242,28 @@ def _fragment(shape: Shape, parts: list[Array]) -> Array:
     return elements.transpose(0, 2, 3, 1, 4, 5).reshape(64, shape.k)
 
 
-def _accumulate(cta: Cta, shape: Shape, first: int, product: Array, accumulate: bool) -> None:
-    if shape.d == "f32":
-        cta.machine.movers.accumulate(cta, first, shape.d_slots, product, accumulate)
-        return
+def _accumulate(cta: Cta, shape: Shape, first: int, left: Array, right: Array, accumulate: bool) -> None:
+    """D = A B^T, plus D if accumulate."""
     row, column = accumulator_fragment(shape.n)
-    values = product[row, column]  # (128, N / 2)
     w = cta.lanes(first, _GROUP)
-    for item, slot in enumerate(shape.d_slots):
-        if shape.d == "s32":
-            old = w.s[slot].astype(np.int64) if accumulate else np.int64(0)
-            total = old + values[:, item]
+    if shape.d == "s32":
+        total = operands.multiply(left, right, True)[row, column]  # (128, N / 2)
+        for item, slot in enumerate(shape.d_slots):
+            value = total[:, item] + w.s[slot].astype(np.int64) if accumulate else total[:, item]
             if shape.saturate:
-                total = np.clip(total, -(1 << 31), (1 << 31) - 1)
-            w.u[slot][...] = (total & 0xFFFFFFFF).astype(np.uint32)
-        else:
-            halves = w.h[slot]
-            new = values[:, 2 * item : 2 * item + 2]
-            halves[...] = (halves.astype(np.float32) + new if accumulate else new).astype(np.float16)
+                value = np.clip(value, -(1 << 31), (1 << 31) - 1)
+            w.u[slot][...] = (value & 0xFFFFFFFF).astype(np.uint32)
+        return
+    half = shape.d == "f16"
+    held = None
+    if accumulate:
+        columns = [w.h[slot] if half else w.f[slot][:, None] for slot in shape.d_slots]
+        held = np.empty((64, shape.n), np.float32)
+        held[row, column] = np.concatenate(columns, axis=1)
+    result = accumulation.wgmma(left, right, held, (shape.a, shape.b), half)
+    if not half:
+        cta.machine.movers.accumulate(cta, first, shape.d_slots, result, False)
+        return
+    fragments = result[row, column]
+    for item, slot in enumerate(shape.d_slots):
+        w.h[slot][...] = fragments[:, 2 * item : 2 * item + 2]

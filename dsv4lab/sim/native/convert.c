@@ -46,7 +46,7 @@ TO_FLOATS(s64, s64)
     {"cvt.f32." #from, from##_f32}, {"cvt.f64." #from, from##_f64}, {"cvt.f16." #from, from##_f16},                    \
     {"cvt.bf16." #from, from##_bf16}
 
-/* Floats to integers, beyond the range to its end, NaN to 0. variant: rni, rzi, rmi, rpi, + 4: flush subnormals */
+/* Floats to integers, beyond the range to its end. A NaN becomes 0, or only the top bit where either type has 64 bits. variant: rni, rzi, rmi, rpi, + 4: flush subnormals */
 static inline double integral(double x, int how)
 {
     switch (how & 3) {
@@ -56,10 +56,10 @@ static inline double integral(double x, int how)
     default: return ceil(x);
     }
 }
-#define CLIPPED(name, T, low, high)                                       \
-    static inline T name(double x)                                        \
-    {                                                                     \
-        return x != x ? 0 : x <= (double)low ? low : x >= (double)high ? high : (T)x; \
+#define CLIPPED(name, T, low, high)                                                   \
+    static inline T name(double x, u64 nan)                                           \
+    {                                                                                 \
+        return x != x ? (T)nan : x <= (double)low ? low : x >= (double)high ? high : (T)x; \
     }
 CLIPPED(clip_u16, u16, 0, UINT16_MAX)
 CLIPPED(clip_s16, s16, INT16_MIN, INT16_MAX)
@@ -67,27 +67,28 @@ CLIPPED(clip_u32, u32, 0, UINT32_MAX)
 CLIPPED(clip_s32, s32, INT32_MIN, INT32_MAX)
 CLIPPED(clip_u64, u64, 0, UINT64_MAX)
 CLIPPED(clip_s64, s64, INT64_MIN, INT64_MAX)
-#define FROM_FLOAT(from, A, read)                                                                                   \
-    UNARY(from##_to_u16, u16, A, clip_u16(integral(read(x), s->variant)))                                           \
-    UNARY(from##_to_s16, s16, A, clip_s16(integral(read(x), s->variant)))                                           \
-    UNARY(from##_to_u32, u32, A, clip_u32(integral(read(x), s->variant)))                                           \
-    UNARY(from##_to_s32, s32, A, clip_s32(integral(read(x), s->variant)))                                           \
-    UNARY(from##_to_u64, u64, A, clip_u64(integral(read(x), s->variant)))                                           \
-    UNARY(from##_to_s64, s64, A, clip_s64(integral(read(x), s->variant)))
+/* wide: 1 for float64 */
+#define FROM_FLOAT(from, A, read, wide)                                                                             \
+    UNARY(from##_to_u16, u16, A, clip_u16(integral(read(x), s->variant), (u64)wide << 15))                          \
+    UNARY(from##_to_s16, s16, A, clip_s16(integral(read(x), s->variant), (u64)wide << 15))                          \
+    UNARY(from##_to_u32, u32, A, clip_u32(integral(read(x), s->variant), (u64)wide << 31))                          \
+    UNARY(from##_to_s32, s32, A, clip_s32(integral(read(x), s->variant), (u64)wide << 31))                          \
+    UNARY(from##_to_u64, u64, A, clip_u64(integral(read(x), s->variant), (u64)1 << 63))                             \
+    UNARY(from##_to_s64, s64, A, clip_s64(integral(read(x), s->variant), (u64)1 << 63))
 #define FROM_NAMES(from)                                                                                     \
     {"cvt.u16." #from, from##_to_u16}, {"cvt.s16." #from, from##_to_s16}, {"cvt.u32." #from, from##_to_u32}, \
     {"cvt.s32." #from, from##_to_s32}, {"cvt.u64." #from, from##_to_u64}, {"cvt.s64." #from, from##_to_s64}
 #define SINGLE_READ(x) (s->variant & 4 ? flushed(x) : x)
-FROM_FLOAT(f32, float, SINGLE_READ)
-FROM_FLOAT(f64, double, )
-FROM_FLOAT(f16, u16, f16_to_f32)
-FROM_FLOAT(bf16, u16, bf16_to_f32)
+FROM_FLOAT(f32, float, SINGLE_READ, 0)
+FROM_FLOAT(f64, double, , 1)
+FROM_FLOAT(f16, u16, f16_to_f32, 0)
+FROM_FLOAT(bf16, u16, bf16_to_f32, 0)
 
-UNARY(f16_to_single, float, u16, f16_to_f32(x))
+UNARY(f16_to_single, float, u16, canonical(f16_to_f32(x)))
 UNARY(bf16_to_single, float, u16, bf16_to_f32(x))
 UNARY(f32_to_double, double, float, x)
 UNARY(f64_to_single, float, double, (float)x)
-UNARY(f32_integral, float, float, (float)integral(SINGLE_READ(x), s->variant))
+UNARY(f32_integral, float, float, canonical((float)integral(SINGLE_READ(x), s->variant)))
 
 /* A binary format of at most 19 encoded bits; nan, inf: -1 where the format has none. As FORMATS of numfmt.py. */
 typedef struct {
@@ -161,7 +162,14 @@ UNARY(single_to_bf16, u16, float, f32_to_bf16(x))
 UNARY(f16_to_bf16, u16, u16, f32_to_bf16(f16_to_f32(x)))
 UNARY(bf16_to_f16, u16, u16, f32_to_f16(bf16_to_f32(x)))
 UNARY(single_encoded, u16, float, encode(x, &formats[s->k], s->variant))
-UNARY(single_to_tf32, u32, float, encode(x, &formats[TF32], s->variant) << 13)
+/* Ties away (variant 1): a NaN keeps its upper bits; with .satfinite what has the largest exponent loses one unit. */
+static u32 to_tf32(float x, int how)
+{
+    if ((how & 7) != 1 || x == x)
+        return encode(x, &formats[TF32], how) << 13;
+    return (bits_of(x) & 0xFFFFE000) - (how & 8 ? 0x2000 : 0);
+}
+UNARY(single_to_tf32, u32, float, to_tf32(x, s->variant))
 
 static float decode(u32 code, const Format *t)
 {
@@ -190,7 +198,7 @@ OP(unpack_narrow)
         u32 raw = width == 4 ? ROW(u32, s->a)[i] : width == 2 ? ROW(u16, s->a)[i] : ROW(u8, s->a)[i], out = 0;
         for (int j = 0; j < 2; j++) {
             float value = decode(raw >> (j * s->size) & mask, t);
-            if (s->variant & 2 && value < 0)
+            if (s->variant & 2 && value == value && signbit(value))
                 value = 0;
             out |= (u32)(s->variant & 1 ? f32_to_bf16(value) : f32_to_f16(value)) << (16 * j);
         }

@@ -240,7 +240,7 @@ def _sign(d: Decoder, i: Instruction, f: Form) -> Code | None:
         bit = 0x80008000
     elif t == "f32x2":
         bit = 0x8000000080000000 - (1 << 64)
-    return Code(f"sign.{f.family}.{_bits(t)}", *_operands(d, i, t, 1), k=bit)
+    return Code(f"sign.{f.family}.{t}", *_operands(d, i, t, 1), k=bit)
 
 
 @family("copysign")

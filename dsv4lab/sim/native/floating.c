@@ -11,24 +11,24 @@ static inline float after(float x, int how)
         x = flushed(x);
     if (how & SAT)
         x = x > 0 ? (x < 1 ? x : 1) : 0;
-    return how & RELU && x < 0 ? 0 : x;
+    return how & RELU && x == x && signbit(x) ? 0 : x;
 }
 
 /* Without .NaN a number wins against NaN; +0 is greater than -0. */
 static inline float least(float x, float y)
 {
     if (x != x || y != y)
-        return x != x ? y : x;
+        return canonical(x != x ? y : x);
     return x == y ? as_float(bits_of(x) | bits_of(y)) : x < y ? x : y;
 }
 static inline float greatest(float x, float y)
 {
     if (x != x || y != y)
-        return x != x ? y : x;
+        return canonical(x != x ? y : x);
     return x == y ? as_float(bits_of(x) & bits_of(y)) : x > y ? x : y;
 }
-static inline float least_nan(float x, float y) { return x != x ? x : y != y ? y : least(x, y); }
-static inline float greatest_nan(float x, float y) { return x != x ? x : y != y ? y : greatest(x, y); }
+static inline float least_nan(float x, float y) { return x != x || y != y ? as_float(0x7FFFFFFF) : least(x, y); }
+static inline float greatest_nan(float x, float y) { return x != x || y != y ? as_float(0x7FFFFFFF) : greatest(x, y); }
 
 /* float32, with modifiers; packed pairs are two elements a lane. */
 #define SINGLE(name, parts, sources, expression)                                                     \
@@ -43,7 +43,7 @@ static inline float greatest_nan(float x, float y) { return x != x ? x : y != y 
             for (s32 i = 0; i < f->n * parts; i++) {                                                 \
                 float x = a[i], y = b[i], z = c[i];                                                  \
                 (void)x, (void)y, (void)z;                                                           \
-                d[i] = expression;                                                                   \
+                d[i] = canonical(expression);                                                        \
             }                                                                                        \
             return DONE;                                                                             \
         }                                                                                            \
@@ -51,7 +51,7 @@ static inline float greatest_nan(float x, float y) { return x != x ? x : y != y 
             float x = before(a[i], how), y = before(b[i], how), z = before(c[i], how);               \
             (void)x, (void)y, (void)z;                                                               \
             if (holds(m, i / parts))                                                                 \
-                d[i] = after(expression, how);                                                       \
+                d[i] = after(canonical(expression), how);                                            \
         }                                                                                            \
         return DONE;                                                                                 \
     }
@@ -88,9 +88,11 @@ static inline u16 to_bf16(float x, int how) { return f32_to_bf16(after(x, how));
 #define EVERY(name, sources, expression) SINGLES(name, sources, expression) HALVES(name, sources, expression, expression)
 EVERY(add, 2, x + y)
 EVERY(sub, 2, x - y)
-EVERY(mul, 2, x * y)
-SINGLES(fma, 3, fmaf(x, y, z))
-HALVES(fma, 3, (double)x *(double)y + (double)z, fmaf(x, y, z))
+/* .ftz looks at the exact product or sum: one that only rounding makes a normal number becomes zero. */
+SINGLES(mul, 2, how & FTZ && fabs((double)x * (double)y) < 0x1p-126 ? copysignf(0.0f, x * y) : x * y)
+HALVES(mul, 2, x * y, x * y)
+SINGLES(fma, 3, how & FTZ && fabs(odd_sum(x, y, z)) < 0x1p-126 ? copysignf(0.0f, fmaf(x, y, z)) : fmaf(x, y, z))
+HALVES(fma, 3, (double)x *(double)y + (double)z, fma_odd(x, y, z))
 SINGLES(div, 2, x / y)
 EVERY(min, 2, least(x, y))
 EVERY(max, 2, greatest(x, y))
@@ -138,7 +140,7 @@ BINARY(div_f64, double, double, double, x / y)
         EACH({                                                                                  \
             float x = before(read(a[i]), how), y = before(read(b[i]), how), z = before(c[i], how); \
             (void)y;                                                                            \
-            d[i] = after(expression, how);                                                      \
+            d[i] = after(canonical(expression), how);                                           \
         });                                                                                     \
         return DONE;                                                                            \
     }
@@ -150,12 +152,22 @@ MIXES(f16, f16_to_f32)
 MIXES(bf16, bf16_to_f32)
 
 /* Only the sign bit changes; k: which. */
-UNARY(sign_neg_16, u16, u16, x ^ s->k)
-UNARY(sign_neg_32, u32, u32, x ^ s->k)
-UNARY(sign_neg_64, u64, u64, x ^ (u64)s->k)
-UNARY(sign_abs_16, u16, u16, x & ~s->k)
-UNARY(sign_abs_32, u32, u32, x & ~s->k)
-UNARY(sign_abs_64, u64, u64, x & ~(u64)s->k)
+/* k: the sign bits */
+#define HALF_NAN(x, inf) (((x) & 0x7FFF) > (inf) ? 0x7FFF : (x))
+#define PAIR_NAN(x, inf) ((u32)HALF_NAN((x) >> 16, inf) << 16 | (u32)HALF_NAN((x) & 0xFFFF, inf))
+#define SIGN(name, expression)                                                                  \
+    UNARY(name##_f16, u16, u16, HALF_NAN(expression, 0x7C00))                                   \
+    UNARY(name##_bf16, u16, u16, HALF_NAN(expression, 0x7F80))                                  \
+    UNARY(name##_f16x2, u32, u32, PAIR_NAN((u32)(expression), 0x7C00u))                         \
+    UNARY(name##_bf16x2, u32, u32, PAIR_NAN((u32)(expression), 0x7F80u))                        \
+    UNARY(name##_f32, u32, u32, ((expression) & 0x7FFFFFFF) > 0x7F800000 ? 0x7FFFFFFF : (expression)) \
+    UNARY(name##_f64, u64, u64, expression) UNARY(name##_f32x2, u64, u64, expression)
+SIGN(sign_neg, x ^ (u64)s->k)
+SIGN(sign_abs, x & ~(u64)s->k)
+#define SIGNS(name)                                                                                              \
+    {"sign." #name ".f16", sign_##name##_f16}, {"sign." #name ".bf16", sign_##name##_bf16},                      \
+    {"sign." #name ".f16x2", sign_##name##_f16x2}, {"sign." #name ".bf16x2", sign_##name##_bf16x2},              \
+    {"sign." #name ".f32", sign_##name##_f32}, {"sign." #name ".f64", sign_##name##_f64}, {"sign." #name ".f32x2", sign_##name##_f32x2}
 BINARY(copysign_f32, u32, u32, u32, (y & 0x7FFFFFFF) | (x & 0x80000000))
 
 /* variant: eq ne lt le gt ge, equ neu ltu leu gtu geu, num nan */
@@ -202,7 +214,6 @@ const Entry float_entries[] = {
     {"add.f64", add_f64}, {"sub.f64", sub_f64}, {"mul.f64", mul_f64}, {"div.f64", div_f64},
     {"mixed.add.f16", mixed_add_f16}, {"mixed.sub.f16", mixed_sub_f16}, {"mixed.fma.f16", mixed_fma_f16},
     {"mixed.add.bf16", mixed_add_bf16}, {"mixed.sub.bf16", mixed_sub_bf16}, {"mixed.fma.bf16", mixed_fma_bf16},
-    {"sign.neg.16", sign_neg_16}, {"sign.neg.32", sign_neg_32}, {"sign.neg.64", sign_neg_64},
-    {"sign.abs.16", sign_abs_16}, {"sign.abs.32", sign_abs_32}, {"sign.abs.64", sign_abs_64}, {"copysign.f32", copysign_f32},
+    SIGNS(neg), SIGNS(abs), {"copysign.f32", copysign_f32},
     {"setp.f16", setp_f16}, {"setp.bf16", setp_bf16}, {"setp.f32", setp_f32}, {"setp.f64", setp_f64}, {0, 0},
 };

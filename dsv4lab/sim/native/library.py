@@ -45,6 +45,8 @@ def load() -> ctypes.PyDLL:
         pointer,
     ]
     library.native_run.restype = ctypes.c_int
+    library.native_aligned_sums.argtypes = [pointer] * 6 + [integer] * 6
+    library.native_aligned_sums.restype = None
     return library
 
 

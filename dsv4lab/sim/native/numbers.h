@@ -19,6 +19,9 @@ static inline float f16_to_f32(u16 h)
     return as_float(sign | bits_of((float)fraction * 0x1p-24f));
 }
 
+/* Arithmetic makes every NaN the same one. */
+static inline float canonical(float x) { return x == x ? x : as_float(0x7FFFFFFF); }
+
 /* Round to nearest even; NaN becomes 0x7fff. */
 static inline u16 f32_to_f16(float x)
 {
@@ -54,6 +57,33 @@ static inline u16 f32_to_bf16(float x)
     if ((u & 0x7FFFFFFF) > 0x7F800000)
         return 0x7FFF;
     return (u16)((u + ((u >> 16 & 1) + 0x7FFF)) >> 16);
+}
+
+/* x * y + z rounded to odd in double: comparing or rounding it to float is as good as with the exact sum. */
+static inline double odd_sum(float x, float y, float z)
+{
+    double product = (double)x * (double)y, total = product + (double)z; /* the product is exact */
+    double other = total - product, error = (product - (total - other)) + ((double)z - other);
+    u64 wide;
+    memcpy(&wide, &total, 8);
+    if (error != 0 && isfinite(total) && !(wide & 1))
+        wide += (error > 0) == (total > 0) ? 1 : (u64)-1;
+    memcpy(&total, &wide, 8);
+    return total;
+}
+
+/* The same of bfloat16 numbers, rounded to odd as a float, so that rounding it to bfloat16 rounds once. */
+static inline float fma_odd(float x, float y, float z)
+{
+    double total = odd_sum(x, y, z);
+    float near = (float)total;
+    u32 u = bits_of(near);
+    if (isfinite(total) && (double)near != total) {
+        if (fabs((double)near) > fabs(total))
+            u--;
+        u |= 1;
+    }
+    return as_float(u);
 }
 
 /* Subnormals become zero of the same sign. */

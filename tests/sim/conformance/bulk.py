@@ -36,7 +36,7 @@ def _copy(size: int, label: str, source: str, target: str, load: str, store: str
 
 @dataclass(frozen=True)
 class Tile:
-    """A tensor (extents innermost first, strides in elements, packed unless given) and a box of it at coordinates."""
+    """A tensor (extents innermost first) and a box of it at coordinates, the first of which must name a multiple of 16 bytes."""
 
     element: str
     extents: tuple[int, ...]
@@ -200,15 +200,15 @@ _EDGES = (
     Tile("u16", (72,), (64,), (-24,)),
     Tile("u32", (20, 11), (8, 4), (4, 3)),
     Tile("u32", (20, 11), (8, 4), (16, 9)),
-    Tile("u32", (20, 11), (8, 4), (-3, -2)),
+    Tile("u32", (20, 11), (8, 4), (-4, -2)),
     Tile("u32", (20, 11), (8, 4), (20, 0)),
     Tile("u32", (17, 11), (8, 4), (12, -4), pad=3),
-    Tile("f16", (24, 5, 7), (16, 3, 2), (11, 3, -1)),
-    Tile("f16", (24, 5, 7), (16, 3, 2), (-5, -1, 6)),
-    Tile("u8", (48, 5, 3, 4), (32, 2, 2, 3), (20, 4, -1, 2)),
-    Tile("u8", (48, 5, 3, 4), (32, 2, 2, 3), (-7, 1, 2, -2)),
-    Tile("u32", (12, 3, 4, 2, 3), (8, 2, 2, 2, 2), (5, -1, 3, 1, 2)),
-    Tile("u32", (12, 3, 4, 2, 3), (8, 2, 2, 2, 2), (-6, 2, -1, -1, 0)),
+    Tile("f16", (24, 5, 7), (16, 3, 2), (16, 3, -1)),
+    Tile("f16", (24, 5, 7), (16, 3, 2), (-8, -1, 6)),
+    Tile("u8", (48, 5, 3, 4), (32, 2, 2, 3), (32, 4, -1, 2)),
+    Tile("u8", (48, 5, 3, 4), (32, 2, 2, 3), (-16, 1, 2, -2)),
+    Tile("u32", (12, 3, 4, 2, 3), (8, 2, 2, 2, 2), (8, -1, 3, 1, 2)),
+    Tile("u32", (12, 3, 4, 2, 3), (8, 2, 2, 2, 2), (-4, 2, -1, -1, 0)),
 )
 
 
@@ -225,7 +225,7 @@ def swizzles() -> list[Form]:
         for rows, at in ((32, (0, 0)), (32, (8, 5)), (13, (-8, -3))):
             tile = Tile("f16", (80, 40), (width, rows), at, mode)
             out += [load(tile), store(tile)]
-    out += [load(Tile("u8", (200, 20), (128, 16), (3, 2), "128B")), load(Tile("f32", (40, 20), (32, 16), (5, 2), "128B"))]
+    out += [load(Tile("u8", (200, 20), (128, 16), (96, 2), "128B")), load(Tile("f32", (40, 20), (32, 16), (12, 2), "128B"))]
     out += [load(Tile("u16", (64, 9, 3), (64, 4, 2), (0, 7, 1), "128B")), store(Tile("u16", (64, 9, 3), (64, 4, 2), (0, 7, 1), "128B"))]
     return out
 
@@ -234,10 +234,10 @@ def elements() -> list[Form]:
     out = []
     for element in ("u8", "u16", "u32", "s32", "u64", "s64", "f16", "bf16", "f32", "f64"):
         width = max(16 // _SIZES[element], 2) * 2
-        tile = Tile(element, (width + 8, 7), (width, 5), (5, 3))
+        tile = Tile(element, (width + 8, 7), (width, 5), (max(16 // _SIZES[element], 2), 3))
         out += [load(tile), store(tile)]
     data = floats("tma f32 flush", "f32", 24 * 9)
-    tile = Tile("f32_ftz", (24, 9), (16, 8), (2, 1))
+    tile = Tile("f32_ftz", (24, 9), (16, 8), (4, 1))
     flushed = np.where((data & 0x7F800000) == 0, data & 0x80000000, data).astype(np.uint32)
     out.append(load(tile, flushed[tile.places()], data=data))
     return out
@@ -256,9 +256,9 @@ def reductions() -> list[Form]:
     ):
         width = max(16 // _SIZES[element], 2)
         for name in names:
-            out.append(store(Tile(element, (width + 4, 6), (width, 4), (2, 3)), name, ANY_NAN if element[0] in "fb" else EXACT))
-    out.append(store(Tile("u32", (12, 3, 4, 2, 3), (8, 2, 2, 2, 2), (-6, 2, -1, -1, 0)), "add"))
-    out.append(store(Tile("f16", (80, 40), (64, 8), (30, 35), "128B"), "add", ANY_NAN))
+            out.append(store(Tile(element, (width + 4, 6), (width, 4), (width, 3)), name, ANY_NAN if element[0] in "fb" else EXACT))
+    out.append(store(Tile("u32", (12, 3, 4, 2, 3), (8, 2, 2, 2, 2), (-4, 2, -1, -1, 0)), "add"))
+    out.append(store(Tile("f16", (80, 40), (64, 8), (32, 35), "128B"), "add", ANY_NAN))
     return out
 
 
@@ -336,8 +336,7 @@ def _pair(label: str, code: str, source, expected: np.ndarray) -> Form:  # type:
 def clusters() -> list[Form]:
     """Multicast loads, and copies and reductions from one CTA's shared memory to the other's. Rank 1's words follow rank 0's."""
     out = []
-    finish = wait("smem", 0) + "mad.wide.u32 there, rank, {size}, target;" + _copy(1024, "OUT", "box", "there", "shared", "global").replace("there; ld", "there; ld")
-    finish = finish.replace("{size}", "1024")
+    finish = wait("smem", 0) + "mad.wide.u32 there, rank, 1024, target;" + _copy(1024, "OUT", "box", "there", "shared", "global")
     data = bits("multicast", 1024, np.uint8)
     both = np.concatenate([data, data])
     expect = "@p0 mbarrier.arrive.expect_tx.shared.b64 _, [smem], 1024;\n"
@@ -346,7 +345,7 @@ def clusters() -> list[Form]:
     @p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [box], [source], 1024, [smem], mask;
     """
     out.append(_pair("cp.async.bulk multicast", ".reg .b16 mask;" + code + finish, data, both))
-    tile = Tile("f16", (72, 16), (64, 8), (20, 10), "128B")
+    tile = Tile("f16", (72, 16), (64, 8), (24, 10), "128B")
     form = load(tile)
     words = form.source
     code = expect + f"""
@@ -356,15 +355,14 @@ def clusters() -> list[Form]:
     """
     out.append(_pair("cp.async.bulk.tensor.2d multicast", ".reg .b16 mask;" + code + finish, words, np.concatenate([form.expected] * 2)))
     # Each CTA loads its half of the rows for both.
-    halves = [load(Tile("f16", (72, 16), (64, 4), (20, 10 + 4 * r), "128B", nan_fill=False)) for r in (0, 1)]
     code = expect + f"""
     mov.b16 mask, 3; mov.b32 w0, {tile.at[0]}; mad.lo.u32 w1, rank, 4, {tile.at[1]}; mad.lo.u32 w2, rank, 512, box;
     barrier.cluster.arrive; barrier.cluster.wait;
     @p0 cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [w2], [source, {{w0, w1}}], [smem], mask;
     """
-    half = Tile("f16", (72, 16), (64, 4), (20, 10), "128B")
+    half = Tile("f16", (72, 16), (64, 4), (24, 10), "128B")
     grid = bits("multicast halves", half.count, np.uint16)
-    whole = Tile("f16", (72, 16), (64, 8), (20, 10), "128B")
+    whole = Tile("f16", (72, 16), (64, 8), (24, 10), "128B")
     where = whole.places()
     block = np.zeros(1024, np.uint8)
     block[swizzled(1024, "128B")] = np.where(where >= 0, grid[where], 0).astype(np.uint16).view(np.uint8)
@@ -373,7 +371,6 @@ def clusters() -> list[Form]:
         return np.concatenate([half.descriptor(address + AT), np.zeros(AT - 128, np.uint8), grid.view(np.uint8)])
 
     out.append(_pair("cp.async.bulk.tensor.2d multicast by both CTAs", ".reg .b16 mask;" + code + finish, source, np.concatenate([block] * 2)))
-    assert len(halves) == 2
     data = bits("to the other CTA", 2048, np.uint8)
     swapped = np.concatenate([data[1024:], data[:1024]])
     move = "mad.wide.u32 here, rank, 1024, source;" + _copy(1024, "IN", "here", "box", "global", "shared")
@@ -407,8 +404,8 @@ def replaced() -> list[Form]:
         ("global_dim", Tile("u32", (9, 11), (8, 4), (4, 3), pad=11), "global_dim.shared::cta.b1024.b32 [box], 0, 9"),
         ("box_dim", Tile("u32", (20, 11), (8, 2), (4, 3)), "box_dim.shared::cta.b1024.b32 [box], 1, 2"),
         ("swizzle_mode", Tile("u32", (20, 11), (8, 4), (4, 3), "32B"), "swizzle_mode.shared::cta.b1024.b32 [box], 1"),
-        ("elemtype", Tile("f32", (20, 11), (8, 4), (14, 8)), "elemtype.shared::cta.b1024.b32 [box], 7"),
-        ("fill_mode", Tile("f32", (20, 11), (8, 4), (14, 8), nan_fill=True), "elemtype.shared::cta.b1024.b32 [box], 7; tensormap.replace.tile.fill_mode.shared::cta.b1024.b32 [box], 1"),
+        ("elemtype", Tile("f32", (20, 11), (8, 4), (16, 8)), "elemtype.shared::cta.b1024.b32 [box], 7"),
+        ("fill_mode", Tile("f32", (20, 11), (8, 4), (16, 8), nan_fill=True), "elemtype.shared::cta.b1024.b32 [box], 7; tensormap.replace.tile.fill_mode.shared::cta.b1024.b32 [box], 1"),
         ("global_stride", Tile("u32", (20, 9), (8, 4), (4, 3), pad=4), "global_stride.shared::cta.b1024.b64 [box], 0, x1; tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [box], 1, 9"),
         ("global_address", before, "global_address.shared::cta.b1024.b64 [box], x2"),
     ):  # fmt: skip

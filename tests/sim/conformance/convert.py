@@ -35,6 +35,7 @@ def to_integers() -> list[Form]:
     out = []
     rounds = [("f32", t, m) for t in ("s32", "u32", "s64", "u64") for m in _INTEGRAL]
     rounds += [("f32", t, "rzi") for t in ("s8", "u8", "s16", "u16")]
+    rounds += [("f64", t, "rzi") for t in ("s16", "u16")]
     rounds += [("f64", t, m) for t in ("s32", "u32", "s64", "u64") for m in ("rni", "rzi")]
     rounds += [("f16", t, "rni") for t in ("s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64")]
     rounds += [("bf16", t, "rzi") for t in ("s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64")]
@@ -42,7 +43,7 @@ def to_integers() -> list[Form]:
         label = _opcode(mode, t, source)
         a = floats(label, source)
         low, high = _limits(t)
-        nan = 1 << (int(t[1:]) - 1) if "64" in (source[1:], t[1:]) else 0
+        nan = (low or 1 << (int(t[1:]) - 1)) if "64" in (source[1:], t[1:]) else 0
 
         def value(code: int, source: str = source, mode: str = mode, low: int = low, high: int = high, nan: int = nan) -> int:
             x = decode(code, source)
@@ -141,7 +142,7 @@ def between_floats() -> list[Form]:
         out.append(lanes(f"cvt.sat.{t}.{t}", f"cvt.sat.{t}.{t} r, a;", [a], expected))
     a = floats("cvt.ftz.f32.f16", "f16")
     exact = np.array([encode(decode(c, "f16"), "f32") for c in a.tolist()], np.uint32)
-    out.append(lanes("cvt.ftz.f32.f16", "cvt.ftz.f32.f16 r, a;", [a], exact.view(np.float32), ANY_NAN))
+    out.append(lanes("cvt.ftz.f32.f16", "cvt.ftz.f32.f16 r, a;", [a], exact))
     a = floats("cvt.rn.ftz.f32.f64", "f64")
     tiny = np.isin(np.arange(len(a)) % 4, [1])
     a = np.where(tiny, (a & np.uint64(0x800FFFFFFFFFFFFF)) | np.uint64((1023 - 127) << 52), a)
@@ -158,14 +159,16 @@ def _float(
     codes = np.array(convert(a.tolist(), source, target, mode, saturate, relu), _UNSIGNED[target])
     if target == "tf32":
         codes = codes << np.uint32(13)
-    # Widening keeps a NaN a NaN; narrowing makes it the canonical one.
-    bound = ANY_NAN if target in ("f32", "f64") or source == "f64" else EXACT
+    # To and from float64, and from bf16 to float32, a NaN keeps what fits of its payload; else it is the canonical one.
+    bound = ANY_NAN if "f64" in (source, target) or (source, target) == ("bf16", "f32") else EXACT
     element = "bf16" if target == "bf16" else ""
     kind = {"f32": np.float32, "f64": np.float64, "f16": np.float16}.get(target)
     if target == "tf32":  # only 19 bits are the result
-        nan = (codes & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        code = f"{label} r, a; and.b32 r, r, 0xFFFFE000;"
-        return lanes(label, code, [a], np.where(nan, np.uint32(0x7FFFE000), codes))
+        nan = (a & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        kept = np.full(len(a), 0x7FFFE000, np.uint32)
+        if mode == "rna":  # a NaN keeps its upper bits, as the H200 shows; .satfinite takes a unit off whatever has its exponent
+            kept = (a & np.uint32(0xFFFFE000)) - np.uint32(0x2000 if saturate else 0)
+        return lanes(label, f"{label} r, a; and.b32 r, r, 0xFFFFE000;", [a], np.where(nan, kept, codes))
     return lanes(label, f"{label} r, a;", [a], codes if kind is None or bound is EXACT else codes.view(kind), bound, element)
 
 
@@ -182,7 +185,7 @@ def _integral(t: str, mode: str) -> Form:
 
     expected = np.array([value(c) for c in a.tolist()], _UNSIGNED[t])
     kind = {"f16": np.float16, "f32": np.float32, "f64": np.float64}[t]
-    return lanes(label, f"{label} r, a;", [a], expected.view(kind), ANY_NAN)
+    return lanes(label, f"{label} r, a;", [a], expected.view(kind), ANY_NAN if t == "f64" else EXACT)
 
 
 def _pair(high: np.ndarray, low: np.ndarray, width: int, dtype: type) -> np.ndarray:

@@ -23,6 +23,23 @@ def _halves(function: Callable[..., np.ndarray], *operands: np.ndarray) -> np.nd
     return np.ascontiguousarray(function(*parts)).view(np.uint32)
 
 
+def _at_the_edge(name: str, t: str, operands: list[np.ndarray]) -> None:
+    """Put numbers whose result is next to the smallest normal one into the first lanes: does .ftz look before or after rounding?"""
+    fmt = FORMATS[t.removesuffix("x2")]
+    small = operands[0].view(_UNSIGNED[t.removesuffix("x2")])
+    kind, one, least = small.dtype.type, fmt.bias << fmt.mantissa, 1 << fmt.mantissa
+    rest = [o.view(small.dtype) for o in operands[1:]]
+    for lane in range(32):
+        sign = fmt.sign * (lane & 1)
+        if name == "sqrt" or name == "rcp":
+            small[lane] = kind((2 * fmt.bias - 1 << fmt.mantissa) + lane // 2 | sign)  # close to the reciprocal of the least
+            continue
+        small[lane] = kind(least + lane // 8 | sign)
+        rest[0][lane] = kind(one - 1 - lane // 4 if name in ("mul", "fma") else one + 1 + lane // 4)
+        if name == "fma":
+            rest[1][lane] = kind([0, fmt.sign, 1, fmt.sign | 1][lane % 4])
+
+
 def _operands(label: str, t: str, count: int) -> list[np.ndarray]:
     name = t.removesuffix("x2")
     if t.endswith("x2"):
@@ -36,6 +53,8 @@ def operation(name: str, t: str, mode: str = "rn", *, ftz: bool = False, sat: bo
     opcode = ".".join([name, *([mode] if mode else []), *["ftz"] * ftz, *["sat"] * sat, *["relu"] * relu, t])
     count, base = _ARITY[name], t.removesuffix("x2")
     operands = _operands(opcode, t, count)
+    if ftz:
+        _at_the_edge(name, t, operands)
 
     def reference(*codes: np.ndarray) -> np.ndarray:
         if name == "rcp":
@@ -47,15 +66,17 @@ def operation(name: str, t: str, mode: str = "rn", *, ftz: bool = False, sat: bo
             out = np.where(((out & FORMATS[base].sign) != 0) & ~nan, 0, out).astype(out.dtype)
         return out
 
+    # Every NaN of at most 32 bits is the canonical one; of float64 the payload is not certain.
+    bound = ANY_NAN if t == "f64" else EXACT
     if t.endswith("x2"):
         small = _UNSIGNED[base]
         expected = reference(*(o.view(small) for o in operands)).view(_NUMPY[base])
         result = expected.view(np.uint64 if base == "f32" else np.uint32)
-        made = lanes(opcode, f"{opcode} r, {', '.join('abc'[:count])};", operands, result, ANY_NAN)
-        return Form(made.label, made.text, made.source, expected, bound=ANY_NAN, element=base if base == "bf16" else "")
+        made = lanes(opcode, f"{opcode} r, {', '.join('abc'[:count])};", operands, result, bound)
+        return Form(made.label, made.text, made.source, expected, bound=bound, element=base if base == "bf16" else "")
     expected = reference(*operands).view(_NUMPY[t])
     code = f"{opcode} r, {', '.join('abc'[:count])};"
-    return lanes(opcode, code, operands, expected, ANY_NAN, "bf16" if t == "bf16" else "")
+    return lanes(opcode, code, operands, expected, bound, "bf16" if t == "bf16" else "")
 
 
 def single() -> list[Form]:
@@ -126,7 +147,9 @@ def extreme(name: str, t: str, *modifiers: str) -> Form:
         return np.array([_extreme(name, base, *flags, x, y) for x, y in pairs], small)
 
     expected = _halves(reference, *operands) if t.endswith("x2") else reference(*operands)
-    return lanes(opcode, f"{opcode} r, a, b;", operands, expected, ANY_NAN if t == "f64" else EXACT)
+    if t == "f64":
+        return lanes(opcode, f"{opcode} r, a, b;", operands, expected.view(np.float64), ANY_NAN)
+    return lanes(opcode, f"{opcode} r, a, b;", operands, expected)
 
 
 def extremes() -> list[Form]:
@@ -147,18 +170,19 @@ def signs() -> list[Form]:
         for name in ("neg", "abs"):
             (a,) = _operands(f"{name}.{t}", t, 1)
             codes = a.view(_UNSIGNED[base])
-            # The sign bit changes, whatever the number is; where it is NaN, only that it stays NaN is certain.
             sign = codes.dtype.type(FORMATS[base].sign)
             result = codes ^ sign if name == "neg" else codes & ~sign
-            made = lanes(f"{name}.{t}", f"{name}.{t} r, a;", [a], result.view(a.dtype))
-            element = "bf16" if base == "bf16" else ""
-            out.append(
-                Form(made.label, made.text, made.source, result.view(_NUMPY[base]), bound=ANY_NAN, element=element)
-            )
+            if t == "f64":
+                made = lanes(f"{name}.{t}", f"{name}.{t} r, a;", [a], result.view(np.float64), ANY_NAN)
+            else:  # a NaN becomes the canonical one
+                result = np.where((result & ~sign) > FORMATS[base].infinity, FORMATS[base].nan, result).astype(codes.dtype)
+                made = lanes(f"{name}.{t}", f"{name}.{t} r, a;", [a], result.view(a.dtype))
+            out.append(made)
     a = floats("neg.ftz.f32", "f32")
     flushed = np.where((a & 0x7F800000) == 0, a & 0x80000000, a).astype(np.uint32)
     for name, value in (("neg", flushed ^ np.uint32(1 << 31)), ("abs", flushed & np.uint32(0x7FFFFFFF))):
-        out.append(lanes(f"{name}.ftz.f32", f"{name}.ftz.f32 r, a;", [a], value.view(np.float32), ANY_NAN))
+        value = np.where((value & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, value).astype(np.uint32)
+        out.append(lanes(f"{name}.ftz.f32", f"{name}.ftz.f32 r, a;", [a], value))
     for t, top in (("f32", 1 << 31), ("f64", 1 << 63)):
         a, b = _operands(f"copysign.{t}", t, 2)
         kind = a.dtype.type
@@ -231,7 +255,7 @@ def tests() -> list[Form]:
             magnitude == fmt.infinity,
             magnitude <= fmt.infinity,
             magnitude > fmt.infinity,
-            (magnitude >= smallest) & (magnitude < fmt.infinity),
+            ((magnitude >= smallest) | (magnitude == 0)) & (magnitude < fmt.infinity),  # a zero counts as normal
             (magnitude > 0) & (magnitude < smallest),
         ]
         names = ("finite", "infinite", "number", "notanumber", "normal", "subnormal")
@@ -257,8 +281,8 @@ def three_operands() -> list[Form]:
             ("fma", "r, a, b, c", [a, b, c], [*wide, c]),
         ):
             opcode = f"{name}.rn.f32.{base}"
-            expected = arithmetic(name, "f32", "rn", False, False, *values).view(np.float32)
-            out.append(lanes(opcode, f"{opcode} {code};", operands, expected, ANY_NAN))
+            expected = arithmetic(name, "f32", "rn", False, False, *values)
+            out.append(lanes(opcode, f"{opcode} {code};", operands, expected))
     for name in ("min", "max"):
         for nan in (False, True):
             opcode = f"{name}.NaN.f32" if nan else f"{name}.f32"

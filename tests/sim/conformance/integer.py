@@ -277,12 +277,15 @@ def bit_fields() -> list[Form]:
             form("popc", b, lambda a: a.bit_count(), u, "u32"),
             form("clz", b, lambda a, w=width: w - a.bit_length(), u, "u32"),
             form("brev", b, lambda a, w=width: int(f"{a:0{w}b}"[::-1], 2), u, u),
-            form("bfi", b, lambda a, b, c, d, w=width: _insert(a, b, c, d, w), f"{u} {u} u32 u32", u),
+            # Positions and lengths are from 0 to 255; what larger ones do is open.
+            form("bfi", b, lambda a, b, c, d, w=width: _insert(a, b, c, d, w), f"{u} {u} u32 u32", u,
+                 f"and.b32 c, c, 255; and.b32 d, d, 255; bfi.{b} r, a, b, c, d;"),
         ]
         for t in (u, s):
             signed = t[0] == "s"
             out += [
-                form("bfe", t, lambda a, b, c, w=width, s=signed: _field(a, b, c, w, s), f"{t} u32 u32"),
+                form("bfe", t, lambda a, b, c, w=width, s=signed: _field(a, b, c, w, s), f"{t} u32 u32", "",
+                     f"and.b32 b, b, 255; and.b32 c, c, 255; bfe.{t} r, a, b, c;"),
                 form("bfind", t, lambda a, w=width, s=signed: _find(a, w, s, False), t, "u32"),
                 form("bfind.shiftamt", t, lambda a, w=width, s=signed: _find(a, w, s, True), t, "u32"),
             ]

@@ -39,11 +39,22 @@ def operand(label: str, name: str, rows: int, depth: int, kind: str = "whole") -
     """Codes of a (rows, depth) matrix.
 
     kind: "whole", small integers, whose products and sums are exact in every accumulator; "normal", numbers of one size;
-    "wide", magnitudes over many powers of two; "spread", over few enough for sums in float16.
+    "wide", magnitudes over many powers of two; "spread", over few enough for sums in float16; "holes", half of them zero and
+    the others wide; "tiny", subnormal numbers; "special", any codes at all, with infinities and NaN.
     """
     count = rows * depth
     if name in INTEGERS and kind != "whole":
         return bits(label, count, np.uint8).reshape(rows, depth)
+    if kind in ("tiny", "special"):
+        dtype = np.uint32 if name == "tf32" else np.uint16 if BITS[name] == 16 else np.uint8
+        codes = bits(label, count, dtype)
+        if kind == "special":  # any number, but infinities and NaN in few places
+            top = {32: 0x7F800000, 16: 0x7F80 if name == "bf16" else 0x7C00, 8: 0x7C}[BITS[name]]
+            rare = bits(label + "#", count, np.uint8) < 2
+            return np.where((codes & top == top) & ~rare, codes >> dtype(3), codes).reshape(rows, depth)
+        mantissa = 23 if name == "tf32" else FORMATS[name].mantissa
+        sign = dtype(1 << (8 * codes.itemsize - 1))
+        return (codes & (sign | dtype((1 << mantissa) - 1))).reshape(rows, depth)
     if kind == "whole":
         x = np.floor(uniform(label, count) * 4.99)
         x = np.abs(x) if name == "u8" else x
@@ -52,6 +63,8 @@ def operand(label: str, name: str, rows: int, depth: int, kind: str = "whole") -
     else:
         spread = 3 if kind == "spread" else 6 if name in ("e4m3", "e2m3", "e3m2", "e2m1") else 10
         x = uniform(label, count) * np.exp2(np.floor(uniform(label + "^", count) * spread))
+        if kind == "holes":
+            x = np.where(bits(label + "0", count, np.uint8) & 1 == 1, 0, x)
     if name in INTEGERS:
         return x.astype(np.int64).astype(np.uint8).reshape(rows, depth)
     dtype = {64: np.uint64, 32: np.uint32, 16: np.uint16}.get(BITS[name], np.uint8)
@@ -79,12 +92,15 @@ class Product:
     total: np.ndarray  # per element, the sum of |products| and |c|
 
 
-def multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> Product:
-    """Operands as float64 (m, k) and (n, k), c as float64 (m, n)."""
+def multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray, name: str = "") -> Product:
+    """Operands of a format as float64 (m, k) and (n, k), c as float64 (m, n). A subnormal factor is as large as its exponent."""
+    least = 2.0 ** (1 - FORMATS[name].bias) if name in FORMATS else 0.0
+    sizes = [np.where(x == 0, 0, np.maximum(np.abs(x), least)) for x in (a, b)]
     largest = np.abs(c)
-    for k in range(a.shape[1]):
-        largest = np.maximum(largest, np.abs(np.outer(a[:, k], b[:, k])))
-    return Product(a @ b.T + c, largest, np.abs(a) @ np.abs(b).T + np.abs(c))
+    with np.errstate(all="ignore"):
+        for k in range(a.shape[1]):
+            largest = np.maximum(largest, np.outer(sizes[0][:, k], sizes[1][:, k]))
+        return Product(a @ b.T + c, largest, np.abs(a) @ np.abs(b).T + np.abs(c))
 
 
 def accumulation(product: Product, result: str, name: str, depth: int, steps: int = 1) -> Bound:
@@ -95,7 +111,8 @@ def accumulation(product: Product, result: str, name: str, depth: int, steps: in
     the steps (instructions) is cut off or rounded once more.
     """
     places = 12 if name in ("e4m3", "e5m2") else 22
-    limit = (depth + 1) * product.largest * 2.0**-places + steps * product.total * 2.0**-22
+    with np.errstate(all="ignore"):
+        limit = (depth + 1) * product.largest * 2.0**-places + steps * product.total * 2.0**-22
     if result == "f16":
         limit = limit + steps * product.total * 2.0**-10 + 2.0**-24
     return Bound("absolute", limit, "accumulation order and width: addends are aligned to the largest and cut off")

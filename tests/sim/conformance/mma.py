@@ -63,8 +63,9 @@ def product(d: str, a: str, b: str, k: int, kind: str, satfinite: bool = False) 
         start = np.floor(uniform(label + "c", 128) * 20) if kind == "whole" else uniform(label + "c", 128)
         dtype = np.float16 if d == "f16" else np.float32
         c = start.astype(dtype).reshape(16, 8)
-        made = matrix.multiply(x, y, c.astype(np.float64))
-        values = fragment_d(made.exact).astype(dtype)
+        made = matrix.multiply(x, y, c.astype(np.float64), a)
+        with np.errstate(over="ignore"):
+            values = fragment_d(made.exact).astype(dtype)
         laid = fragment_d(c)
         words.append(np.ascontiguousarray(laid).view(np.uint32))
         expected = values
@@ -93,6 +94,9 @@ def floating() -> list[Form]:
                 out.append(product("f32", a, b, 32, kind))
         out.append(product("f16", "e4m3", "e4m3", 32, kind))
         out.append(product("f32", "e4m3", "e4m3", 16, kind))
+    for kind in ("holes", "special"):
+        out += [product("f32", a, a, k, kind) for a, k in (("f16", 16), ("bf16", 16), ("tf32", 8), ("e4m3", 32), ("e5m2", 32))]
+        out.append(product("f16", "f16", "f16", 16, kind))
     return out
 
 

@@ -88,7 +88,7 @@ def functions() -> list[Form]:
     out = []
     for ftz in (True, False):
         out += [
-            single("ex2", ftz, relative(-21.9)),
+            single("ex2", ftz, Bound("ulp", 2, DOCUMENTED)),
             single("rcp", ftz, Bound("ulp", 1, DOCUMENTED), extra=ftz),
             single("rsqrt", ftz, relative(-22.4), extra=ftz),
             single("sqrt", ftz, relative(-22.4), extra=ftz),
@@ -134,7 +134,40 @@ def quotients() -> list[Form]:
     return out
 
 
+TURNS = 32  # of every thread in a sweep
+
+
+def sweeps() -> list[Form]:
+    """Each float32 function at 32768 places, one result a turn."""
+    out = []
+    threads, count = 1024, 1024 * TURNS
+    bounds = {
+        "ex2": Bound("ulp", 2, DOCUMENTED),
+        "rcp": Bound("ulp", 1, DOCUMENTED),
+        "rsqrt": Bound("relative", 2.0**-22.4, DOCUMENTED),
+        "sqrt": Bound("relative", 2.0**-22.4, DOCUMENTED),
+        "lg2": Bound("absolute", 2.0**-15, DOCUMENTED),
+        "sin": Bound("absolute", 2.0**-20.5, DOCUMENTED),
+        "cos": Bound("absolute", 2.0**-20.5, DOCUMENTED),
+        "tanh": Bound("relative", 2.0**-10.9, DOCUMENTED),
+    }
+    for name, bound in bounds.items():
+        opcode = f"{name}.approx.f32" if name == "tanh" else f"{name}.approx.ftz.f32"
+        x = inputs(name, f"{opcode} sweep", count)
+        with np.errstate(all="ignore"):
+            expected = _flush(_FUNCTIONS[name](_flush(x).astype(np.float64)).astype(np.float32))
+        code = f"""
+        .reg .b32 x, turn; .reg .b64 from, to; .reg .pred more; mov.b32 turn, 0;
+        mad.wide.u32 from, thread, 4, source; mad.wide.u32 to, thread, 4, target;
+        TURN: ld.global.b32 x, [from]; {opcode} x, x; st.global.b32 [to], x; add.s64 from, from, {4 * threads};
+        add.s64 to, to, {4 * threads}; add.u32 turn, turn, 1; setp.lt.u32 more, turn, {TURNS}; @more bra TURN;
+        """
+        out.append(Form(f"{opcode}, {count} places", code, x, expected, bound=bound))
+    return out
+
+
 @cache
 def groups() -> tuple[Group, ...]:
     forms = [*functions(), *halves(), *quotients()]
-    return (Group("special functions", tuple(forms), threads=COUNT),)
+    sweep = Group("special functions, many places", tuple(sweeps()), threads=1024)
+    return (Group("special functions", tuple(forms), threads=COUNT), sweep)

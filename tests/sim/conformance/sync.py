@@ -126,7 +126,7 @@ def registers() -> list[Form]:
     """
     moved = "griddepcontrol.wait; ld.global.b32 w0, [here]; griddepcontrol.launch_dependents; st.global.b32 [there], w0;"
     special = """
-    mov.u32 w0, %laneid; mov.u32 w1, %warpid; mad.lo.u32 w2, w1, 32, w0; mov.u32 w3, %ntid.x; mad.lo.u32 w2, w3, 1000, w2;
+    mov.u32 w0, %laneid; shr.u32 w1, thread, 5; mad.lo.u32 w2, w1, 32, w0; mov.u32 w3, %ntid.x; mad.lo.u32 w2, w3, 1000, w2;
     mov.u32 w4, %lanemask_lt; popc.b32 w4, w4; mad.lo.u32 w2, w4, 1000000, w2; mov.u32 w5, %lanemask_ge; popc.b32 w5, w5;
     mad.lo.u32 w2, w5, 10000000, w2; mov.u32 w6, %tid.y; add.u32 w2, w2, w6; mov.u32 w7, %nctaid.y; add.u32 w2, w2, w7;
     st.global.b32 [there], w2;

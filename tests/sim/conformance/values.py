@@ -150,6 +150,8 @@ def arithmetic(operation: str, name: str, mode: str, ftz: bool, saturate: bool, 
         if ftz:
             values = [_flush(v, name) for v in values]
         result = function(values, mode)
+        if ftz and operation in ("mul", "fma"):  # the exact result counts, not the rounded one
+            result = _flush(result, name)
         code = encode(result, name, mode)
         if ftz and fmt.mantissa and not code & (fmt.infinity or 0) and code & ((1 << fmt.mantissa) - 1):
             code &= fmt.sign

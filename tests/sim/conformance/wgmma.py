@@ -55,7 +55,8 @@ def product(
     notes += [f"scales {signs}"] if signs != (1, 1) else []
     notes += [] if accumulate else ["scale-d 0"]
     label = f"{opcode} ({', '.join(notes)})"
-    left, right = matrix.operand(label + "a", a, 64, depth, kind), matrix.operand(label + "b", b, n, depth, kind)
+    left = matrix.operand(label + "a", a, 64, depth, kind)
+    right = matrix.operand(label + "b", b, n, depth, "wide" if kind == "tiny" else kind)
     x, y = matrix.values(left, a) * signs[0], matrix.values(right, b) * signs[1]
     images = []
     for codes, major in ((left, majors[0]), (right, majors[1])):
@@ -73,8 +74,9 @@ def product(
         dtype = np.float16 if d == "f16" else np.float32
         start = uniform(label + "c", 64 * n) * (9 if kind == "whole" else 1)
         c = (np.floor(start) if kind == "whole" else start).astype(dtype).reshape(64, n)
-        made = matrix.multiply(x, y, c.astype(np.float64) if accumulate else np.zeros((64, n)))
-        expected = fragment(made.exact).astype(dtype)
+        made = matrix.multiply(x, y, c.astype(np.float64) if accumulate else np.zeros((64, n)), a)
+        with np.errstate(over="ignore"):
+            expected = fragment(made.exact).astype(dtype)
         limit = matrix.accumulation(made, d, a, depth, steps)
         bound = EXACT if kind == "whole" else Bound("absolute", fragment(limit.limit), limit.reason)
     held = np.ascontiguousarray(fragment(c)).view(np.uint32)  # (128, registers)
@@ -171,6 +173,10 @@ def types() -> list[Form]:
         # One instruction alone: no rounding between instructions.
         out += [product(d, a, a, 16, kind=kind, mode="32B") for d, a in (("f32", "f16"), ("f32", "bf16"), ("f32", "tf32"), ("f32", "e4m3"), ("f32", "e5m2"), ("f16", "f16"))]
         out += [product("f32", a, a, 16, kind=kind, mode="32B", accumulate=False) for a in ("f16", "bf16", "tf32", "e4m3")]
+    for kind in ("holes", "tiny", "special"):
+        for a in ("f16", "bf16", "tf32", "e4m3", "e5m2"):
+            out += [product("f32", a, a, 16, kind=kind, mode="32B"), product("f32", a, a, 16, kind=kind, mode="32B", accumulate=False)]
+        out.append(product("f16", "f16", "f16", 16, kind=kind, mode="32B", accumulate=False))
     for a in ("s8", "u8"):
         for b in ("s8", "u8"):
             out += [product("s32", a, b, 16, kind="normal"), product("s32", a, b, 32, kind="normal", satfinite=True)]
