@@ -79,7 +79,7 @@ def cut(x: Array, bits: int = 24) -> Array:
 
 @dataclass(frozen=True)
 class Adder:
-    """One kind of addition: places kept below the largest addend, bits of a float32 result, operand formats, float16 results."""
+    """One kind of addition: places kept below the largest addend, bits of a float32 result, the operands' least exponents."""
 
     places: int
     bits: int

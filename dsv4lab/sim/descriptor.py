@@ -193,7 +193,9 @@ def decode(raw: bytes) -> TensorMap:
     control = words[2]
     rank = (control >> 4 & 7) + 1
     element = _NAMES.get(control >> 7 & 15)
-    if control & 14 != 2 or rank > 5 or element is None:
+    if control >> 16 & 1 and element in ("f32", "f32_ftz"):  # how the driver writes it on Hopper
+        element = "t" + element
+    if control & 12 or not words[0] | words[1] or rank > 5 or element is None:
         raise ValueError(f"not a TMA descriptor: control word 0x{control:08x}")
     if words[13] & 0xFF8000:
         raise ValueError(f"not a TMA descriptor: word 13 is 0x{words[13]:08x}")

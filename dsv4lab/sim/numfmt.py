@@ -194,7 +194,7 @@ def flush(x: Array) -> Array:
     return np.where(small, np.copysign(x.dtype.type(0), x), x) if small.any() else x
 
 
-_NAN = {F16: U16(0x7FFF), F32: U32(0x7FFFFFFF)}
+_NAN: dict[type, Array] = {F16: np.array(0x7FFF, U16), F32: np.array(0x7FFFFFFF, U32)}
 
 
 def canonical(x: Array) -> Array:

@@ -7,7 +7,7 @@ hang over any edge: what lies outside reads as the fill value, is not written, a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,7 +17,7 @@ from dsv4lab.sim import descriptor
 from dsv4lab.sim.errors import MemoryFault, UnknownInstruction
 from dsv4lab.sim.layouts import box_index
 from dsv4lab.sim.memory import Allocation, GlobalMemory, SharedMemory
-from dsv4lab.sim.numfmt import bf16_to_f32, f32_to_bf16
+from dsv4lab.sim.numfmt import TF32, bf16_to_f32, encode, f32_to_bf16
 
 Array = NDArray
 PADDED = {"b4x16_p64": 8, "b6x16_p32": 12}  # bytes of data in each 16 bytes of shared memory
@@ -25,16 +25,19 @@ _NUMPY = {
     **dict(u8="u1", u16="u2", u32="u4", s32="i4", u64="u8", s64="i8", f16="f2", f32="f4", f64="f8"),
     **dict.fromkeys(("f32_ftz", "tf32", "tf32_ftz"), "f4"),
 }
+# what lies outside is filled with where NaN is asked for, as measured on an H200
 _NAN = {
-    "f16": 0x7FFF,
-    "bf16": 0x7FFF,
-    "f64": 0x7FFFFFFFFFFFFFFF,
-    **dict.fromkeys(("f32", "f32_ftz", "tf32", "tf32_ftz"), 0x7FFFFFFF),
+    "f16": 0x7FF7,
+    "bf16": 0x7FF7,
+    "f64": 0x7FF77FF77FF77FF7,
+    **dict.fromkeys(("f32", "f32_ftz", "tf32", "tf32_ftz"), 0x7FF77FF7),
 }
 _FIRST = np.zeros(1, np.int64)
 # element types as `tensormap.replace.elemtype` numbers them
-_REPLACED = ("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f32_ftz", "f64", "bf16", "tf32", "tf32_ftz")
+_REPLACED: tuple[str, ...] = ("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f32_ftz", "f64", "bf16")
+_REPLACED += ("tf32", "tf32_ftz")
 _REPLACED += ("b4x16", "b4x16_p64", "b6x16_p32")
+CONVERTED = ("tf32", "tf32_ftz")  # element types that a load changes
 SHARED_ALIGNMENT = 128  # bytes; a box's address in shared memory
 
 
@@ -166,7 +169,16 @@ def _runs(view: Array) -> tuple[int, Array, int]:
     return view.ctypes.data, index, view.shape[-2] * view.shape[-1]
 
 
+def aligned(tensor: Plan, coordinates: Sequence[int]) -> bool:
+    """Whether the first coordinate names a multiple of 16 bytes; where not, the H200 reports an illegal instruction."""
+    return coordinates[0] * tensor.element_bits % 128 == 0
+
+
 def _check(tensor: Plan, coordinates: list[int], offset: int) -> None:
+    if not aligned(tensor, coordinates):
+        raise MemoryFault(
+            f"misaligned: a TMA box must begin at a multiple of 16 bytes of its row, got {coordinates[0]} x {tensor.element}"
+        )
     if len(coordinates) != tensor.rank:
         raise MemoryFault(f"{len(coordinates)} coordinates for a TMA descriptor of rank {tensor.rank}")
     if offset % SHARED_ALIGNMENT:
@@ -200,7 +212,17 @@ def read_box(tensor: Plan, coordinates: list[int], memory: GlobalMemory, offsets
         if memory.observers:
             memory.observers.read("global", None, *_runs(view))
         out[where] = view
-    return out.reshape(-1)
+    return _converted(tensor.element, out.reshape(-1))
+
+
+def _converted(element: str, data: Array) -> Array:
+    """What a load makes of its words: tf32 is rounded to nearest; tf32_ftz loses its subnormal numbers, f32_ftz does not."""
+    if element not in CONVERTED:
+        return data
+    words = data.view(np.uint32)
+    if element == "tf32_ftz":
+        words = np.where((words & np.uint32(0x7F800000)) == 0, words & np.uint32(0x80000000), words)
+    return (encode(words.view(np.float32), TF32) << np.uint32(13)).view(np.uint8)
 
 
 def load(
@@ -222,11 +244,35 @@ def load(
     return tensor.counted_bytes
 
 
+def whole(tensor: Plan) -> bool:
+    """Whether rows end at a multiple of 16 bytes."""
+    return tensor.padded > 0 or tensor.extents[0] * tensor.element_bytes % 16 == 0
+
+
+def _whole_rows(tensor: Plan) -> Plan:
+    """The tensor with rows up to a multiple of 16 bytes."""
+    if whole(tensor):
+        return tensor
+    columns = -(-tensor.extents[0] * tensor.element_bytes // 16) * 16 // tensor.element_bytes
+    return replace(tensor, extents=(columns, *tensor.extents[1:]))
+
+
 def store(
     tensor: Plan, coordinates: list[int], memory: GlobalMemory, shared: SharedMemory, offset: int, reduction: str | None = None
 ) -> None:
-    """Copy, or reduce, a box from shared memory at `offset` into the tensor."""
+    """Copy, or reduce, a box from shared memory at `offset` into the tensor.
+
+    As on the H200: rows are written up to a multiple of 16 bytes, and no coordinate may be negative.
+    """
     _check(tensor, coordinates, offset)
+    if min(coordinates) < 0:
+        raise MemoryFault(
+            f"a TMA store has no negative coordinates (an illegal instruction on the H200), got {tuple(coordinates)}"
+        )
+    if reduction == "add" and tensor.element == "s64":
+        raise UnknownInstruction(
+            "TMA reduction add of element type s64 is an illegal instruction on the H200; u64 does the same"
+        )
     shape = [*tensor.box[::-1], tensor.element_bytes]
     box = shared.gather(_locate(tensor, offset), offset, "TMA store").reshape(shape)
     if tensor.im2col is not None:
@@ -236,7 +282,7 @@ def store(
             new = np.ascontiguousarray(box[row].reshape(-1)[: len(column)])
             column[...] = new if reduction is None else reduce_elements(column.copy(), new, tensor.element, reduction)
         return
-    view, where = _clip(tensor, coordinates, memory)
+    view, where = _clip(_whole_rows(tensor), coordinates, memory)
     if view is None:
         return
     if memory.observers:

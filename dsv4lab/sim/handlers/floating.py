@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv4lab.sim import numfmt
-from dsv4lab.sim.decode import Decoder, Form, Run, family
+from dsv4lab.sim.decode import Action, Decoder, Form, Run, family
 from dsv4lab.sim.errors import UnknownInstruction
 from dsv4lab.sim.handlers import alu
 from dsv4lab.sim.handlers.alu import assign
@@ -53,7 +53,8 @@ _libm = ctypes.CDLL(ctypes.util.find_library("m"))
 _libm.fma.restype, _libm.fma.argtypes = ctypes.c_double, [ctypes.c_double] * 3
 _libm.fmaf.restype, _libm.fmaf.argtypes = ctypes.c_float, [ctypes.c_float] * 3
 # fesetround's constants for rounding down, up and to zero
-_MODES = dict(zip(("rm", "rp", "rz"), (0x400, 0x800, 0xC00) if machine() == "x86_64" else (0x800000, 0x400000, 0xC00000)))
+_X86 = machine() == "x86_64"
+_MODES = {"rm": 0x400 if _X86 else 0x800000, "rp": 0x800 if _X86 else 0x400000, "rz": 0xC00 if _X86 else 0xC00000}
 
 
 def directed(function: Callable[..., Array], mode: str) -> Callable[..., Array]:
@@ -173,7 +174,7 @@ def _either(
     name: str, function: Callable[..., Array], integer: Callable[[Decoder, Instruction, Form], Run], count: int
 ) -> None:
     @family(name)
-    def build(d: Decoder, i: Instruction, f: Form) -> Run:
+    def build(d: Decoder, i: Instruction, f: Form) -> Run | Action:
         if f.left and f.left[-1] in _FLOATS:
             if len(f.left) > 1 and f.left[-2] == "f32" and f.left[-1] in ("f16", "bf16"):
                 return _mixed(d, i, f, function, count)

@@ -359,15 +359,16 @@ def _async_reduction(d: Decoder, i: Instruction, f: Form) -> Action:
         values = w.u[source].copy()
         addresses, targets = access.addresses(w, m), barrier.addresses(w, m)
         for position, lane in enumerate(w.active(m)):
-            address, target = addresses[position : position + 1], int(targets[position])
+            address, target, who = addresses[position : position + 1], int(targets[position]), site(w, int(lane), i.index)
+            new = values[lane : lane + 1]
 
-            def effect(address: Array = address, target: int = target, new: Array = values[lane : lane + 1]) -> None:
+            def effect(address: Array = address, target: int = target, new: Array = new, who: Site = who) -> None:
                 old, put = _cell(w, access, address)
                 put(_combine(name, t, old, new, None))
                 owner, place = w.cta.cluster.resolve(int(address[0]))
                 w.cta.machine.observers.write("shared", owner, place, _FIRST, size)
                 cta, offset = w.cta.cluster.resolve(target)
-                cta.mbarrier(offset).complete(size, "red.async")
+                cta.mbarrier(offset).complete(size, Deed("red.async", who))
 
             w.cta.machine.issue(None, effect, "red.async", w, i.index, (int(lane),))
 

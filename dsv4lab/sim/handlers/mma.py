@@ -119,7 +119,10 @@ def mma(d: Decoder, i: Instruction, f: Form) -> Action:
 
 
 def _double(d: Decoder, i: Instruction, m_rows: int, n: int, k: int) -> Action:
-    """float64: a chain of fused multiply-adds along K, one number a register. A's register r holds row t/4 + 8 (r mod M/8), column t%4 + 4 (r div M/8)."""
+    """float64: a chain of fused multiply-adds along K, one number a register.
+
+    Register r of A holds row t / 4 + 8 (r mod M / 8), column t % 4 + 4 (r div M / 8).
+    """
     if (m_rows, n) not in ((8, 8), (16, 8)):
         raise UnknownInstruction(f"{i.opcode} is not simulated")
     targets, a, b, c = ([d.source(r, "b64") for r in d.items(o)] for o in i.operands[:4])

@@ -59,6 +59,8 @@ def _box(plan: tma.Plan) -> tuple[int, Array] | None:
     """`Box` of movers.c; None for descriptors that numpy must handle."""
     if plan.padded or plan.nan_fill or plan.im2col is not None or any(step != 1 for step in plan.steps):
         return None
+    if plan.element in tma.CONVERTED:
+        return None
     kept = np.zeros(19, np.int64)
     kept[:4] = plan.address, plan.rank, plan.element_bytes, SWIZZLE_BITS[plan.mode]
     for start, values in ((4, plan.extents), (9, plan.strides), (14, plan.box)):
@@ -132,7 +134,9 @@ class NativeMovers(Movers):
         self._move(w, first, registers, cells, index, True)
 
     def _box_in_c(self, plan: tma.Plan, place: list[int], cta: Cta, offset: int, store: bool) -> bool:
-        if self.machine.observers or offset % tma.SHARED_ALIGNMENT or len(place) != plan.rank:
+        if self.machine.observers or offset % tma.SHARED_ALIGNMENT or len(place) != plan.rank or not tma.aligned(plan, place):
+            return False
+        if store and (min(place) < 0 or not tma.whole(plan)):
             return False
         box = _box(plan)
         if box is None:

@@ -46,7 +46,9 @@ def _numbers(label: str, t: str, count: int = THREADS) -> tuple[np.ndarray, np.n
     return np.where(np.arange(count) % 7 == 0, dtype(0), old), np.where(near, old + dtype(1), new)
 
 
-def _returned(opcode: str, old: np.ndarray, new: np.ndarray, result: np.ndarray, more: str = "", element: str = "", bound=EXACT) -> list[Form]:  # type: ignore[no-untyped-def]
+def _returned(
+    opcode: str, old: np.ndarray, new: np.ndarray, result: np.ndarray, more: str = "", element: str = "", bound=EXACT
+) -> list[Form]:  # type: ignore[no-untyped-def]
     """atom on a word of the thread's own, in global and in shared memory: the target holds the results, then the old values."""
     out = []
     size = old.itemsize
@@ -56,7 +58,8 @@ def _returned(opcode: str, old: np.ndarray, new: np.ndarray, result: np.ndarray,
         label = opcode.replace("SPACE", space)
         place = "there" if space == "global" else "at"
         start = f"""
-        mad.wide.u32 here, thread, {size}, source; mad.wide.u32 there, thread, {size}, target; mad.lo.u32 at, thread, {size}, smem;
+        mad.wide.u32 here, thread, {size}, source; mad.wide.u32 there, thread, {size}, target;
+        mad.lo.u32 at, thread, {size}, smem;
         ld.global.b{8 * size} {name}1, [here]; ld.global.b{8 * size} {name}2, [here+{size * THREADS}];
         """
         if space == "shared":
@@ -120,7 +123,9 @@ def floating() -> list[Form]:
         for form in made:
             assert form.before is not None
             out.append(
-                Form(form.label, form.text, form.source, form.expected.view(kind), form.before.view(kind), ANY_NAN, form.element)
+                Form(
+                    form.label, form.text, form.source, form.expected.view(kind), form.before.view(kind), ANY_NAN, form.element
+                )
             )
     return out
 
@@ -153,18 +158,23 @@ def _vector(family: str, name: str, t: str, count: int) -> Form:
     if name == "add":
         result = arithmetic("add", base, "rn", False, False, old, new)
     else:
-        ordered = [np.where(v & 0x8000, 0x7FFF - (v & 0x7FFF).astype(np.int32), v.astype(np.int32) + 0x8000) for v in (old, new)]
+        ordered = [
+            np.where(v & 0x8000, 0x7FFF - (v & 0x7FFF).astype(np.int32), v.astype(np.int32) + 0x8000) for v in (old, new)
+        ]
         smaller = ordered[0] <= ordered[1]
         result = np.where(smaller == (name == "min"), old, new)
     width = size * count
     loads = "\n".join(f"ld.global.b{8 * size} {prefix}{k}, [here+{size * k}];" for k in range(count))
     names = "{" + ", ".join(f"{prefix}{k}" for k in range(count)) + "}"
     back = "{" + ", ".join(f"{prefix}{8 + k}" for k in range(count)) + "}, " if family == "atom" else ""
-    code = f"mad.wide.u32 here, thread, {width}, source; mad.wide.u32 there, thread, {width}, target;\n{loads}\n{opcode} {back}[there], {names};"
+    code = f"mad.wide.u32 here, thread, {width}, source; mad.wide.u32 there, thread, {width}, target;\n"
+    code += f"{loads}\n{opcode} {back}[there], {names};"
     kind = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}[base]
     expected, before = result.view(kind), old.view(kind)
     if family == "atom":
-        stores = "\n".join(f"st.global.b{8 * size} [there+{THREADS * width + size * k}], {prefix}{8 + k};" for k in range(count))
+        stores = "\n".join(
+            f"st.global.b{8 * size} [there+{THREADS * width + size * k}], {prefix}{8 + k};" for k in range(count)
+        )
         code += "\n" + stores
         expected, before = np.concatenate([expected, before]), np.concatenate([before, np.zeros_like(before)])
     return Form(opcode, _REGISTERS + code, new, expected, before, ANY_NAN, "bf16" if base == "bf16" else "")

@@ -124,7 +124,10 @@ def between_floats() -> list[Form]:
         for mode in modes:
             label = _opcode(mode, target, source)
             out.append(_float(label, source, target, mode or "rn"))
-    out += [_float("cvt.rn.relu.f16.f32", "f32", "f16", relu=True), _float("cvt.rz.relu.bf16.f32", "f32", "bf16", "rz", relu=True)]
+    out += [
+        _float("cvt.rn.relu.f16.f32", "f32", "f16", relu=True),
+        _float("cvt.rz.relu.bf16.f32", "f32", "bf16", "rz", relu=True),
+    ]
     out += [_float("cvt.rn.tf32.f32", "f32", "tf32"), _float("cvt.rz.tf32.f32", "f32", "tf32", "rz")]
     out += [_float("cvt.rna.tf32.f32", "f32", "tf32", "rna"), _float("cvt.rn.relu.tf32.f32", "f32", "tf32", relu=True)]
     out += [_float("cvt.rna.satfinite.tf32.f32", "f32", "tf32", "rna", saturate=True)]
@@ -152,9 +155,7 @@ def between_floats() -> list[Form]:
     return out
 
 
-def _float(
-    label: str, source: str, target: str, mode: str = "rn", *, saturate: bool = False, relu: bool = False
-) -> Form:
+def _float(label: str, source: str, target: str, mode: str = "rn", *, saturate: bool = False, relu: bool = False) -> Form:
     a = floats(label, source)
     codes = np.array(convert(a.tolist(), source, target, mode, saturate, relu), _UNSIGNED[target])
     if target == "tf32":
@@ -166,7 +167,9 @@ def _float(
     if target == "tf32":  # only 19 bits are the result
         nan = (a & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
         kept = np.full(len(a), 0x7FFFE000, np.uint32)
-        if mode == "rna":  # a NaN keeps its upper bits, as the H200 shows; .satfinite takes a unit off whatever has its exponent
+        if (
+            mode == "rna"
+        ):  # a NaN keeps its upper bits, as the H200 shows; .satfinite takes a unit off whatever has its exponent
             kept = (a & np.uint32(0xFFFFE000)) - np.uint32(0x2000 if saturate else 0)
         return lanes(label, f"{label} r, a; and.b32 r, r, 0xFFFFE000;", [a], np.where(nan, kept, codes))
     return lanes(label, f"{label} r, a;", [a], codes if kind is None or bound is EXACT else codes.view(kind), bound, element)
@@ -280,7 +283,12 @@ def _unpacked(target: str, source: str, *modifiers: str) -> Form:
 def packed() -> list[Form]:
     out = []
     for t in ("f16x2", "bf16x2"):
-        out += [_packed(t, "f32", "rn"), _packed(t, "f32", "rz"), _packed(t, "f32", "rn", "relu"), _packed(t, "f32", "rz", "relu")]
+        out += [
+            _packed(t, "f32", "rn"),
+            _packed(t, "f32", "rz"),
+            _packed(t, "f32", "rn", "relu"),
+            _packed(t, "f32", "rz", "relu"),
+        ]
     for t in ("e4m3x2", "e5m2x2"):
         for source in ("f32", "f16x2"):
             out += [_packed(t, source, "rn", "satfinite"), _packed(t, source, "rn", "satfinite", "relu")]
@@ -299,8 +307,6 @@ def packed_blackwell() -> list[Form]:
     out.append(_unpacked("bf16x2", "ue8m0x2", "rn"))
     out += [_packed(t, "f32", "rn", "satfinite") for t in ("f16x2", "bf16x2")]
     return out
-
-
 
 
 @cache

@@ -95,29 +95,43 @@ def results(out: Path, index: int) -> list[np.ndarray] | str:
         return [data[name] for name in data.files]
 
 
+def entry(group: Group, index: int, gpu: np.ndarray | str, cpu: np.ndarray | str) -> dict[str, Any]:
+    """Whether the GPU and the simulator agree on a form, and how each compares with the expected result."""
+    form = group.forms[index]
+    known: dict[str, Any] = {"group": group.name, "form": form.label, "bound": form.bound.kind, "reason": form.bound.reason}
+    if isinstance(gpu, str) or isinstance(cpu, str):
+        known["error"] = f"GPU: {gpu}" if isinstance(gpu, str) else f"simulator: {cpu}"
+        return known
+    found = compare(cpu, gpu, form.element)
+    known |= {"equal": found.equal, "elements": int(gpu.size), "gpu": digest(gpu)}
+    for name, result in (("gpu_problem", gpu), ("simulator_problem", cpu)):
+        known[name] = problem(form, result)
+    if not found.equal:
+        known |= {"different": found.different, "only_nan": found.payload, "ulp": found.ulp, "absolute": found.absolute}
+        known["relative"] = found.relative
+    return known
+
+
 def record(native: Path, simulated: Path) -> list[dict[str, Any]]:
-    """One entry per form: whether the GPU and the simulator agree, and how each compares with the expected result."""
+    """One entry per form."""
     out = []
     for index, group in enumerate(suite.every("sm_90a")):
         gpu, cpu = results(native, index), results(simulated, index)
-        for k, form in enumerate(group.forms):
-            entry: dict[str, Any] = {"group": group.name, "form": form.label, "bound": form.bound.kind}
-            out.append(entry)
-            if isinstance(gpu, str) or isinstance(cpu, str):
-                entry["error"] = f"GPU: {gpu}" if isinstance(gpu, str) else f"simulator: {cpu}"
-                continue
-            found = compare(cpu[k], gpu[k], form.element)
-            entry |= {
-                "equal": found.equal,
-                "elements": int(gpu[k].size),
-                "different": found.different,
-                "gpu": digest(gpu[k]),
-                "gpu_problem": problem(form, gpu[k]),
-                "simulator_problem": problem(form, cpu[k]),
-            }
-            if not found.equal:
-                entry |= {"ulp": found.ulp, "relative": found.relative, "absolute": found.absolute, "nan": found.nan}
+        for k in range(len(group.forms)):
+            out.append(entry(group, k, gpu if isinstance(gpu, str) else gpu[k], cpu if isinstance(cpu, str) else cpu[k]))
     return out
+
+
+def device() -> str:
+    """The GPU and its driver."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def write(path: Path, where: str, entries: list[dict[str, Any]]) -> None:
+    """The record: what it was measured on, then one line per form, without what says nothing."""
+    lines = [json.dumps({k: v for k, v in e.items() if v not in ("", None)}) for e in entries]
+    path.write_text(f'{{"device": {json.dumps(where)}, "forms": [\n' + ",\n".join(lines) + "\n]}\n")
 
 
 def main() -> None:
@@ -126,11 +140,13 @@ def main() -> None:
         return
     out = Path(sys.argv[1])
     parts = out / "parts"
-    simulator = subprocess.Popen([sys.executable, "-W", "ignore", "-m", __spec__.name, "simulated-all", str(parts / "simulated"), "-"])
+    simulator = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", __spec__.name, "simulated-all", str(parts / "simulated"), "-"]
+    )
     supervise("native", parts / "native")
     simulator.wait()
     entries = record(parts / "native", parts / "simulated")
-    (out / "fidelity.json").write_text(json.dumps(entries, indent=1))
+    write(out / "fidelity.json", device(), entries)
     gpu = {}
     for index, group in enumerate(suite.every("sm_90a")):
         found = results(parts / "native", index)
@@ -139,11 +155,11 @@ def main() -> None:
     np.savez_compressed(out / "native.npz", **gpu)  # type: ignore[arg-type]
     equal = sum(e.get("equal", False) for e in entries)
     print(f"{len(entries)} forms, {equal} with equal bits, {sum('error' in e for e in entries)} not run")
-    for entry in entries:
-        if "error" in entry:
-            print(f"NOT RUN {entry['group']}: {entry['form']}: {entry['error'][:300]}")
-        elif entry["gpu_problem"] or not entry["equal"]:
-            print(f"{entry['group']}: equal {entry['equal']}, ulp {entry.get('ulp')}: {(entry['gpu_problem'] or entry['form'])[:220]}")
+    for e in entries:
+        if "error" in e:
+            print(f"NOT RUN {e['group']}: {e['form']}: {e['error'][:300]}")
+        elif e["gpu_problem"] or not e["equal"]:
+            print(f"{e['group']}: equal {e['equal']}, ulp {e.get('ulp')}: {(e['gpu_problem'] or e['form'])[:220]}")
 
 
 if __name__ == "__main__":

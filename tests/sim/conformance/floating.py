@@ -24,7 +24,7 @@ def _halves(function: Callable[..., np.ndarray], *operands: np.ndarray) -> np.nd
 
 
 def _at_the_edge(name: str, t: str, operands: list[np.ndarray]) -> None:
-    """Put numbers whose result is next to the smallest normal one into the first lanes: does .ftz look before or after rounding?"""
+    """Numbers whose result is next to the smallest normal one, in the first lanes: does .ftz look before or after rounding?"""
     fmt = FORMATS[t.removesuffix("x2")]
     small = operands[0].view(_UNSIGNED[t.removesuffix("x2")])
     kind, one, least = small.dtype.type, fmt.bias << fmt.mantissa, 1 << fmt.mantissa
@@ -291,8 +291,6 @@ def three_operands() -> list[Form]:
             expected = np.array([_extreme(name, "f32", False, nan, False, *v) for v in columns], np.uint32)
             out.append(lanes(f"{opcode} (three operands)", f"{opcode} r, a, b, c;", operands, expected))
     return out
-
-
 
 
 @cache

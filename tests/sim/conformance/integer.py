@@ -199,7 +199,14 @@ def logic() -> list[Form]:
             form("shl", t, lambda a, n, w=width: a << n if n < w else 0, f"{u} u32", u),
             form("shr", u, lambda a, n: a >> n if n < 64 else 0, f"{u} u32", u),
             form("shr", "s" + t[1:], lambda a, n: a >> min(n, 63), f"{'s' + t[1:]} u32", u),
-            form("selp", t, lambda a, b, c: a if c & 1 else b, f"{u} {u} u32", u, f"and.b32 w0, c, 1; setp.ne.u32 p0, w0, 0; selp.{t} r, a, b, p0;"),
+            form(
+                "selp",
+                t,
+                lambda a, b, c: a if c & 1 else b,
+                f"{u} {u} u32",
+                u,
+                f"and.b32 w0, c, 1; setp.ne.u32 p0, w0, 0; selp.{t} r, a, b, p0;",
+            ),
         ]
     for immediate in (0x80, 0xE8, 0x96, 0xCA, 0x01):
 
@@ -210,9 +217,7 @@ def logic() -> list[Form]:
                 value |= ((table >> row) & 1) << k
             return value
 
-        out.append(
-            form(f"lop3.b32 0x{immediate:02x}", "", truth, "u32 u32 u32", "u32", f"lop3.b32 r, a, b, c, {immediate};")
-        )
+        out.append(form(f"lop3.b32 0x{immediate:02x}", "", truth, "u32 u32 u32", "u32", f"lop3.b32 r, a, b, c, {immediate};"))
     pair = "setp.ne.u32 p0, a, 3; setp.gt.u32 p1, b, 77; {} selp.u32 r, 1, 0, p2;"
     for name, function in (
         ("and", lambda x, y: x and y),
@@ -229,7 +234,11 @@ def logic() -> list[Form]:
                 pair.format(f"{name}.pred p2, p0, p1;"),
             )
         )
-    out.append(form("not.pred", "", lambda a: int(a == 3), "u32", "u32", "setp.ne.u32 p0, a, 3; not.pred p1, p0; selp.u32 r, 1, 0, p1;"))
+    out.append(
+        form(
+            "not.pred", "", lambda a: int(a == 3), "u32", "u32", "setp.ne.u32 p0, a, 3; not.pred p1, p0; selp.u32 r, 1, 0, p1;"
+        )
+    )
     out.append(form("slct.u32.s32", "", lambda a, b, c: a if c >= 0 else b, "u32 u32 s32", "u32"))
     return out
 
@@ -278,14 +287,26 @@ def bit_fields() -> list[Form]:
             form("clz", b, lambda a, w=width: w - a.bit_length(), u, "u32"),
             form("brev", b, lambda a, w=width: int(f"{a:0{w}b}"[::-1], 2), u, u),
             # Positions and lengths are from 0 to 255; what larger ones do is open.
-            form("bfi", b, lambda a, b, c, d, w=width: _insert(a, b, c, d, w), f"{u} {u} u32 u32", u,
-                 f"and.b32 c, c, 255; and.b32 d, d, 255; bfi.{b} r, a, b, c, d;"),
+            form(
+                "bfi",
+                b,
+                lambda a, b, c, d, w=width: _insert(a, b, c, d, w),
+                f"{u} {u} u32 u32",
+                u,
+                f"and.b32 c, c, 255; and.b32 d, d, 255; bfi.{b} r, a, b, c, d;",
+            ),
         ]
         for t in (u, s):
             signed = t[0] == "s"
             out += [
-                form("bfe", t, lambda a, b, c, w=width, s=signed: _field(a, b, c, w, s), f"{t} u32 u32", "",
-                     f"and.b32 b, b, 255; and.b32 c, c, 255; bfe.{t} r, a, b, c;"),
+                form(
+                    "bfe",
+                    t,
+                    lambda a, b, c, w=width, s=signed: _field(a, b, c, w, s),
+                    f"{t} u32 u32",
+                    "",
+                    f"and.b32 b, b, 255; and.b32 c, c, 255; bfe.{t} r, a, b, c;",
+                ),
                 form("bfind", t, lambda a, w=width, s=signed: _find(a, w, s, False), t, "u32"),
                 form("bfind.shiftamt", t, lambda a, w=width, s=signed: _find(a, w, s, True), t, "u32"),
             ]
@@ -346,7 +367,8 @@ def permutes() -> list[Form]:
         out.append(form(f"prmt.b32.{mode}", "", lambda a, b, c, m=mode: _permute(a, b, c, m), "u32 u32 u32", "u32"))
     swap = "mov.b64 {w0, w1}, a; mov.b64 r, {w1, w0};"
     out += [
-        form("prmt.b32 0x5410", "", lambda a, b: a & 0xFFFF | (b & 0xFFFF) << 16, "u32 u32", "u32", "prmt.b32 r, a, b, 0x5410;"),
+        form("prmt.b32 0x5410", "", lambda a, b: a & 0xFFFF | (b & 0xFFFF) << 16, "u32 u32", "u32",
+             "prmt.b32 r, a, b, 0x5410;"),
         form("mov.b64 {b32, b32}", "", lambda a: (a >> 32) | (a & 0xFFFFFFFF) << 32, "u64", "u64", swap),
         form(
             "mov.b32 {b16, b16}", "", lambda a: (a >> 16) | (a & 0xFFFF) << 16, "u32", "u32",
@@ -387,7 +409,8 @@ def comparisons() -> list[Form]:
         near = form(f"setp.{{{','.join(names)}}}.{t}", "", all_of, f"{kind} {kind}", "u32", code)
         out.append(near)
     for name, function in (("and", lambda x, y: x and y), ("or", lambda x, y: x or y), ("xor", lambda x, y: x != y)):
-        code = f"setp.ne.u32 p0, c, 7; setp.lt.{name}.s32 p1|p2, a, b, !p0; selp.b32 w0, 1, 0, p1; selp.b32 w1, 2, 0, p2; or.b32 r, w0, w1;"
+        code = f"setp.ne.u32 p0, c, 7; setp.lt.{name}.s32 p1|p2, a, b, !p0; "
+        code += "selp.b32 w0, 1, 0, p1; selp.b32 w1, 2, 0, p2; or.b32 r, w0, w1;"
         out.append(
             form(
                 f"setp.lt.{name}.s32 p|q, a, b, !c",

@@ -93,7 +93,7 @@ class Product:
 
 
 def multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray, name: str = "") -> Product:
-    """Operands of a format as float64 (m, k) and (n, k), c as float64 (m, n). A subnormal factor is as large as its exponent."""
+    """Operands of a format as float64 (m, k) and (n, k), c (m, n). A subnormal factor is as large as its exponent."""
     least = 2.0 ** (1 - FORMATS[name].bias) if name in FORMATS else 0.0
     sizes = [np.where(x == 0, 0, np.maximum(np.abs(x), least)) for x in (a, b)]
     largest = np.abs(c)
@@ -107,7 +107,8 @@ def accumulation(product: Product, result: str, name: str, depth: int, steps: in
     """How far a tensor core's sum may be from the exact one.
 
     Addends are cut off below the largest one's leading bit by a fixed number of places: 23 or more for 16- and 32-bit
-    operands, 13 for 8-bit ones on sm_90; each of the depth + 1 addends loses less than one unit there, and the result of each of
+    operands, 13 for 8-bit ones on sm_90;
+    each of the depth + 1 addends loses less than one unit there, and the result of each of
     the steps (instructions) is cut off or rounded once more.
     """
     places = 12 if name in ("e4m3", "e5m2") else 22
@@ -161,7 +162,7 @@ def k_major(codes: np.ndarray, size: int, mode: str, depth: int) -> Image:
 
 
 def mn_major(codes: np.ndarray, size: int, mode: str, depth: int) -> Image:
-    """M or N contiguous. Blocks of 8 steps of K, each a line of the span's elements; depth: elements of K of one instruction."""
+    """M or N contiguous. Blocks of 8 steps of K, each a line of the span's elements; depth: K of one instruction."""
     rows, k_total = codes.shape
     per = SPAN[mode] // size  # elements of a line
     row, k = np.arange(rows)[:, None], np.arange(k_total)[None, :]

@@ -33,7 +33,19 @@ def _moved(label: str, width: int, code: str) -> Form:
 def vectors() -> list[Form]:
     """Global memory, and through shared memory by shared and by generic addresses."""
     out = []
-    for count, t in ((1, "b8"), (1, "b16"), (1, "b32"), (1, "b64"), (2, "b8"), (2, "b16"), (2, "b32"), (2, "b64"), (4, "b8"), (4, "b16"), (4, "b32")):
+    for count, t in (
+        (1, "b8"),
+        (1, "b16"),
+        (1, "b32"),
+        (1, "b64"),
+        (2, "b8"),
+        (2, "b16"),
+        (2, "b32"),
+        (2, "b64"),
+        (4, "b8"),
+        (4, "b16"),
+        (4, "b32"),
+    ):
         size = int(t[1:]) // 8
         prefix = {1: "h", 2: "h", 4: "w", 8: "x"}[size]
         form = f"{f'v{count}.' if count > 1 else ''}{t}"
@@ -69,14 +81,14 @@ def hints() -> list[Form]:
         out.append(_moved(opcode, 4, f"ld.global.b32 w0, [here]; {opcode} [there], w0;"))
     for order in ("volatile", "relaxed.cta", "acquire.cta"):
         store = {"volatile": "volatile", "relaxed.cta": "relaxed.cta", "acquire.cta": "release.cta"}[order]
-        code = f"ld.global.b32 w0, [here]; st.{store}.shared.b32 [at], w0; bar.sync 0; ld.{order}.shared.b32 w1, [at]; st.global.b32 [there], w1;"
+        code = f"ld.global.b32 w0, [here]; st.{store}.shared.b32 [at], w0; bar.sync 0; "
+        code += f"ld.{order}.shared.b32 w1, [at]; st.global.b32 [there], w1;"
         out.append(_moved(f"st.{store}.shared, ld.{order}.shared", 4, code))
     code = """
     createpolicy.fractional.L2::evict_last.b64 x0, 0f3F800000; ld.global.L2::cache_hint.b32 w0, [here], x0;
     st.global.L2::cache_hint.b32 [there], w0, x0;
     """
     out.append(_moved("ld and st with L2::cache_hint", 4, code))
-    code = "prefetch.global.L2 [here]; prefetchu.L1 [here]; discard.global.L2 [there], 128; ld.global.b32 w0, [here]; st.global.b32 [there], w0;"
     code = "prefetch.global.L2 [here]; prefetch.global.L1 [here]; ld.global.b32 w0, [here]; st.global.b32 [there], w0;"
     out.append(_moved("prefetch", 4, code))
     return out
@@ -92,7 +104,9 @@ def widening() -> list[Form]:
         mad.wide.u32 here, thread, {kind.itemsize}, source; mad.wide.u32 there, thread, 8, target;
         ld.global.{t} x0, [here]; st.global.b64 [there], x0;
         """
-        out.append(Form(f"ld.global.{t} to 64 bits", _REGISTERS + code, data, data.astype(np.int64 if t[0] == "s" else np.uint64)))
+        out.append(
+            Form(f"ld.global.{t} to 64 bits", _REGISTERS + code, data, data.astype(np.int64 if t[0] == "s" else np.uint64))
+        )
     data = bits("narrow store", THREADS, np.uint32)
     code = """
     mad.wide.u32 here, thread, 4, source; add.u64 there, target, 0; cvt.u64.u32 x0, thread; add.u64 there, there, x0;
@@ -193,12 +207,14 @@ def asynchronous() -> list[Form]:
         part = np.arange(THREADS)[:, None] % (size + 1)
         expected = np.where(np.arange(size)[None, :] < part, data, 0).astype(np.uint8)
         code = f"""
-        mad.wide.u32 here, thread, {size}, source; mad.wide.u32 there, thread, {size}, target; mad.lo.u32 at, thread, {size}, smem;
+        mad.wide.u32 here, thread, {size}, source; mad.wide.u32 there, thread, {size}, target;
+        mad.lo.u32 at, thread, {size}, smem;
         rem.u32 w8, thread, {size + 1}; cp.async.{kind}.shared.global [at], [here], {size}, w8; {finish} {read}
         """
         out.append(Form(f"{label} with a source size", _REGISTERS + code, data, expected))
         code = f"""
-        mad.wide.u32 here, thread, {size}, source; mad.wide.u32 there, thread, {size}, target; mad.lo.u32 at, thread, {size}, smem;
+        mad.wide.u32 here, thread, {size}, source; mad.wide.u32 there, thread, {size}, target;
+        mad.lo.u32 at, thread, {size}, smem;
         and.b32 w8, thread, 1; setp.eq.u32 p1, w8, 1; cp.async.{kind}.shared.global [at], [here], {size}, p1; {finish} {read}
         """
         ignored = np.where(np.arange(THREADS)[:, None] % 2 == 1, 0, data).astype(np.uint8)
@@ -210,8 +226,13 @@ def asynchronous() -> list[Form]:
     ld.shared.b32 w0, [at]; st.global.b32 [there], w0;
     """
     out.append(_moved("cp.async.mbarrier.arrive.noinc", 4, code))
-    plain = code.replace("], 128;", "], 128;").replace(".noinc", "").replace(
-        "cp.async.mbarrier.arrive.shared.b64 [smem];", "cp.async.mbarrier.arrive.shared.b64 [smem]; mbarrier.arrive.shared.b64 _, [smem];"
+    plain = (
+        code.replace("], 128;", "], 128;")
+        .replace(".noinc", "")
+        .replace(
+            "cp.async.mbarrier.arrive.shared.b64 [smem];",
+            "cp.async.mbarrier.arrive.shared.b64 [smem]; mbarrier.arrive.shared.b64 _, [smem];",
+        )
     )
     out.append(_moved("cp.async.mbarrier.arrive", 4, plain))
     code = """
@@ -227,7 +248,13 @@ def blackwell() -> list[Form]:
     """sm_100a: 256-bit global accesses, ldmatrix and stmatrix of bytes."""
     out = []
     for form, names in (("v8.b32", _names("w", 8)), ("v4.b64", _names("x", 4))):
-        out.append(_moved(f"ld.global.{form}, st.global.{form}", 32, f"ld.global.{form} {names}, [here]; st.global.{form} [there], {names};"))
+        out.append(
+            _moved(
+                f"ld.global.{form}, st.global.{form}",
+                32,
+                f"ld.global.{form} {names}, [here]; st.global.{form} [there], {names};",
+            )
+        )
     return out
 
 

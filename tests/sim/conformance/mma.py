@@ -78,7 +78,9 @@ def product(d: str, a: str, b: str, k: int, kind: str, satfinite: bool = False) 
     total = sum(counts)
     load = f"mad.wide.u32 here, thread, {4 * total}, source; mad.wide.u32 there, thread, {4 * counts[2]}, target;\n"
     load += "\n".join(f"ld.global.b32 {n}, [here+{4 * i}];" for i, n in enumerate([*names[0], *names[1], *names[2]]))
-    code = f"\n{opcode} {{{', '.join(outs)}}}, {{{', '.join(names[0])}}}, {{{', '.join(names[1])}}}, {{{', '.join(names[2])}}};\n"
+    code = (
+        f"\n{opcode} {{{', '.join(outs)}}}, {{{', '.join(names[0])}}}, {{{', '.join(names[1])}}}, {{{', '.join(names[2])}}};\n"
+    )
     save = "\n".join(f"st.global.b32 [there+{4 * i}], {n};" for i, n in enumerate(outs))
     return Form(label, declare + load + code + save, np.concatenate(words, axis=1), expected, bound=bound)
 
@@ -87,7 +89,11 @@ def floating() -> list[Form]:
     out = []
     for kind in ("whole", "normal", "wide"):
         for k in (8, 16):
-            out += [product("f32", "f16", "f16", k, kind), product("f16", "f16", "f16", k, kind), product("f32", "bf16", "bf16", k, kind)]
+            out += [
+                product("f32", "f16", "f16", k, kind),
+                product("f16", "f16", "f16", k, kind),
+                product("f32", "bf16", "bf16", k, kind),
+            ]
         out += [product("f32", "tf32", "tf32", k, kind) for k in (4, 8)]
         for a in ("e4m3", "e5m2"):
             for b in ("e4m3", "e5m2"):
@@ -128,14 +134,21 @@ def double() -> list[Form]:
             source = np.stack([*left, *right, *[c[p] for p in place]], axis=1)
             expected = np.stack([made.exact[p] for p in place], axis=1)
             largest = np.stack([made.largest[p] for p in place], axis=1)
-            bound = EXACT if kind == "whole" else Bound("absolute", (k + 1) * 2.0**-51 * largest, "order of the additions, each rounded")
+            bound = (
+                EXACT
+                if kind == "whole"
+                else Bound("absolute", (k + 1) * 2.0**-51 * largest, "order of the additions, each rounded")
+            )
             counts = [len(left), len(right), len(place)]
             names = [[f"{p}{i}" for i in range(n)] for p, n in zip("abc", counts, strict=True)]
             outs = [f"d{i}" for i in range(len(place))]
             text = " ".join(f".reg .b64 {', '.join(n)};" for n in [*names, outs]) + " .reg .b64 here, there;\n"
-            text += f"mad.wide.u32 here, thread, {8 * sum(counts)}, source; mad.wide.u32 there, thread, {8 * len(place)}, target;\n"
+            text += (
+                f"mad.wide.u32 here, thread, {8 * sum(counts)}, source; mad.wide.u32 there, thread, {8 * len(place)}, target;\n"
+            )
             text += "\n".join(f"ld.global.b64 {n}, [here+{8 * i}];" for i, n in enumerate([*names[0], *names[1], *names[2]]))
-            text += f"\n{opcode} {{{', '.join(outs)}}}, {{{', '.join(names[0])}}}, {{{', '.join(names[1])}}}, {{{', '.join(names[2])}}};\n"
+            vectors = ", ".join("{" + ", ".join(n) + "}" for n in [outs, *names])
+            text += f"\n{opcode} {vectors};\n"
             text += "\n".join(f"st.global.b64 [there+{8 * i}], {n};" for i, n in enumerate(outs))
             out.append(Form(label, text, source, expected, bound=bound))
     return out

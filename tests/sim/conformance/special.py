@@ -125,7 +125,9 @@ def quotients() -> list[Form]:
         x, y = (m.astype(np.float32) for m in mantissas)
         expected = (x.astype(np.float64) / y.astype(np.float64)).astype(np.float32)
     for name in ("div.approx.f32", "div.full.f32", "div.approx.ftz.f32", "div.full.ftz.f32"):
-        out.append(lanes(name, f"{name} r, a, b;", [x.view(np.uint32), y.view(np.uint32)], expected, Bound("ulp", 2, DOCUMENTED)))
+        out.append(
+            lanes(name, f"{name} r, a, b;", [x.view(np.uint32), y.view(np.uint32)], expected, Bound("ulp", 2, DOCUMENTED))
+        )
     for name, function in (("rcp", lambda v: 1 / v), ("rsqrt", lambda v: 1 / np.sqrt(v))):
         v = np.exp2(bits(name + "64", COUNT).astype(np.float64) / 2.0**26 - 32)
         opcode = f"{name}.approx.ftz.f64"

@@ -51,7 +51,9 @@ def barriers() -> list[Form]:
         loop = f"WAIT: mbarrier.{form}.{space}.b64 p7, [smem], x0; @!p7 bra WAIT;\n"
         out.append(_reversing(f"mbarrier.{form} of a state", "mbarrier.arrive.shared.b64 x0, [smem];\n" + loop))
         parity = f"WAIT: mbarrier.{form.replace('wait', 'wait.parity')}.{space}.b64 p7, [smem], 0; @!p7 bra WAIT;\n"
-        out.append(_reversing(f"mbarrier.{form.replace('wait', 'wait.parity')}", "mbarrier.arrive.shared.b64 _, [smem];\n" + parity))
+        out.append(
+            _reversing(f"mbarrier.{form.replace('wait', 'wait.parity')}", "mbarrier.arrive.shared.b64 _, [smem];\n" + parity)
+        )
     code = "mbarrier.arrive.shared.b64 x0, [smem]; WAIT: mbarrier.try_wait.shared.b64 p7, [smem], x0, 1000000; @!p7 bra WAIT;\n"
     out.append(_reversing("mbarrier.try_wait with a time limit", code))
     code = """
@@ -68,21 +70,42 @@ def barriers() -> list[Form]:
     bar.sync 0; @p0 mbarrier.inval.shared.b64 [smem];
     """
     out.append(_reversing("mbarrier, three phases, inval", code))
-    counted = _REGISTERS + _START.format(count=5) + """
+    counted = (
+        _REGISTERS
+        + _START.format(count=5)
+        + """
     @p0 mbarrier.arrive.noComplete.shared.b64 x0, [smem], 2; @p0 mbarrier.pending_count.b64 w0, x0;
     @p0 mbarrier.arrive.shared.b64 x1, [smem]; @p0 mbarrier.pending_count.b64 w1, x1;
     @p0 st.global.v2.b32 [target], {w0, w1};
     """
+    )
     out.append(Form("mbarrier.pending_count", counted, np.zeros(1, np.uint32), np.array([5, 3], np.uint32)))
-    dropped = _REGISTERS + _START.format(count=3) + """
-    mov.b32 w5, 0; @p0 mbarrier.arrive_drop.shared.b64 _, [smem]; @p0 mbarrier.arrive.shared.b64 _, [smem]; @p0 mbarrier.arrive.shared.b64 _, [smem];
-    """ + wait("smem", 0) + """
+    dropped = (
+        _REGISTERS
+        + _START.format(count=3)
+        + """
+    mov.b32 w5, 0; @p0 mbarrier.arrive_drop.shared.b64 _, [smem]; @p0 mbarrier.arrive.shared.b64 _, [smem];
+    @p0 mbarrier.arrive.shared.b64 _, [smem];
+    """
+        + wait("smem", 0)
+        + """
     bar.sync 0; @p0 mbarrier.arrive.shared.b64 _, [smem]; @p0 mbarrier.test_wait.parity.shared.b64 p1, [smem], 1;
     selp.b32 w5, 100, 0, p1; @p0 mbarrier.arrive.shared.b64 _, [smem]; bar.sync 0;
-    """ + wait("smem", 1, 1) + "add.u32 w5, w5, 1; @p0 st.global.b32 [target], w5;"
+    """
+        + wait("smem", 1, 1)
+        + "add.u32 w5, w5, 1; @p0 st.global.b32 [target], w5;"
+    )
     dropped = dropped.replace("selp.b32 w5, 100, 0, p1;", "@p0 selp.b32 w5, 100, 0, p1;")
-    out.append(Form("mbarrier.arrive_drop lowers the count for good", dropped, np.zeros(1, np.uint32), np.array([1], np.uint32)))
+    out.append(
+        Form("mbarrier.arrive_drop lowers the count for good", dropped, np.zeros(1, np.uint32), np.array([1], np.uint32))
+    )
     return out
+
+
+_FENCES = """
+membar.cta; membar.gl; membar.sys; fence.acq_rel.cta; fence.acq_rel.cluster; fence.acq_rel.gpu; fence.sc.cta; fence.sc.gpu;
+fence.proxy.async; fence.proxy.alias; fence.proxy.async.shared::cta; fence.proxy.async.global; bar.sync 0;
+"""
 
 
 def named() -> list[Form]:
@@ -93,19 +116,24 @@ def named() -> list[Form]:
         ("barrier.sync 5", "barrier.sync 5;"),
         ("barrier.sync.aligned 15, 128", "barrier.sync.aligned 15, 128;"),
         ("barrier.cta.sync.aligned of a register", "mov.b32 w9, 7; barrier.cta.sync.aligned w9, 128;"),
-        ("bar.arrive, bar.sync", "setp.lt.u32 p1, thread, 64; @p1 bra FIRST; bar.arrive 2, 128; bar.sync 4, 128; bra DONE; FIRST: bar.sync 2, 128; bar.sync 4, 128; DONE:"),
-        ("membar, fence and a barrier", "membar.cta; membar.gl; membar.sys; fence.acq_rel.cta; fence.acq_rel.cluster; fence.acq_rel.gpu; fence.sc.cta; fence.sc.gpu; fence.proxy.async; fence.proxy.alias; fence.proxy.async.shared::cta; fence.proxy.async.global; bar.sync 0;"),
+        ("bar.arrive, bar.sync", "setp.lt.u32 p1, thread, 64; @p1 bra FIRST; bar.arrive 2, 128; bar.sync 4, 128; bra DONE; "
+         "FIRST: bar.sync 2, 128; bar.sync 4, 128; DONE:"),
+        ("membar, fence and a barrier", _FENCES),
         ("nanosleep and a barrier", "nanosleep.u32 100; bar.sync 0;"),
     ):  # fmt: skip
         data = bits(label, THREADS, np.uint32)
         out.append(Form(label, _REGISTERS + _EXCHANGE + code + "\n" + _REVERSED, data, data[::-1].copy()))
     data = bits("bar.warp.sync", THREADS, np.uint32)
-    code = _EXCHANGE + "bar.warp.sync -1; xor.b32 w1, thread, 31; mad.lo.u32 w1, w1, 4, smem; ld.shared.b32 w2, [w1+64]; st.global.b32 [there], w2;"
+    code = (
+        _EXCHANGE
+        + "bar.warp.sync -1; xor.b32 w1, thread, 31; mad.lo.u32 w1, w1, 4, smem; ld.shared.b32 w2, [w1+64]; "
+        + "st.global.b32 [there], w2;"
+    )
     out.append(Form("bar.warp.sync", _REGISTERS + code, data, data[np.arange(THREADS) ^ 31]))
     for name, held in (("mixed", lambda v: v % 3 == 0), ("all", lambda v: v >= 0), ("none", lambda v: v < 0)):
         data = bits(f"bar.red {name}", THREADS, np.uint32)
         truth = held(data.astype(np.int64))
-        code = f"""
+        code = """
         ld.global.b32 w0, [here]; setp.ne.u32 p1, w0, 0;
         barrier.cta.red.popc.aligned.u32 w1, 1, 128, p1; bar.red.and.pred p2, 2, p1; bar.red.or.pred p3, 3, 128, p1;
         barrier.red.popc.u32 w2, 4, 128, !p1; selp.b32 w3, 1000, 2000, p2; selp.b32 w4, 10000, 20000, p3;
@@ -113,7 +141,14 @@ def named() -> list[Form]:
         """
         total = int(truth.sum())
         result = total + (1000 if truth.all() else 2000) + (10000 if truth.any() else 20000) + (THREADS - total) * 100000
-        out.append(Form(f"bar.red.{{popc,and,or}} {name}", _REGISTERS + code, truth.astype(np.uint32), np.full(THREADS, result, np.uint32)))
+        out.append(
+            Form(
+                f"bar.red.{{popc,and,or}} {name}",
+                _REGISTERS + code,
+                truth.astype(np.uint32),
+                np.full(THREADS, result, np.uint32),
+            )
+        )
     return out
 
 
@@ -144,7 +179,8 @@ def _pairwise(label: str, code: str, data: np.ndarray | None = None, expected: n
     """A form of a cluster of two; by default each CTA gets the other one's words (source and target have both CTAs' words)."""
     data = bits(label, 2 * THREADS, np.uint32) if data is None else data
     start = """
-    mad.lo.u32 w20, rank, 128, thread; mad.wide.u32 here, w20, 4, source; mad.wide.u32 there, w20, 4, target; xor.b32 w21, rank, 1;
+    mad.lo.u32 w20, rank, 128, thread; mad.wide.u32 here, w20, 4, source; mad.wide.u32 there, w20, 4, target;
+    xor.b32 w21, rank, 1;
     @p0 mbarrier.init.shared.b64 [smem], 1; @p0 fence.mbarrier_init.release.cluster; ld.global.b32 w0, [here];
     barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; mapa.shared::cluster.u32 far, smem, w21;
     mad.lo.u32 at, thread, 4, smem; mad.lo.u32 w19, thread, 4, far;
@@ -162,12 +198,15 @@ def clusters() -> list[Form]:
     own = "ld.shared.b32 w2, [at+64]; st.global.b32 [there], w2;\n"
     out = [
         _pairwise("st.shared::cluster", "st.shared::cluster.b32 [w19+64], w0;" + _CLUSTER + own),
-        _pairwise("ld.shared::cluster", "st.shared.b32 [at+64], w0;" + _CLUSTER + "ld.shared::cluster.b32 w2, [w19+64]; st.global.b32 [there], w2;"),
+        _pairwise("ld.shared::cluster",
+                  "st.shared.b32 [at+64], w0;" + _CLUSTER + "ld.shared::cluster.b32 w2, [w19+64]; st.global.b32 [there], w2;"),
         _pairwise(
             "ld.shared::cluster.v4",
             "st.shared.b32 [at+64], w0;" + _CLUSTER + """
-            and.b32 w3, thread, 3; and.b32 w4, thread, 124; mad.lo.u32 w4, w4, 4, far; ld.shared::cluster.v4.b32 {w5, w6, w7, w8}, [w4+64];
-            setp.eq.u32 p1, w3, 0; selp.b32 w9, w5, w6, p1; setp.lt.u32 p1, w3, 2; selp.b32 w10, w9, w7, p1; setp.lt.u32 p1, w3, 3;
+            and.b32 w3, thread, 3; and.b32 w4, thread, 124; mad.lo.u32 w4, w4, 4, far;
+            ld.shared::cluster.v4.b32 {w5, w6, w7, w8}, [w4+64];
+            setp.eq.u32 p1, w3, 0; selp.b32 w9, w5, w6, p1; setp.lt.u32 p1, w3, 2; selp.b32 w10, w9, w7, p1;
+            setp.lt.u32 p1, w3, 3;
             selp.b32 w10, w10, w8, p1; st.global.b32 [there], w10;
             """,
         ),
@@ -175,7 +214,9 @@ def clusters() -> list[Form]:
             "mapa.u64 of a generic address",
             "cvt.u64.u32 x0, at; cvta.shared.u64 x0, x0; mapa.u64 x1, x0, w21; st.b32 [x1+64], w0;" + _CLUSTER + own,
         ),
-        _pairwise("barrier.cluster.arrive.relaxed", "st.shared::cluster.b32 [w19+64], w0; fence.acq_rel.cluster; barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" + own),
+        _pairwise("barrier.cluster.arrive.relaxed",
+                  "st.shared::cluster.b32 [w19+64], w0; fence.acq_rel.cluster; barrier.cluster.arrive.relaxed.aligned;"
+                  + "barrier.cluster.wait.aligned;" + own),
         _pairwise(
             "mbarrier.arrive of another CTA",
             """
@@ -192,7 +233,12 @@ def clusters() -> list[Form]:
             """ + wait("smem", 0) + "fence.acq_rel.cluster;" + own,
         ),
     ]  # fmt: skip
-    for t, registers, count in (("b32", "w0", 1), ("v2.b32", "{w0, w1}", 2), ("v4.b32", "{w0, w1, w2, w3}", 4), ("b64", "x0", 2)):
+    for t, registers, count in (
+        ("b32", "w0", 1),
+        ("v2.b32", "{w0, w1}", 2),
+        ("v4.b32", "{w0, w1, w2, w3}", 4),
+        ("b64", "x0", 2),
+    ):
         code = f"""
         @p0 mbarrier.arrive.expect_tx.shared.b64 _, [smem], 512; rem.u32 w10, thread, {count}; setp.ne.u32 p1, w10, 0;
         ld.global.b32 w1, [here+4]; ld.global.b32 w2, [here+8]; ld.global.b32 w3, [here+12]; mov.b64 x0, {{w0, w1}};
@@ -223,8 +269,10 @@ def clusters() -> list[Form]:
     mov.u32 w2, %cluster_ctarank; mov.u32 w3, %cluster_nctarank; mov.u32 w4, %cluster_ctaid.x; mov.u32 w5, %cluster_nctaid.x;
     mad.lo.u32 w2, w3, 10, w2; mad.lo.u32 w2, w4, 100, w2; mad.lo.u32 w2, w5, 1000, w2; getctarank.shared::cluster.u32 w6, w19;
     mad.lo.u32 w2, w6, 10000, w2; cvt.u64.u32 x0, at; cvta.shared.u64 x0, x0; mapa.u64 x1, x0, w21; getctarank.u64 w7, x1;
-    mad.lo.u32 w2, w7, 100000, w2; isspacep.shared p1, x0; isspacep.shared::cluster p2, x1; isspacep.global p3, here; selp.b32 w8, 1, 0, p1;
-    mad.lo.u32 w2, w8, 1000000, w2; selp.b32 w8, 1, 0, p2; mad.lo.u32 w2, w8, 2000000, w2; selp.b32 w8, 1, 0, p3; mad.lo.u32 w2, w8, 4000000, w2;
+    mad.lo.u32 w2, w7, 100000, w2; isspacep.shared p1, x0; isspacep.shared::cluster p2, x1; isspacep.global p3, here;
+    selp.b32 w8, 1, 0, p1;
+    mad.lo.u32 w2, w8, 1000000, w2; selp.b32 w8, 1, 0, p2; mad.lo.u32 w2, w8, 2000000, w2; selp.b32 w8, 1, 0, p3;
+    mad.lo.u32 w2, w8, 4000000, w2;
     st.global.b32 [there], w2;
     """
     ranks = [r + 20 + 100 * r + 2000 + 10000 * (1 - r) + 100000 * (1 - r) + 7000000 for r in (0, 1)]

@@ -14,6 +14,7 @@ import pytest
 from dsv4lab import sim
 from tests.sim.conformance import suite
 from tests.sim.conformance.case import Group, digest, problems, run_simulated
+from tests.sim.conformance.table import TARGET, table
 
 RECORD = Path(__file__).with_name("h200.json")
 ASYNCHRONOUS = ("memory", "sync", "bulk", "wgmma")  # families in which effects may come late
@@ -69,5 +70,10 @@ def test_on_this_gpu(tmp_path: Path) -> None:
     """All forms natively and simulated: the GPU's results are within the stated bounds."""
     subprocess.run([sys.executable, "-m", "tests.sim.conformance.fidelity", str(tmp_path)], check=True, timeout=280)
     entries = json.loads((tmp_path / "fidelity.json").read_text())["forms"]
-    wrong = [f"{e['group']}: {e.get('error') or e['gpu_problem']}" for e in entries if e.get("error") or e["gpu_problem"]]
+    wrong = [f"{e['group']}: {e.get('error') or e['gpu_problem']}" for e in entries if e.get("error") or e.get("gpu_problem")]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.skipif(not RECORD.exists(), reason="no record of a GPU's results")
+def test_the_table_is_that_of_the_record() -> None:
+    assert TARGET.read_text() == table(json.loads(RECORD.read_text()))

@@ -75,7 +75,8 @@ def votes() -> list[Form]:
         rows = held.reshape(-1, 32)
         code = """
         setp.eq.u32 p0, a, 0; vote.sync.ballot.b32 r, p0, -1; vote.sync.all.pred p1, p0, -1; vote.sync.any.pred p2, p0, -1;
-        vote.sync.uni.pred p3, p0, -1; vote.sync.ballot.b32 w3, !p0, -1; shr.u32 w3, w3, 20; selp.b32 w0, 3, 5, p1; selp.b32 w1, 7, 11, p2;
+        vote.sync.uni.pred p3, p0, -1; vote.sync.ballot.b32 w3, !p0, -1; shr.u32 w3, w3, 20; selp.b32 w0, 3, 5, p1;
+        selp.b32 w1, 7, 11, p2;
         selp.b32 w2, 13, 17, p3; mad.lo.u32 r, r, 31, w0; mad.lo.u32 r, r, 31, w1; mad.lo.u32 r, r, 31, w2; add.u32 r, r, w3;
         """
         result = []

@@ -18,7 +18,7 @@ _THREAD = np.arange(THREADS)
 
 
 def fragment(result: np.ndarray) -> np.ndarray:
-    """(64, N) numbers to (128, N / 2): thread t of warp w holds rows 16 w + t / 4 (and 8 more), columns 2 (t % 4) and the next."""
+    """(64, N) numbers to (128, N / 2): thread t of warp w holds rows 16 w + t / 4 (+ 8), columns 2 (t % 4) (+ 1)."""
     item = np.arange(result.shape[1] // 2)[None, :]
     row = 16 * (_THREAD // 32) + _THREAD % 32 // 4
     return result[row[:, None] + 8 * (item // 2 % 2), 8 * (item // 4) + 2 * (_THREAD % 4)[:, None] + item % 2]
@@ -63,7 +63,9 @@ def product(
         images.append(matrix.k_major(codes, size, mode, 32) if major == "K" else matrix.mn_major(codes, size, mode, k))
     if d == "s32":
         c = bits(label + "c", 64 * n, np.int32).reshape(64, n)
-        near = np.where(c & 1 == 1, (c | 0x7FFFF000) & 0x7FFFFFFF, c & 0xFFF | -0x80000000)  # so near the limits that many results saturate
+        near = np.where(
+            c & 1 == 1, (c | 0x7FFFF000) & 0x7FFFFFFF, c & 0xFFF | -0x80000000
+        )  # so near the limits that many results saturate
         c = near.astype(np.int32) if satfinite else c >> 8
         exact = c.astype(np.int64) if accumulate else np.zeros((64, n), np.int64)
         for first in range(0, depth, k):  # every instruction saturates
@@ -84,7 +86,10 @@ def product(
     parts = [held.view(np.uint8).reshape(-1)]
     words = 0
     if registers:
-        slices = [np.concatenate([fragment_a(left[16 * w : 16 * w + 16, k * s : k * s + k], matrix.BITS[a]) for w in range(4)]) for s in range(steps)]
+        slices = [
+            np.concatenate([fragment_a(left[16 * w : 16 * w + 16, k * s : k * s + k], matrix.BITS[a]) for w in range(4)])
+            for s in range(steps)
+        ]
         own = np.concatenate(slices, axis=1)
         words = own.shape[1]
         parts.append(np.ascontiguousarray(own).view(np.uint8).reshape(-1))
@@ -101,16 +106,20 @@ def product(
     if words:
         text += f"\n.reg .b32 a<{words}>; mad.wide.u32 here, thread, {4 * words}, source;\n"
         text += "\n".join(f"ld.global.b32 a{i}, [here+{int(at[1]) + 4 * i}];" for i in range(words))
-    text += f"\nshr.u32 w0, smem, 4; cvt.u64.u32 base, w0; setp.ne.u32 p0, w0, {0 if accumulate else 'w0'};\nwgmma.fence.sync.aligned;\n"
+    text += f"\nshr.u32 w0, smem, 4; cvt.u64.u32 base, w0; setp.ne.u32 p0, w0, {0 if accumulate else 'w0'};\n"
+    text += "wgmma.fence.sync.aligned;\n"
     for step in range(steps):
         d_list = "{" + ", ".join(names) + "}"
-        text += f"add.s64 db, base, {(shared_b + step * images[1].step) >> 4}; or.b64 db, db, {_signed(descriptor(images[1], mode))};\n"
+        text += f"add.s64 db, base, {(shared_b + step * images[1].step) >> 4};\n"
+        text += f"or.b64 db, db, {_signed(descriptor(images[1], mode))};\n"
         if registers:
             per = words // steps
             left_text = "{" + ", ".join(f"a{i}" for i in range(step * per, step * per + per)) + "}"
             flags = [] if majors[1] == "K" else [1]
         else:
-            text += f"add.s64 da, base, {(step * images[0].step) >> 4}; or.b64 da, da, {_signed(descriptor(images[0], mode))};\n"
+            text += (
+                f"add.s64 da, base, {(step * images[0].step) >> 4}; or.b64 da, da, {_signed(descriptor(images[0], mode))};\n"
+            )
             left_text = "da"
             flags = [int(m == "M") for m in majors]
         tail = [*signs] if d != "s32" else []
@@ -171,18 +180,32 @@ def types() -> list[Form]:
             for b in ("e4m3", "e5m2"):
                 out += [product("f32", a, b, 24, kind=kind), product("f16", a, b, 24, kind=kind)]
         # One instruction alone: no rounding between instructions.
-        out += [product(d, a, a, 16, kind=kind, mode="32B") for d, a in (("f32", "f16"), ("f32", "bf16"), ("f32", "tf32"), ("f32", "e4m3"), ("f32", "e5m2"), ("f16", "f16"))]
+        out += [
+            product(d, a, a, 16, kind=kind, mode="32B")
+            for d, a in (("f32", "f16"), ("f32", "bf16"), ("f32", "tf32"), ("f32", "e4m3"), ("f32", "e5m2"), ("f16", "f16"))
+        ]
         out += [product("f32", a, a, 16, kind=kind, mode="32B", accumulate=False) for a in ("f16", "bf16", "tf32", "e4m3")]
     for kind in ("holes", "tiny", "special"):
         for a in ("f16", "bf16", "tf32", "e4m3", "e5m2"):
-            out += [product("f32", a, a, 16, kind=kind, mode="32B"), product("f32", a, a, 16, kind=kind, mode="32B", accumulate=False)]
+            out += [
+                product("f32", a, a, 16, kind=kind, mode="32B"),
+                product("f32", a, a, 16, kind=kind, mode="32B", accumulate=False),
+            ]
         out.append(product("f16", "f16", "f16", 16, kind=kind, mode="32B", accumulate=False))
     for a in ("s8", "u8"):
         for b in ("s8", "u8"):
             out += [product("s32", a, b, 16, kind="normal"), product("s32", a, b, 32, kind="normal", satfinite=True)]
     for signs in ((-1, 1), (1, -1), (-1, -1)):
-        out += [product("f32", "f16", "f16", 16, signs=signs), product("f16", "f16", "f16", 16, signs=signs), product("f32", "tf32", "tf32", 16, signs=signs)]
-    out += [product("f32", "f16", "f16", 16, accumulate=False), product("s32", "s8", "s8", 16, accumulate=False), product("f16", "f16", "f16", 16, accumulate=False)]
+        out += [
+            product("f32", "f16", "f16", 16, signs=signs),
+            product("f16", "f16", "f16", 16, signs=signs),
+            product("f32", "tf32", "tf32", 16, signs=signs),
+        ]
+    out += [
+        product("f32", "f16", "f16", 16, accumulate=False),
+        product("s32", "s8", "s8", 16, accumulate=False),
+        product("f16", "f16", "f16", 16, accumulate=False),
+    ]
     return out
 
 
