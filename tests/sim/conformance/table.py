@@ -10,22 +10,24 @@ RECORD = Path(__file__).with_name("h200.json")
 TARGET = Path(__file__).parents[3] / "docs" / "simulator-fidelity.md"
 INTRODUCTION = """# The simulator's fidelity
 
-Small kernels of ours, one form of an instruction each (`tests/sim/conformance`), ran on an {device} and in the simulator on the
-same inputs: random bits, subnormal numbers, zeros, infinities and NaN, odd sizes, negative coordinates. Every form also has an
-expected result, computed in plain Python and numpy. {equal} of {total} forms give equal bits on the GPU and in the simulator;
-the others are listed below with their bounds. `tests/sim/conformance/test_conformance.py` holds the simulator to the GPU's recorded
-bits where there is no GPU. This page is written by `python -m tests.sim.conformance.table`.
+Small kernels of ours, one form of an instruction each (`tests/sim/conformance`), ran on an {device} and in the simulator
+on the same inputs: random bits, subnormal numbers, zeros, infinities and NaN, odd sizes, negative coordinates. Every form
+also has an expected result, computed in plain Python and numpy. {equal} of {total} forms give equal bits on the GPU and
+in the simulator; the others are listed below with their bounds. `tests/sim/conformance/test_conformance.py` holds the
+simulator to the GPU's recorded bits where there is no GPU. This page is written by `python -m
+tests.sim.conformance.table`.
 
 What the H200 taught:
 
-* wgmma and mma.sync add all products of one instruction's K, and C, in one step: aligned to the largest exponent, cut off 25 binary
-  places below it (13 for wgmma with 8-bit floats), the result cut off to 24 (14) bits or rounded to float16. The simulator does the
-  same (`dsv4lab/sim/accumulation.py`), so these results are equal in every bit. mma.sync with 8-bit floats is two float16 steps.
+* wgmma and mma.sync add all products of one instruction's K, and C, in one step: aligned to the largest exponent, cut off
+  25 binary places below it (13 for wgmma with 8-bit floats), the result cut off to 24 (14) bits or rounded to float16.
+  The simulator does the same (`dsv4lab/sim/accumulation.py`), so these results are equal in every bit. mma.sync with
+  8-bit floats is two float16 steps.
 * Arithmetic of at most 32 bits makes every NaN 0x7fffffff (0x7fff); float64 keeps payloads, by a rule not modelled here.
 * `.ftz` of mul and fma looks at the exact result, before rounding.
-* A tensor copy's box must begin at a multiple of 16 bytes of its row, a store's coordinates must not be negative, and a reduction
-  `add` has no s64: each is an illegal instruction on the GPU and an error here. Stores write rows up to a multiple of 16 bytes.
-  NaN fill is 0x7ff7 in every 16 bits. Loads of tf32 round to nearest; f32_ftz flushes nothing.
+* A tensor copy's box must begin at a multiple of 16 bytes of its row, a store's coordinates must not be negative, and a
+  reduction `add` has no s64: each is an illegal instruction on the GPU and an error here. Stores write rows up to a
+  multiple of 16 bytes. NaN fill is 0x7ff7 in every 16 bits. Loads of tf32 round to nearest; f32_ftz flushes nothing.
 * What tcgen05 does with sums is not known here: there was no Blackwell GPU. Its sums are float32 sums.
 """
 
@@ -35,7 +37,8 @@ def _differs(e: dict[str, Any]) -> str:
         return "not run on the GPU"
     if e["only_nan"]:
         return f"{e['different']} of {e['elements']} elements: other NaN payloads"
-    return f"{e['different']} of {e['elements']} elements, at most {e['ulp']:.3g} ulp, {e['absolute']:.3g} absolute, {e['relative']:.3g} relative"
+    sizes = f"at most {e['ulp']:.3g} ulp, {e['absolute']:.3g} absolute, {e['relative']:.3g} relative"
+    return f"{e['different']} of {e['elements']} elements, {sizes}"
 
 
 def table(record: dict[str, Any]) -> str:

@@ -159,7 +159,7 @@ MUTANTS = [
             (RACE, DEADLOCK),
         ),
         ("twice the bytes expected", operand(EXPECT, 2, 49152), DEADLOCK),
-        ("A's k-tile off by one element", coordinate(LOAD, 0, 1, "load_a"), WRONG),
+        ("A's k-tile off by one element", coordinate(LOAD, 0, 1, "load_a"), FAULT),
         ("TMEM not freed", drop(r"tcgen05\.dealloc"), RESOURCE),
         ("half of the TMEM freed", operand(r"tcgen05\.dealloc", 1, 64), RESOURCE),
         ("TMEM columns that are no power of two", operand(r"tcgen05\.alloc", 1, 48), RESOURCE),
