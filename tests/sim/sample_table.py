@@ -23,15 +23,15 @@ _WHOSE = {
 }
 
 
-def page(samples: list[Sample], results: Results) -> str:
-    """The whole page. Raises KeyError for a sample without results."""
+def page(samples: list[Sample], results: Results, remark: str = "") -> str:
+    """The whole page, with a remark about how the results came about. Raises KeyError for a sample without results."""
     missing = [s.name for s in samples if any(x not in results.get(s.name, {}) for x in (*SCHEDULES, RACES))]
     if missing:
         raise KeyError(f"no complete results for {', '.join(missing)}")
-    return "\n".join([*_introduction(), *_summary(samples, results), *_families(samples, results)]) + "\n"
+    return "\n".join([*_introduction(remark), *_summary(samples, results), *_families(samples, results)]) + "\n"
 
 
-def _introduction() -> Iterator[str]:
+def _introduction(remark: str) -> Iterator[str]:
     yield "# NVIDIA's samples in the simulator"
     yield ""
     yield (
@@ -45,9 +45,12 @@ def _introduction() -> Iterator[str]:
         "of an eager run. A line `[without CHECK]` is the sample above it with one check of the simulator turned off, to show "
         "that nothing else is wrong with it."
     )
+    if remark:
+        yield ""
+        yield remark
     yield ""
     yield "```"
-    yield "python tests/sim/sample_sweep.py EXAMPLES results.json --jobs 2      # about 15 minutes on 2 cores"
+    yield "python tests/sim/sample_sweep.py EXAMPLES results.json --jobs 16      # six minutes on 16 cores"
     yield "python tests/sim/sample_table.py results.json docs/simulator-conformance.md"
     yield "DSV4LAB_CUTLASS_EXAMPLES=EXAMPLES python -m pytest tests/sim/test_samples.py"
     yield "```"
@@ -132,8 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("page", type=Path)
+    parser.add_argument("--remark", default="", help="a sentence about how the results came about")
     options = parser.parse_args()
-    options.page.write_text(page(load_samples(), json.loads(options.results.read_text())), encoding="utf-8")
+    options.page.write_text(page(load_samples(), json.loads(options.results.read_text()), options.remark), encoding="utf-8")
 
 
 if __name__ == "__main__":
