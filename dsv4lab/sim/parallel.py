@@ -159,12 +159,17 @@ class Pace:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.start = time.perf_counter()
-        self.count = processes() if may_spread(machine) else 1
         self.total = len(machine.waiting_clusters)
+        self.count = processes() if self.total > 2 else 1
 
     def worthwhile(self) -> bool:
-        left = len(self.machine.waiting_clusters)
-        done = self.total - left - len(self.machine.clusters)
-        if self.count < 2 or left < 2 or done < 1 or self.machine.clusters:
+        machine = self.machine
+        left = len(machine.waiting_clusters)
+        done = self.total - left - len(machine.clusters)
+        if self.count < 2 or left < 2 or done < 1 or machine.clusters:
             return False
-        return (time.perf_counter() - self.start) / done * left > WORTHWHILE
+        if (time.perf_counter() - self.start) / done * left <= WORTHWHILE:
+            return False
+        if not may_spread(machine):
+            self.count = 1
+        return self.count > 1

@@ -32,6 +32,7 @@ from typing import Any
 from dsv4lab.sim import contract, descriptor, ptx, shim
 from dsv4lab.sim.cubin import resources
 from dsv4lab.sim.errors import SimulatorError
+from dsv4lab.sim.native import library
 from dsv4lab.sim.program import Kernel, Launch
 from dsv4lab.sim.tensors import SOURCE, Registry, as_device
 
@@ -413,5 +414,12 @@ def doctor() -> list[tuple[str, bool, str, str]]:
         runtime = ("simulator runtime", True, f"will be built on first use with {' '.join(compiler)}", "")
     else:
         runtime = ("simulator runtime", False, "no C compiler to build it with", shim.REMEDY)
+    core = library.path()
+    if core.exists():
+        speed = ("simulator core", True, f"native, built: {core}", "")
+    elif compiler:
+        speed = ("simulator core", True, f"native, will be built on first use with {' '.join(compiler)}", "")
+    else:
+        speed = ("simulator core", False, "numpy, several times slower: no C compiler to build the native one", shim.REMEDY)
     remedy = f"pip install '{contract.PACKAGE}=={contract.KNOWN_VERSION}'"
-    return [runtime, ("simulator contract", found.ok, str(found), "" if found.ok else remedy)]
+    return [runtime, speed, ("simulator contract", found.ok, str(found), "" if found.ok else remedy)]

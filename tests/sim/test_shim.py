@@ -84,16 +84,18 @@ def test_it_exports_every_entry_point_of_the_contract(cache: Path) -> None:
 
 
 def test_the_doctor_says_what_is_there_and_what_to_do(cache: Path, no_compiler: None) -> None:
-    runtime, rules = sim.doctor()
+    runtime, core, rules = sim.doctor()
     assert (runtime[0], runtime[1]) == ("simulator runtime", False)
     assert "gcc" in runtime[3]
+    assert not core[1] and "numpy" in core[2] and "gcc" in core[3]
     assert rules[1] == (contract.installed_version() is not None and bool(contract.runtime_libraries()))
 
 
 @needs_compiler
 def test_the_doctor_builds_nothing(cache: Path) -> None:
-    (_, ok, detail, remedy), _ = sim.doctor()
+    (_, ok, detail, remedy), (_, fast, how, _), _ = sim.doctor()
     assert ok and "first use" in detail and not remedy
+    assert fast and "will be built" in how
     assert list(cache.iterdir()) == []
     shim.build()
     assert "built" in sim.doctor()[0][2]
