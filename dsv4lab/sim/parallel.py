@@ -89,7 +89,7 @@ def spread(machine: Machine, workers: int) -> bool:
         return False
     for written, counts, printed in results:
         for allocation, (places, values) in zip(machine.memory.allocations, written, strict=True):
-            allocation.data[places] = values
+            allocation.data[allocation.lead :][places] = values
         machine.stats.instructions += counts[0]
         machine.stats.ctas += counts[1]
         machine.stats.async_operations += counts[2]
@@ -118,7 +118,8 @@ def _start(machine: Machine, low: int, high: int) -> tuple[int, int]:
 
 def _share(machine: Machine, low: int, high: int) -> Any:
     allocations, stats = machine.memory.allocations, machine.stats
-    before = [allocation.data.copy() for allocation in allocations]
+    # What lies before a tensor in its view is malloc's bookkeeping, which the child's own allocations change.
+    before = [allocation.data[allocation.lead :].copy() for allocation in allocations]
     machine.printed = []
     waiting = machine.waiting_clusters
     chosen = list(waiting)[low:high]
@@ -131,8 +132,9 @@ def _share(machine: Machine, low: int, high: int) -> Any:
         raise RuntimeError("memory was found during the run")
     written = []
     for allocation, old in zip(allocations, before, strict=True):
-        places = np.flatnonzero(allocation.data != old)
-        written.append((places, allocation.data[places]))
+        data = allocation.data[allocation.lead :]
+        places = np.flatnonzero(data != old)
+        written.append((places, data[places]))
     counts = stats.instructions - ahead[0], stats.ctas - ahead[1], stats.async_operations - ahead[2]
     return written, counts, machine.printed
 
