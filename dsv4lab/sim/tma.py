@@ -262,10 +262,10 @@ def store(
 ) -> None:
     """Copy, or reduce, a box from shared memory at `offset` into the tensor.
 
-    As on the H200: rows are written up to a multiple of 16 bytes, and no coordinate may be negative.
+    As on the H200: rows are written up to a multiple of 16 bytes, and no coordinate of a tiled box may be negative.
     """
     _check(tensor, coordinates, offset)
-    if min(coordinates) < 0:
+    if tensor.im2col is None and min(coordinates) < 0:
         raise MemoryFault(
             f"a TMA store has no negative coordinates (an illegal instruction on the H200), got {tuple(coordinates)}"
         )
