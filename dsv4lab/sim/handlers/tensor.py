@@ -19,7 +19,7 @@ from dsv4lab.sim.handlers.copy import tell_bytes
 from dsv4lab.sim.handlers.tensor_mma import build_mma
 from dsv4lab.sim.layouts import decode_descriptor, operand_index
 from dsv4lab.sim.observe import Deed, site
-from dsv4lab.sim.program import Instruction
+from dsv4lab.sim.program import Immediate, Instruction
 from dsv4lab.sim.registers import WARP, Lanes
 from dsv4lab.sim.state import Cta
 from dsv4lab.sim.sync import Meeting, Wait
@@ -156,28 +156,60 @@ def _commit(d: Decoder, i: Instruction, f: Form, pair: bool) -> Run:
     return run
 
 
-_SHAPE = re.compile(r"(32x32b|16x64b|16x128b|16x256b)")
+_SHAPE = re.compile(r"(32x32b|16x64b|16x128b|16x256b|16x32bx2)")
+_MOST_REGISTERS = 128
 
 
 def _transfer(d: Decoder, i: Instruction, f: Form, what: str) -> Action:
-    """tcgen05.ld and st: a warp moves its own quarter of the lanes to or from registers."""
+    """tcgen05.ld and st: a warp moves its own quarter of the lanes to or from registers.
+
+    Packed, a register's two halves are the low halves of two neighbouring columns. 16x32bx2 is two accesses of the same 16
+    lanes: threads 0 to 15 at the address, threads 16 to 31 as many columns further as a constant operand says.
+    """
     shape = next((part for part in f.left if _SHAPE.fullmatch(part)), None)
     repeat = next((part for part in f.left if re.fullmatch(r"x\d+", part)), None)
     if shape is None or repeat is None:
         raise UnknownInstruction(f"{i.opcode} is not simulated")
     f.drop(shape, repeat, "b32")
-    packed = f.has("pack::16b") or f.has("unpack::16b")
-    load = what == "ld"
-    registers = [d.register(o) if load else d.source(o, "b32") for o in d.items(i.operands[0 if load else 1])]
+    packed = f.has("pack::16b" if what == "ld" else "unpack::16b")
+    load, split = what == "ld", shape == "16x32bx2"
+    registers = [d.register(o) if load else d.source(o, "b32") for o in d.items(i.operands[0 if load else -1])]
     base, offset = d.address(i.operands[1 if load else 0])
-    times = int(repeat[1:])
-    index = lanes, columns = fragment(shape, times * 2 if packed else times)
-    if packed and shape != "32x32b":
-        raise UnknownInstruction(f"{i.opcode}: packing is simulated for 32x32b only")
-    if len(registers) * (2 if packed else 1) != len(lanes):
-        raise UnknownInstruction(f"{i.opcode} needs {len(lanes)} registers, got {len(registers)}")
-    width = int(columns.max()) + 1
+    lanes, columns = fragment("32x32b" if split else shape, int(repeat[1:]))
+    if len(registers) != len(lanes) or len(lanes) > _MOST_REGISTERS:
+        raise UnknownInstruction(f"{i.opcode} needs {len(lanes)} registers (at most {_MOST_REGISTERS}), got {len(registers)}")
+    apart = 0
+    if split:
+        second = i.operands[2 if load else 1]
+        if not isinstance(second, Immediate):
+            raise UnknownInstruction(f"{i.opcode} needs a constant distance between its two halves")
+        apart = second.value
+    # accesses: columns from the address, the warp's threads
+    accesses = [(0, slice(0, 16)), (apart, slice(16, WARP))] if split else [(0, slice(0, WARP))]
+    lanes = lanes % 16 if split else lanes
+    width = (int(columns.max()) + 1) * (2 if packed else 1)
     height = int(lanes.max()) + 1
+    plain = not packed and not split
+
+    def move(w: Lanes, row: int, column: int, first: int, threads: slice) -> None:
+        """One access of the given threads of the warp whose lanes begin at `first` in the window."""
+        part = slice(first + threads.start, first + threads.stop)
+        lane, place = lanes[:, threads], columns[:, threads]
+        cells = [(lane, 2 * place), (lane, 2 * place + 1)] if packed else [(lane, place)]
+        if load:
+            block = w.cta.tensor.read(slice(row, row + height), column, width, i.opcode)
+            values = block[cells[0]]
+            if packed:
+                values = values & np.uint32(0xFFFF) | block[cells[1]] << np.uint32(16)
+            for register, value in zip(registers, values, strict=True):
+                w.u[register][part] = value
+            return
+        values = np.stack([w.u[r][part] for r in registers])
+        written_lanes, written_columns = (np.concatenate(part) for part in zip(*cells, strict=True))
+        block = w.cta.tensor.claim(row, column, written_lanes, written_columns, i.opcode)
+        block[cells[0]] = values & np.uint32(0xFFFF) if packed else values
+        if packed:
+            block[cells[1]] = values >> np.uint32(16)
 
     def run(w: Lanes, m: Any) -> None:
         for position in range(w.warps):
@@ -189,26 +221,17 @@ def _transfer(d: Decoder, i: Instruction, f: Form, what: str) -> Action:
             row = quarter + lane % WARP
             if row + height > quarter + WARP:
                 raise ResourceError(f"{i.opcode} at lane {lane} leaves the warp's quarter of TMEM")
-            span = slice(row, row + height)
-            part = slice(first, first + WARP)
             observers, movers = w.cta.machine.observers, w.cta.machine.movers
             operation = observers.start(observers.record(f"tcgen05.{what}", w, i.index)) if observers else None
-            if load:
-                cells = w.cta.tensor.read(span, column, width, i.opcode)
-                if not packed:
-                    movers.load_fragment(w, first, registers, cells, index)
-                else:
-                    values = cells[index]
-                    values = (values[0::2] & np.uint32(0xFFFF)) | (values[1::2] << np.uint32(16))
-                    for register, value in zip(registers, values, strict=True):
-                        w.u[register][part] = value
+            if not plain:
+                for further, threads in accesses:
+                    move(w, row, column + further, first, threads)
+            elif load:
+                cells = w.cta.tensor.read(slice(row, row + height), column, width, i.opcode)
+                movers.load_fragment(w, first, registers, cells, (lanes, columns))
             else:
                 cells = w.cta.tensor.claim(row, column, lanes, columns, i.opcode)
-                if not packed:
-                    movers.store_fragment(w, first, registers, cells, index)
-                else:
-                    values = np.stack([w.u[r][part] for r in registers])
-                    cells[index] = np.stack([values & np.uint32(0xFFFF), values >> np.uint32(16)], axis=1).reshape(-1, WARP)
+                movers.store_fragment(w, first, registers, cells, (lanes, columns))
             if operation is not None:
                 observers.end(operation)
 
@@ -216,10 +239,14 @@ def _transfer(d: Decoder, i: Instruction, f: Form, what: str) -> Action:
 
 
 _COPIES = {"128x256b": (128, 32), "4x256b": (4, 32), "128x128b": (128, 16), "64x128b": (64, 16), "32x128b": (32, 16)}
+_SPREADS = {"64x128b": "warpx2", "32x128b": "warpx4"}  # the multicast that a shape needs
 
 
 def _copy(d: Decoder, i: Instruction, f: Form, pair: bool) -> Run:
-    """Shared memory into TMEM. .warpx4 repeats 32 rows on all quarters; .warpx2 puts 64 rows on both halves or alternates."""
+    """Shared memory into TMEM. .warpx4 repeats 32 rows on all quarters; .warpx2 puts 64 rows on both halves or alternates.
+
+    4x256b puts one row on each quarter, at the lane that the address names.
+    """
     shape = f.take(*_COPIES)
     if shape is None:
         raise UnknownInstruction(f"{i.opcode} is not simulated")
@@ -227,8 +254,8 @@ def _copy(d: Decoder, i: Instruction, f: Form, pair: bool) -> Run:
     unpack4, unpack6 = f.has("b4x16_p64"), f.has("b6x16_p32")
     f.drop("b8x16")
     rows, row_bytes = _COPIES[shape]
-    if (shape == "64x128b") != (spread is not None and spread.startswith("warpx2")):
-        raise UnknownInstruction(f"{i.opcode} is not simulated")
+    if (spread or "").partition("::")[0] != _SPREADS.get(shape, ""):
+        raise UnknownInstruction(f"{i.opcode}: {shape} goes with .{_SPREADS.get(shape, 'no multicast')}, got {spread}")
     base, offset = d.address(i.operands[0])
     source = d.source(i.operands[1], "b64")
     bits_each = 4 if unpack4 else 6 if unpack6 else 0
@@ -247,7 +274,7 @@ def _copy(d: Decoder, i: Instruction, f: Form, pair: bool) -> Run:
                     if bits_each:
                         data = operands.unpack(data, bits_each)
                     words = np.ascontiguousarray(data).view(np.uint32)
-                    for span, part in _placement(words, spread):
+                    for span, part in _placement(words, spread, address >> 16):
                         target.tensor.write(span, address & 0xFFFF, part, "tcgen05.cp")
 
             cta.machine.issue(pipe(cta, pair), effect, "tcgen05.cp", w, i.index, (lane,))
@@ -255,18 +282,20 @@ def _copy(d: Decoder, i: Instruction, f: Form, pair: bool) -> Run:
     return run
 
 
-def _placement(words: Array, spread: str | None) -> list[tuple[slice, Array]]:
+def _placement(words: Array, spread: str | None, lane: int) -> list[tuple[slice, Array]]:
     if spread == "warpx4":
         return [(slice(32 * q, 32 * q + 32), words) for q in range(4)]
     if spread == "warpx2::02_13":
         return [(slice(32 * q, 32 * q + 32), words[32 * (q % 2) : 32 * (q % 2) + 32]) for q in range(4)]
     if spread == "warpx2::01_23":
         return [(slice(32 * q, 32 * q + 32), words[32 * (q // 2) : 32 * (q // 2) + 32]) for q in range(4)]
+    if len(words) == 4:
+        return [(slice(32 * q + lane % 32, 32 * q + lane % 32 + 1), words[q : q + 1]) for q in range(4)]
     return [(slice(0, len(words)), words)]
 
 
 def _shift(d: Decoder, i: Instruction, f: Form, pair: bool) -> Run:
-    """tcgen05.shift.down: rows of a 32-byte wide block move down by one lane."""
+    """tcgen05.shift.down: of a quarter's 32 lanes, 8 columns wide, each gets its next one's row and the last keeps its own."""
     if not f.has("down"):
         raise UnknownInstruction(f"{i.opcode} is not simulated")
     base, offset = d.address(i.operands[0])
@@ -274,12 +303,14 @@ def _shift(d: Decoder, i: Instruction, f: Form, pair: bool) -> Run:
     def run(w: Lanes, m: Any) -> None:
         for lane in w.issuers(m, [base]):
             address = int(w.u[base][lane]) + offset
+            if (address >> 16) % WARP:
+                raise ResourceError(f"{i.opcode} needs a lane that is a multiple of {WARP}, got {address >> 16}")
 
             def effect(address: int = address) -> None:
-                column = address & 0xFFFF
+                column, first = address & 0xFFFF, address >> 16
                 for target in w.cta.cluster.pair(w.cta) if pair else (w.cta,):
-                    rows = target.tensor.read(slice(0, 128), column, 8, i.opcode).copy()
-                    target.tensor.write(slice(0, 127), column, rows[1:], i.opcode)
+                    rows = target.tensor.read(slice(first, first + WARP), column, 8, i.opcode).copy()
+                    target.tensor.write(slice(first, first + WARP - 1), column, rows[1:], i.opcode)
 
             w.cta.machine.issue(pipe(w.cta, pair), effect, "tcgen05.shift", w, i.index, (lane,))
 
