@@ -33,10 +33,13 @@ class Movers:
     ) -> Array:
         """A (rows, depth) operand in shared memory as float32. name: its format, as in `operands.BITS`."""
         size = operands.BITS[name]
-        index = operand_index(descriptor, rows, depth * size // 8, size // 8 if mn_major else 0)
+        padded = name.endswith(".8")  # in shared memory as TMA pads it; the 8-bit containers exist in TMEM only
+        whole = -(-rows // 16) * 16 if padded and mn_major else rows  # padding follows 16 elements of the contiguous dimension
+        index = operand_index(descriptor, whole, depth * size // 8, size // 8 if mn_major else 0)
         data = cta.shared.gather(index, descriptor.start, what)
-        if name.endswith(".8"):  # in shared memory as TMA pads it; the 8-bit containers exist in TMEM only
-            data = operands.unpack(data, 4 if name == "e2m1.8" else 6)
+        if padded:
+            bits = 4 if name == "e2m1.8" else 6
+            data = operands.unpack(data.T, bits).T[:rows] if mn_major else operands.unpack(data, bits)
         return operands.values(data, name)
 
     def scale(self, cta: Cta, tile: Array, block: int, lane: int, column: int, first: int, name: str, what: str) -> Array:

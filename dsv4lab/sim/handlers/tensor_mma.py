@@ -38,6 +38,7 @@ class Descriptor:
     a: str
     b: str
     half: bool  # float16 accumulators
+    saturate: bool  # of integers, at the ends of s32
     negate_a: bool
     negate_b: bool
     a_mn_major: bool
@@ -57,6 +58,8 @@ def decode_instruction(bits: int, kind: str) -> Descriptor:
         raise UnknownInstruction(f"tcgen05.mma kind::{kind}: operand formats {a} and {b} are not simulated")
     if bits & 4:
         raise UnknownInstruction("tcgen05.mma: sparse operands are not simulated")
+    if bits & 8 and kind != "i8":
+        raise UnknownInstruction(f"tcgen05.mma kind::{kind}: saturation (bit 3 of the instruction descriptor) is for kind::i8")
     return Descriptor(
         m=((bits >> 24) & 31) * 16,
         n=((bits >> 17) & 63) * 8,
@@ -64,6 +67,7 @@ def decode_instruction(bits: int, kind: str) -> Descriptor:
         a=formats[a],
         b=formats[b],
         half=not scaled and kind in ("f16", "f8f6f4") and (bits >> 4) & 3 == 0,
+        saturate=bool((bits >> 3) & 1),
         negate_a=bool((bits >> 13) & 1),
         negate_b=bool((bits >> 14) & 1),
         a_mn_major=bool((bits >> 15) & 1),
@@ -99,15 +103,17 @@ def build_mma(d: Decoder, i: Instruction, f: Form) -> Run:
         disabled = [d.source(lane, "b32") for mask in masks for lane in mask.items]
     else:
         disabled = []
-    if len(rest) > (3 if scaled else 1):
-        raise UnknownInstruction(f"{i.opcode} with a scale of D is not simulated")
+    rest = rest[3 if scaled else 1 :]
+    shift = rest[0].value if rest and isinstance(rest[0], Immediate) else -1 if rest else 0
+    if rest and (kind not in ("f16", "tf32") or not 0 <= shift <= 15):
+        raise UnknownInstruction(f"{i.opcode}: a scale of D is an immediate from 0 to 15, for kind::f16 and kind::tf32")
+    if disabled and len(disabled) != (8 if pair else 4):
+        raise UnknownInstruction(f"{i.opcode} needs {8 if pair else 4} words of disabled output lanes, got {len(disabled)}")
 
     slots = [to, a, b, descriptor, enable, *disabled, *((scale_a[0], scale_b[0]) if scaled else ())]
 
     def run(w: Lanes, m: Any) -> None:
         for lane in w.issuers(m, slots):
-            if any(int(w.u[s][lane]) for s in disabled):
-                raise UnknownInstruction(f"{i.opcode} with disabled output lanes is not simulated")
             product = Product(
                 cta=w.cta,
                 pair=pair,
@@ -120,6 +126,8 @@ def build_mma(d: Decoder, i: Instruction, f: Form) -> Run:
                 scale_a=int(w.u[scale_a[0]][lane]) + scale_a[1] if scaled else 0,
                 scale_b=int(w.u[scale_b[0]][lane]) + scale_b[1] if scaled else 0,
                 accumulate=bool(w.u[enable][lane]) != negated,
+                shift=shift,
+                disabled=tuple(int(w.u[s][lane]) for s in disabled),
             )
             owner = w.cta.cluster.pair(w.cta)[0] if pair else w.cta
             w.cta.machine.issue(("tcgen05", id(owner)), product.perform, "tcgen05.mma", w, i.index, (lane,))
@@ -142,14 +150,18 @@ class Product:
     scale_a: int
     scale_b: int
     accumulate: bool
+    shift: int  # D is divided by two to this power before it is added to
+    disabled: tuple[int, ...]  # one bit for each lane that keeps its cells, 32 lanes a word; the second CTA's after the first's
 
     def perform(self) -> None:
         form = self.form
         ctas = self.cta.cluster.pair(self.cta) if self.pair else (self.cta,)
         rows, columns = form.m // len(ctas), form.n // len(ctas)
         right = np.concatenate([self._shared(c, self.b, columns, form.b, form.b_mn_major) for c in ctas])
-        for cta in ctas:
+        for number, cta in enumerate(ctas):
             left = self._left(cta, rows)
+            if form.negate_a != form.negate_b:
+                left = -left
             other = right
             if self.vector:
                 left = self._scaled(cta, left, self.scale_a, form.a_scale)
@@ -161,9 +173,7 @@ class Product:
                 else:
                     other = self._scaled(cta, right, self.scale_b, form.b_scale)
             product = operands.multiply(left, other, form.a in operands.INTEGERS)
-            if form.negate_a != form.negate_b:
-                product = -product
-            self._write(cta, product, rows)
+            self._write(cta, product, rows, self.disabled[4 * number : 4 * number + 4])
 
     def _left(self, cta: Cta, rows: int) -> Array:
         form = self.form
@@ -197,7 +207,7 @@ class Product:
             return [(slice(32 * q, 32 * q + 16), slice(16 * q, 16 * q + 16)) for q in range(4)]
         raise UnknownInstruction(f"tcgen05.mma with M = {self.form.m} on {2 if self.pair else 1} CTAs is not simulated")
 
-    def _write(self, cta: Cta, product: Array, rows: int) -> None:
+    def _write(self, cta: Cta, product: Array, rows: int, disabled: tuple[int, ...]) -> None:
         column = self.to & 0xFFFF
         parts = self._lanes(rows)
         if self.pair and rows == 64:
@@ -206,10 +216,12 @@ class Product:
             pieces = [(parts[0][0], product[:, :half]), (parts[1][0], product[:, half:])]
         else:
             pieces = [(span, product[chosen]) for span, chosen in parts]
+        if any(disabled):
+            pieces = [part for span, values in pieces for part in _enabled(span, values, disabled)]
         for span, values in pieces:
             if self.accumulate:
                 old = cta.tensor.read(span, column, values.shape[1], "tcgen05.mma (D)")
-                values = self._decode(old) + values
+                values = (self._decode(old) * np.float32(0.5**self.shift) if self.shift else self._decode(old)) + values
             cta.tensor.write(span, column, self._encode(values), "tcgen05.mma (D)")
 
     def _decode(self, cells: Array) -> Array:
@@ -221,7 +233,16 @@ class Product:
 
     def _encode(self, values: Array) -> Array:
         if self.form.a in operands.INTEGERS:
+            if self.form.saturate:
+                values = values.clip(-(1 << 31), (1 << 31) - 1)
             return (values & 0xFFFFFFFF).astype(np.uint32)
         if self.form.half:
             return np.ascontiguousarray(values).astype(np.float16).view(np.uint16).astype(np.uint32)
         return np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+
+
+def _enabled(span: slice, values: Array, disabled: tuple[int, ...]) -> list[tuple[slice, Array]]:
+    """The runs of lanes of a span that are not disabled, with their rows of values."""
+    lanes = [lane for lane in range(span.start, span.stop) if not disabled[lane // 32] >> lane % 32 & 1]
+    runs = np.split(np.array(lanes, np.int64), np.flatnonzero(np.diff(lanes) > 1) + 1)
+    return [(slice(int(r[0]), int(r[-1]) + 1), values[r - span.start]) for r in runs if len(r)]
