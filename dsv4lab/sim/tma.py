@@ -187,6 +187,14 @@ def _check(tensor: Plan, coordinates: list[int], offset: int) -> None:
         )
 
 
+def _check_inside(tensor: Plan, coordinates: list[int]) -> None:
+    """What a store refuses."""
+    if tensor.im2col is None and min(coordinates) < 0:
+        raise MemoryFault(
+            f"a TMA store has no negative coordinates (an illegal instruction on the H200), got {tuple(coordinates)}"
+        )
+
+
 def _locate(tensor: Plan, offset: int) -> Array:
     """Byte offsets, from `offset`, of the box's data in shared memory."""
     if not tensor.padded:
@@ -265,16 +273,47 @@ def store(
     As on the H200: rows are written up to a multiple of 16 bytes, and no coordinate of a tiled box may be negative.
     """
     _check(tensor, coordinates, offset)
-    if tensor.im2col is None and min(coordinates) < 0:
-        raise MemoryFault(
-            f"a TMA store has no negative coordinates (an illegal instruction on the H200), got {tuple(coordinates)}"
-        )
+    _check_inside(tensor, coordinates)
     if reduction == "add" and tensor.element == "s64":
         raise UnknownInstruction(
             "TMA reduction add of element type s64 is an illegal instruction on the H200; u64 does the same"
         )
     shape = [*tensor.box[::-1], tensor.element_bytes]
-    box = shared.gather(_locate(tensor, offset), offset, "TMA store").reshape(shape)
+    _put(tensor, coordinates, memory, shared.gather(_locate(tensor, offset), offset, "TMA store").reshape(shape), reduction)
+
+
+def _four(tensor: Plan, coordinates: list[int], offset: int) -> tuple[Array, list[list[int]]]:
+    """Byte offsets of the four rows of a gather or scatter in shared memory, and the coordinates of each row's box."""
+    if tensor.rank != 2 or tensor.box[1] != 1 or len(coordinates) != 5:
+        raise MemoryFault(
+            f"gather4 and scatter4 take a column and four rows of a matrix whose box is one row, "
+            f"got {len(coordinates)} coordinates and a box of {tensor.box}"
+        )
+    places = [[coordinates[0], row] for row in coordinates[1:]]
+    _check(tensor, places[0], offset)
+    return _locate(replace(tensor, box=(tensor.box[0], 4)), offset), places
+
+
+def gather(tensor: Plan, coordinates: list[int], memory: GlobalMemory, shared: SharedMemory, offset: int) -> int:
+    """Copy four rows (coordinates: first column, then each row) to shared memory, one after the other; returns their bytes."""
+    index, places = _four(tensor, coordinates, offset)
+    shared.scatter(index, offset, np.concatenate([read_box(tensor, place, memory) for place in places]), "TMA load")
+    if tensor.padded:
+        shared.mark(offset, 4 * tensor.box_bytes)
+    return 4 * tensor.counted_bytes
+
+
+def scatter(tensor: Plan, coordinates: list[int], memory: GlobalMemory, shared: SharedMemory, offset: int) -> None:
+    """The reverse; rows beyond the matrix are not written."""
+    _check_inside(tensor, coordinates)
+    index, places = _four(tensor, coordinates, offset)
+    rows = shared.gather(index, offset, "TMA store").reshape(4, 1, tensor.box[0], tensor.element_bytes)
+    for place, row in zip(places, rows, strict=True):
+        _put(tensor, place, memory, row, None)
+
+
+def _put(tensor: Plan, coordinates: list[int], memory: GlobalMemory, box: Array, reduction: str | None) -> None:
+    """A box (outermost first, then the element's bytes) into the tensor."""
     if tensor.im2col is not None:
         for row, column in _columns(tensor, coordinates, memory, ()):
             if memory.observers:

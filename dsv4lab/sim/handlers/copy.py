@@ -296,6 +296,8 @@ def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
     multicast, pair = f.has("multicast::cluster"), f.has("cta_group::2")
     f.drop("cta_group::1")
     rows = f.take("tile::gather4", "tile::scatter4") is not None
+    if rows and reduction:
+        raise UnknownInstruction(f"{i.opcode}: reductions have no scatter4")
     im2col = f.take("im2col", "im2col_no_offs")
     load = places[0] != "global"
     tensor_operand = i.operands[1] if load else i.operands[0]
@@ -319,12 +321,6 @@ def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
         if address < SHARED_WINDOW:
             w.cta.machine.observers.read("tensormap", None, address, _FIRST, DESCRIPTOR_BYTES)
 
-    def pieces(plan: tma.Plan, place: list[int], offset: int) -> list[tuple[list[int], int]]:
-        """gather4 and scatter4 give one column and four rows of a matrix whose box is one row."""
-        if not rows:
-            return [(place, offset)]
-        return [([place[0], place[1 + k]], offset + k * plan.box_bytes) for k in range(4)]
-
     def store(w: Lanes, lane: int) -> None:
         cta, machine = w.cta, w.cta.machine
         plan, place = read_plan(w, lane)
@@ -335,8 +331,10 @@ def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
 
         def effect() -> None:
             tell_descriptor(w, descriptor)
-            for at, start in pieces(plan, place, offset):
-                machine.movers.store_box(plan, at, owner, start, name)
+            if rows:
+                tma.scatter(plan, place, machine.memory, owner.shared, offset)
+            else:
+                machine.movers.store_box(plan, place, owner, offset, name)
             group.outstanding -= 1
 
         machine.issue(None, effect, "TMA reduce" if name else "TMA store", w, i.index, (lane,), f"at {tuple(place)}")
@@ -365,8 +363,10 @@ def _tensor(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
             tell_descriptor(w, descriptor)
             size = plan.counted_bytes * (4 if rows else 1)
             for target in targets:
-                for at, start in pieces(plan, place, offset):
-                    machine.movers.load_box(plan, at, target, start, shift)
+                if rows:
+                    tma.gather(plan, place, machine.memory, target.shared, offset)
+                else:
+                    machine.movers.load_box(plan, place, target, offset, shift)
                 barrier_of(target).mbarrier(bar_place).complete(size, Deed(f"TMA load at {tuple(place)}", who))
 
         machine.issue(None, effect, "TMA load", w, i.index, (lane,), f"at {tuple(place)}")
