@@ -34,11 +34,11 @@ def kernels() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="session")
 def compiled(kernels: ModuleType) -> Callable[..., sim.Compiled]:
-    """compiled(name, *tensors, arch=...): a function of kernels.py, compiled once for each name, arch, shapes and dtypes."""
+    """compiled(name, *tensors, arch=...): a function of kernels.py, compiled once for each name, arch, shapes, strides and dtypes."""
     known: dict[Any, sim.Compiled] = {}
 
     def get(name: str, *tensors: torch.Tensor, arch: str = "sm_90a") -> sim.Compiled:
-        key = (name, arch, *((tuple(t.shape), t.dtype) for t in tensors))
+        key = (name, arch, *((tuple(t.shape), t.stride(), t.dtype) for t in tensors))
         if key not in known:
             known[key] = sim.compile(getattr(kernels, name), *tensors, arch=arch)
         return known[key]
