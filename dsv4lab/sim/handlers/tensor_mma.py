@@ -49,8 +49,9 @@ class Descriptor:
 
 
 @lru_cache(maxsize=512)
-def decode_instruction(bits: int, kind: str) -> Descriptor:
-    """Decode a 32-bit instruction descriptor for a kind. Raises UnknownInstruction for formats that are not simulated."""
+def decode_instruction(bits: int, kind: str, pair: bool) -> Descriptor:
+    """Decode a 32-bit instruction descriptor for a kind. Raises UnknownInstruction for formats that are not simulated, and for
+    shapes that there are not."""
     scaled = kind.startswith("mx")
     formats = _SOURCES[kind]
     a, b = (bits >> 7) & 7, (bits >> 10) & (3 if kind.startswith("mxf4") else 7)
@@ -60,9 +61,16 @@ def decode_instruction(bits: int, kind: str) -> Descriptor:
         raise UnknownInstruction("tcgen05.mma: sparse operands are not simulated")
     if bits & 8 and kind != "i8":
         raise UnknownInstruction(f"tcgen05.mma kind::{kind}: saturation (bit 3 of the instruction descriptor) is for kind::i8")
+    m, n = ((bits >> 24) & 31) * 16, ((bits >> 17) & 63) * 8
+    known, step = ((128, 256), 16) if pair else ((128,) if scaled else (64, 128), 8)
+    if m not in known or n % step or not 0 < n <= 256:
+        raise UnknownInstruction(
+            f"tcgen05.mma kind::{kind} on {2 if pair else 1} CTAs: M must be {' or '.join(map(str, known))} and N "
+            f"a multiple of {step} up to 256, got {m} x {n}"
+        )
     return Descriptor(
-        m=((bits >> 24) & 31) * 16,
-        n=((bits >> 17) & 63) * 8,
+        m=m,
+        n=n,
         k=_DEPTH[kind],
         a=formats[a],
         b=formats[b],
@@ -117,7 +125,7 @@ def build_mma(d: Decoder, i: Instruction, f: Form) -> Run:
             product = Product(
                 cta=w.cta,
                 pair=pair,
-                form=decode_instruction(int(w.u[descriptor][lane]), kind),
+                form=decode_instruction(int(w.u[descriptor][lane]), kind, pair),
                 vector=vector if scaled else 0,
                 to=int(w.u[to][lane]) + to_offset,
                 a=int(w.u[a][lane]) + a_offset,
@@ -203,9 +211,7 @@ class Product:
             return [(slice(0, 128), slice(0, 128))]
         if rows == 64 and self.pair:
             return [(slice(0, 64), slice(0, 64)), (slice(64, 128), slice(0, 64))]
-        if rows == 64:
-            return [(slice(32 * q, 32 * q + 16), slice(16 * q, 16 * q + 16)) for q in range(4)]
-        raise UnknownInstruction(f"tcgen05.mma with M = {self.form.m} on {2 if self.pair else 1} CTAs is not simulated")
+        return [(slice(32 * q, 32 * q + 16), slice(16 * q, 16 * q + 16)) for q in range(4)]
 
     def _write(self, cta: Cta, product: Array, rows: int, disabled: tuple[int, ...]) -> None:
         column = self.to & 0xFFFF

@@ -84,8 +84,14 @@ class Case:
         assert len(spans) <= 1 or self.modes[0] == self.modes[1]
         return max(max(spans, default=2), 1)
 
-    def instruction(self, first: int = 0) -> int:
-        """The instruction descriptor. first: byte of the scale words at which the factors begin."""
+    @property
+    def ahead(self) -> int:
+        """Bytes of B's first scale word that hold no factor, so that A's and B's begin at different ones; 0 if they fill it."""
+        count = self.depth // self.block if self.block else 4
+        return count if count < 4 else 0
+
+    def instruction(self, first_a: int = 0, first_b: int = 0) -> int:
+        """The instruction descriptor. first_a, first_b: bytes of the scale words at which the factors begin."""
         types = _TYPES[self.kind]
         out = types[self.a] << 7 | types[self.b] << 10 | (self.n >> 3) << 17
         out |= (
@@ -95,7 +101,7 @@ class Case:
             | (self.majors[1] == "M") << 16
         )
         if self.block:
-            return out | (self.scales == "ue8m0") << 23 | (self.m >> 7) << 27 | first << 4 | first << 29
+            return out | (self.scales == "ue8m0") << 23 | (self.m >> 7) << 27 | first_b << 4 | first_a << 29
         return out | {"f16": 0, "f32": 1, "s32": 2}[self.d] << 4 | (self.m >> 4) << 24 | self.saturate << 3
 
 
@@ -144,7 +150,16 @@ def _factors(case: Case, label: str, rows: int) -> tuple[np.ndarray, np.ndarray]
     return codes.astype(np.uint8), matrix.values(codes.astype(np.uint8), "e4m3")
 
 
-def _scale_columns(case: Case, codes: np.ndarray, label: str) -> np.ndarray:
+def _scale_columns_b(case: Case, codes: np.ndarray, label: str) -> np.ndarray:
+    """As `_scale_columns`; for M = 128 on a pair, where D has N's halves one above the other, so have the factors."""
+    codes = np.concatenate([np.full((len(codes), case.ahead), 0x55, np.uint8), codes], axis=1)
+    if not (case.pair and case.m == 128):
+        return _scale_columns(codes, label)
+    low, high = (_scale_columns(half, label + part) for half, part in zip(np.split(codes, 2), "lh", strict=True))
+    return np.concatenate([low[:64], high[64:]])
+
+
+def _scale_columns(codes: np.ndarray, label: str) -> np.ndarray:
     """(128, columns) words. Four factors of row i are a word at lane i % 32 of each quarter, column i / 32."""
     rows, count = codes.shape
     words, wide = -(-count // 4), -(-rows // 32)
@@ -232,9 +247,7 @@ def _inputs(case: Case) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray,
         parts = [d]
         parts += [_tmem_operand(case, a[mine])] if case.tmem else []
         parts += (
-            [_scale_columns(case, codes_a[mine], label + "fa"), _scale_columns(case, codes_b, label + "fb")]
-            if case.block
-            else []
+            [_scale_columns(codes_a[mine], label + "fa"), _scale_columns_b(case, codes_b, label + "fb")] if case.block else []
         )
         at = np.cumsum([0, *(p.shape[1] for p in parts)])
         spare = np.zeros((LANES, -int(at[-1]) % 8), np.uint32)
@@ -317,13 +330,14 @@ def _kernel(case: Case, shared: int, width: int, at: Places) -> str:
 def _issue(case: Case, step: int, group: str, at: Places) -> str:
     """One tcgen05.mma."""
     text, scales, mask, tail = "", "", "", ""
-    first = 0
+    first_a = first_b = 0
     if case.block:
-        factors = case.depth // case.block * step
-        first, word = factors % 4, factors // 4
+        word_a, first_a = divmod(case.depth // case.block * step, 4)
+        word_b, first_b = divmod(case.depth // case.block * step + case.ahead, 4)
         rows = case.m // (2 if case.pair else 1)
-        scales = f" [%r4+{at.scale_a + word * -(-rows // 32)}], [%r4+{at.scale_b + word * -(-case.n // 32)}],"
-    text += f"mov.b32 %r10, {case.instruction(first)}; shr.u32 %r11, %r1, 4; cvt.u64.u32 %d10, %r11;\n"
+        wide = -(-case.n // (64 if case.pair and case.m == 128 else 32))
+        scales = f" [%r4+{at.scale_a + word_a * -(-rows // 32)}], [%r4+{at.scale_b + word_b * wide}],"
+    text += f"mov.b32 %r10, {case.instruction(first_a, first_b)}; shr.u32 %r11, %r1, 4; cvt.u64.u32 %d10, %r11;\n"
     for register, image, mode, place in (
         ("%d11", at.left, case.modes[0], 0),
         ("%d12", at.right, case.modes[1], at.shared_b),

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from dsv4lab.sim.errors import UnknownInstruction
+from tests.sim.conformance import tcgen05_mma
 from tests.sim.conformance.tcgen05_mma import Case, check
 
 MODES = ("none", "32B", "64B", "128B")
@@ -66,6 +67,7 @@ def layouts() -> list[Case]:
     cases += [Case("f16", "f16", "f16", 64, 64, "f32", False, (mode, mode), "MM") for mode in MODES]
     cases += [Case("f16", "f16", "f16", 128, 64, "f32", True, (mode, mode), majors) for mode in MODES for majors in MAJORS[:3]]
     cases += [Case("tf32", "tf32", "tf32", 128, 64, "f32", pair, (mode, mode)) for mode in MODES for pair in (False, True)]
+    cases += [Case("tf32", "tf32", "tf32", n=64, modes=(mode, mode), majors=m) for mode in MODES[:3] for m in MAJORS[1:]]
     return cases + [
         Case("f16", "f16", "f16", 128, 128, "f32", False, (left, right), "MM")
         for left in MODES
@@ -104,6 +106,7 @@ def scaled() -> list[Case]:
     some = (SCALED[0], SCALED[25], SCALED[27], NVFP4)
     cases = SCALED + [replace(case, accumulate=False) for case in some]
     cases += [replace(case, m=256, n=n, pair=True) for case in some for n in (32, 128, 256)]
+    cases += [replace(case, n=n, pair=True) for case in some for n in (32, 128, 256)]
     cases += [replace(case, n=n) for case in some for n in (8, 40, 128, 200, 256)]
     cases += [replace(case, modes=(mode, mode)) for case in some for mode in MODES]
     return cases + [
@@ -131,8 +134,9 @@ def test_products_under_other_schedules(case, schedule):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (Case("f16", "f16", "f16", 64, 32, pair=True), r"M = 64 on 2 CTAs is not simulated"),
-        (Case("f16", "f16", "f16", 32, 32), r"M = 32 on 1 CTAs is not simulated"),
+        (Case("f16", "f16", "f16", 64, 32, pair=True), r"on 2 CTAs: M must be 128 or 256 .*, got 64 x 32"),
+        (Case("f16", "f16", "f16", 32, 32), r"on 1 CTAs: M must be 64 or 128 .*, got 32 x 32"),
+        (Case("f16", "f16", "f16", 256, 40, pair=True), r"N a multiple of 16 up to 256, got 256 x 40"),
         (replace(NVFP4, majors="MK"), r"4-bit operands must be K-major"),
         (Case("f8f6f4", "e4m3", "e4m3", scale_d=1), r"a scale of D is an immediate from 0 to 15, for kind::f16 and kind::tf32"),
         (Case("f16", "f16", "f16", scale_d=16, accumulate=False), r"a scale of D is an immediate from 0 to 15"),
@@ -143,3 +147,9 @@ def test_products_under_other_schedules(case, schedule):
 def test_refused(case, message):
     with pytest.raises(UnknownInstruction, match=message):
         check(case)
+
+
+def test_swizzle_with_atoms_of_32_bytes_is_refused(monkeypatch):
+    monkeypatch.setitem(tcgen05_mma._SWIZZLE, "128B", 1)
+    with pytest.raises(UnknownInstruction, match="swizzle code 1 is not simulated"):
+        check(Case("tf32", "tf32", "tf32", n=64, majors="MM"))
