@@ -27,6 +27,7 @@ Array = NDArray
 PLACES, PLACES_OF_BYTES = 25, 13
 LEAST = {"f16": -14, "bf16": -126, "tf32": -126, "e4m3": -6, "e5m2": -14}  # exponent of a format's subnormal numbers
 _NOTHING = -1000000  # the exponent of zero
+_COLUMNS = 8  # COLUMNS of matrix.c
 _ROWS = 16  # of A at a time, which bounds the memory of the numpy version
 
 
@@ -34,7 +35,7 @@ def _exponents(x: Array, least: int) -> Array:
     return np.where(x == 0, _NOTHING, np.maximum(np.frexp(x)[1].astype(np.int64) - 1, least))
 
 
-def aligned_sums_numpy(a: Array, b: Array, c: Array | None, places: int, least_a: int, least_b: int) -> Array:
+def aligned_sums(a: Array, b: Array, c: Array | None, places: int, least_a: int, least_b: int) -> Array:
     """c + a b^T for finite float32 (M, K), (N, K) and (M, N) or None, every addend cut off; exact float64 (M, N)."""
     wide, right, of_right = a.astype(np.float64), b.astype(np.float64), _exponents(b, least_b)
     of_left, of_c = _exponents(a, least_a), None if c is None else _exponents(c, LEAST["tf32"])
@@ -49,20 +50,6 @@ def aligned_sums_numpy(a: Array, b: Array, c: Array | None, places: int, least_a
         top = exponents.max(axis=2)
         scale = np.exp2(np.where(top < _NOTHING // 2, 0, places - top).astype(np.float64))
         out[part] = np.trunc(addends * scale[:, :, None]).sum(axis=2) / scale + 0.0
-    return out
-
-
-def aligned_sums(a: Array, b: Array, c: Array | None, places: int, least_a: int, least_b: int) -> Array:
-    """`aligned_sums_numpy`, by the native core where that is in use."""
-    if library.choose() != "native":
-        return aligned_sums_numpy(a, b, c, places, least_a, least_b)
-    a, b = (np.ascontiguousarray(x, dtype=np.float32) for x in (a, b))
-    held = None if c is None else np.ascontiguousarray(c, dtype=np.float32)
-    out = np.empty((len(a), len(b)))
-    scratch = np.empty(a.shape, np.int32), np.empty(b.shape, np.int32)
-    pointers = [x.ctypes.data for x in (a, b)] + [None if held is None else held.ctypes.data]
-    pointers += [x.ctypes.data for x in (out, *scratch)]
-    library.load().native_aligned_sums(*pointers, len(a), len(b), a.shape[1], places, least_a, least_b)
     return out
 
 
@@ -88,7 +75,20 @@ class Adder:
     half: bool
 
     def __call__(self, a: Array, b: Array, c: Array | None) -> Array:
-        """One step: (M, N) float32, of float16 values if half. Infinities and NaN as in ordinary arithmetic, NaN canonical."""
+        """One step: a (..., M, K), b (..., N, K), c (..., M, N) or None -> (..., M, N) float32, of float16 values if half.
+
+        Infinities and NaN as in ordinary arithmetic, NaN canonical. In the native core's C code where that is in use.
+        """
+        if b.shape[-2] % _COLUMNS == 0 and library.choose() == "native":
+            result = self._native(a, b, c)
+            if result is not None:
+                return result
+        if a.ndim > 2:
+            return np.stack([self(a[i], b[i], None if c is None else c[i]) for i in range(len(a))])
+        return self.numpy(a, b, c)
+
+    def numpy(self, a: Array, b: Array, c: Array | None) -> Array:
+        """One step for matrices, in numpy."""
         given = [x for x in (a, b, c) if x is not None]
         if all(np.isfinite(x).all() for x in given):
             return self._finite(a, b, c)
@@ -99,6 +99,17 @@ class Adder:
             plain = left @ right.T if c is None else left @ right.T + np.where(np.isfinite(c), np.float32(0), c)
         return np.where(np.isfinite(plain), result, numfmt.canonical(plain))
 
+    def _native(self, a: Array, b: Array, c: Array | None) -> Array | None:
+        """None where an operand is not finite."""
+        (*batch, m, k), n = a.shape, b.shape[-2]
+        held = [None if x is None else np.ascontiguousarray(x, np.float32) for x in (a, b, c)]
+        out = np.empty((*batch, m, n), np.float32)
+        scratch = np.empty(m * k, np.int32), np.empty(n * k, np.int32), np.empty(n * k), np.empty(n)
+        pointers = [None if x is None else x.ctypes.data for x in (*held, out, *scratch)]
+        sizes = batch[0] if batch else 1, m, n, k
+        rules = self.places, self.least_a, self.least_b, self.bits, self.half
+        return None if library.load().native_tensor_sums(*pointers, *sizes, *rules) else out
+
     def _finite(self, a: Array, b: Array, c: Array | None) -> Array:
         exact = aligned_sums(a, b, c, self.places, self.least_a, self.least_b)
         if not self.half:
@@ -108,7 +119,7 @@ class Adder:
 
 
 def wgmma(a: Array, b: Array, c: Array | None, types: tuple[str, str], half: bool) -> Array:
-    """a (M, K), b (N, K), c (M, N) or None as float32. types: of a and b; half: float16 accumulators."""
+    """a (..., M, K), b (..., N, K), c (..., M, N) or None as float32. types: of a and b; half: float16 accumulators."""
     narrow = types[0] in ("e4m3", "e5m2")
     places, bits = (PLACES_OF_BYTES, 14) if narrow else (PLACES, 24)
     return Adder(places, bits, LEAST[types[0]], LEAST[types[1]], half)(a, b, c)
@@ -117,11 +128,11 @@ def wgmma(a: Array, b: Array, c: Array | None, types: tuple[str, str], half: boo
 def mma(a: Array, b: Array, c: Array, types: tuple[str, str], half: bool) -> Array:
     """The same for mma.sync; formats of fewer than 8 bits, which Hopper does not have, are added in float32."""
     if not set(types) <= set(LEAST):
-        return a @ b.T + c
+        return a @ b.swapaxes(-1, -2) + c
     if types[0] not in ("e4m3", "e5m2"):
         return Adder(PLACES, 24, LEAST[types[0]], LEAST[types[1]], half)(a, b, c)
     add = Adder(PLACES, 24, LEAST["f16"], LEAST["f16"], half)
-    first = np.arange(a.shape[1]) % 4 < 2
-    total = add(a[:, ~first], b[:, ~first], add(a[:, first], b[:, first], None))
+    first = np.arange(a.shape[-1]) % 4 < 2
+    total = add(a[..., ~first], b[..., ~first], add(a[..., first], b[..., first], None))
     with np.errstate(over="ignore", invalid="ignore"):
         return numfmt.canonical((total + c).astype(np.float16).astype(np.float32) if half else total + c)

@@ -62,7 +62,7 @@ def unpack(data: Array, size: int) -> Array:
 
 
 def multiply(a: Array, b: Array, integer: bool = False) -> Array:
-    """(M, K) x (N, K) -> (M, N): float32 products and sums in an order of the library's choosing; integers are exact."""
+    """(..., M, K) x (..., N, K) -> (..., M, N): float32 sums in an order of the library's choosing; integers are exact."""
     if integer:
-        return np.rint(a.astype(np.float64) @ b.astype(np.float64).T).astype(np.int64)
-    return a @ b.T
+        return np.rint(a.astype(np.float64) @ b.astype(np.float64).swapaxes(-1, -2)).astype(np.int64)
+    return a @ b.swapaxes(-1, -2)

@@ -21,24 +21,24 @@ _LANE = np.arange(WARP)
 _SIZES = {"f16": 16, "bf16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8, "e2m1": 8, "e2m3": 8, "e3m2": 8, "s8": 8, "u8": 8}
 
 
-def _rows(fragments: list[Array], per: int, rows_of_two: bool, k: int) -> Array:
-    """Fragments (each (32, per) numbers) as a (16 or 8, K) matrix: A alternates row halves, B runs along K only."""
-    out = np.zeros((16 if rows_of_two else 8, k), np.float32)
-    for item, values in enumerate(fragments):
-        row = _LANE // 4 + (8 * (item % 2) if rows_of_two else 0)
-        step = item // 2 if rows_of_two else item
-        column = per * (_LANE % 4) + 4 * per * step
-        for j in range(per):
-            out[row, column + j] = values[:, j]
-    return out
+def _index(count: int, per: int, rows_of_two: bool, k: int) -> Array:
+    """Where `count` fragments of `per` numbers lie in a matrix of rows of k: A alternates row halves, B runs along K only.
+
+    Returns indices (32 lanes * count * per,) into the flattened matrix.
+    """
+    item = np.arange(count)[None, :, None]
+    row = _LANE[:, None, None] // 4 + (8 * (item % 2) if rows_of_two else 0)
+    step = item // 2 if rows_of_two else item
+    column = per * (_LANE[:, None, None] % 4) + 4 * per * step + np.arange(per)
+    return (row * k + column).reshape(-1)
 
 
-def _numbers(registers: Array, name: str, packed4: bool) -> Array:
-    """(32,) registers to (32, elements) numbers."""
-    data = registers.view(np.uint8).reshape(WARP, 4)
-    if name in ("e2m1", "e2m3", "e3m2"):
-        return operands.values(data, "e2m1" if packed4 else f"{name}.8")
-    return operands.values(data, name)
+def _matrices(w: Lanes, slots: list[int], name: str, index: Array, rows: int, k: int) -> Array:
+    """The fragments in the registers of every warp of the window as float32 matrices (warps, rows, k)."""
+    registers = np.stack([w.u[slot] for slot in slots], axis=1)  # (lanes, fragments)
+    out = np.zeros((w.warps, rows * k), np.float32)
+    out[:, index] = operands.values(registers.view(np.uint8), name).reshape(w.warps, -1)
+    return out.reshape(w.warps, rows, k)
 
 
 @family("mma")
@@ -94,26 +94,28 @@ def mma(d: Decoder, i: Instruction, f: Form) -> Action:
     # ue4m3 has no sign: its top bit is ignored.
     _magnitude = np.uint8(0xFF if scale_type == "ue8m0" else 0x7F)
 
+    def container(name: str) -> str:
+        return f"{name}.8" if name in ("e2m1", "e2m3", "e3m2") and not packed4 else name
+
+    index_a, index_b = _index(len(a), a_per, True, k), _index(len(b), a_per, False, k)
+    half = d_type == "f16"
+
     def run(w: Lanes, m: Any) -> None:
-        for position in range(w.warps):
-            low = position * WARP
-            part = slice(low, low + WARP)
-            left = _rows([_numbers(w.u[s][part], a_type, packed4) for s in a], a_per, True, k)
-            right = _rows([_numbers(w.u[s][part], b_type, packed4) for s in b], a_per, False, k)
-            if scaled:
-                by_row, by_column = factors(w, low)
-                left = (left.reshape(16, count, -1) * by_row[:, :, None]).reshape(16, k)
-                right = (right.reshape(8, count, -1) * by_column[:, :, None]).reshape(8, k)
-            if d_type == "s32":
-                _write_integers(w, part, targets, c, operands.multiply(left, right, True), saturate)
-                continue
-            half = d_type == "f16"
-            start = _accumulator(w, part, c, half)
-            if scaled:
-                total = operands.multiply(left, right) + start
-            else:
-                total = accumulation.mma(left, right, start, (a_type, b_type), half)
-            _write(w, part, targets, total, half)
+        left = _matrices(w, a, container(a_type), index_a, 16, k)
+        right = _matrices(w, b, container(b_type), index_b, 8, k)
+        if d_type == "s32":
+            _write_integers(w, targets, c, operands.multiply(left, right, True), saturate)
+            return
+        start = _accumulator(w, c, half)
+        if scaled:
+            for position in range(w.warps):
+                by_row, by_column = factors(w, position * WARP)
+                left[position] = (left[position].reshape(16, count, -1) * by_row[:, :, None]).reshape(16, k)
+                right[position] = (right[position].reshape(8, count, -1) * by_column[:, :, None]).reshape(8, k)
+            total = operands.multiply(left, right) + start
+        else:
+            total = accumulation.mma(left, right, start, (a_type, b_type), half)
+        _write(w, targets, total, half)
 
     return Action(run, stop=True, members=ALL_LANES)
 
@@ -146,38 +148,41 @@ def _double(d: Decoder, i: Instruction, m_rows: int, n: int, k: int) -> Action:
     return Action(run, stop=True, members=ALL_LANES)
 
 
-def _places(item: int, half: bool) -> list[tuple[Array, Array]]:
-    """Rows and columns that register `item` of each thread holds: rows t/4 and t/4 + 8, columns 2 * (t % 4) and the next."""
-    row, column = _LANE // 4, 2 * (_LANE % 4)
-    if half:
-        return [(row + 8 * item, column), (row + 8 * item, column + 1)]
-    return [(row + 8 * (item // 2), column + item % 2)]
+def _parts(matrices: Array) -> Array:
+    """A view of (warps, 16, 8) matrices as (warps, lane / 4, lane % 4, row half, column parity).
+
+    Lane t holds rows t / 4 and t / 4 + 8, columns 2 * (t % 4) and the next.
+    """
+    return matrices.reshape(len(matrices), 2, 8, 4, 2).transpose(0, 2, 3, 1, 4)
 
 
-def _accumulator(w: Lanes, part: slice, sources: list[int], half: bool) -> Array:
-    """C as a (16, 8) float32 matrix."""
-    out = np.empty((16, 8), np.float32)
+def _accumulator(w: Lanes, sources: list[int], half: bool) -> Array:
+    """C of every warp, (warps, 16, 8) float32."""
+    out = np.empty((w.warps, 16, 8), np.float32)
+    parts = _parts(out)
     for item, source in enumerate(sources):
-        for j, place in enumerate(_places(item, half)):
-            out[place] = w.h[source][part][:, j] if half else w.f[source][part]
+        if half:
+            parts[:, :, :, item] = w.h[source].reshape(w.warps, 8, 4, 2)
+        else:
+            parts[:, :, :, item // 2, item % 2] = w.f[source].reshape(w.warps, 8, 4)
     return out
 
 
-def _write(w: Lanes, part: slice, targets: list[int], total: Array, half: bool) -> None:
-    """D from a (16, 8) float32 matrix."""
+def _write(w: Lanes, targets: list[int], total: Array, half: bool) -> None:
+    """D of every warp, (warps, 16, 8) float32."""
+    parts = _parts(total)
     for item, target in enumerate(targets):
-        for j, place in enumerate(_places(item, half)):
-            if half:
-                w.h[target][part, j] = total[place].astype(np.float16)
-            else:
-                w.f[target][part] = total[place]
+        if half:
+            w.h[target][...] = parts[:, :, :, item].reshape(w.n, 2).astype(np.float16)
+        else:
+            w.f[target][...] = parts[:, :, :, item // 2, item % 2].reshape(w.n)
 
 
-def _write_integers(w: Lanes, part: slice, targets: list[int], sources: list[int], product: Array, saturate: bool) -> None:
+def _write_integers(w: Lanes, targets: list[int], sources: list[int], product: Array, saturate: bool) -> None:
     """D = product + C, of 32 bits: modulo 2**32 or clamped."""
+    parts = _parts(product)
     for item, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        (place,) = _places(item, False)
-        total = w.s[source][part].astype(np.int64) + product[place]
+        total = w.s[source].astype(np.int64) + parts[:, :, :, item // 2, item % 2].reshape(w.n)
         if saturate:
             total = np.clip(total, -(1 << 31), (1 << 31) - 1)
-        w.u[target][part] = (total & 0xFFFFFFFF).astype(np.uint32)
+        w.u[target][...] = (total & 0xFFFFFFFF).astype(np.uint32)

@@ -257,9 +257,10 @@ def _accumulate(cta: Cta, shape: Shape, first: int, left: Array, right: Array, a
     half = shape.d == "f16"
     held = None
     if accumulate:
-        columns = [w.h[slot] if half else w.f[slot][:, None] for slot in shape.d_slots]
-        held = np.empty((64, shape.n), np.float32)
-        held[row, column] = np.concatenate(columns, axis=1)
+        # Lane (warp, r, q) holds rows r and r + 8 (high), columns 8 block + 2 q and the next (parity).
+        columns = [w.h[slot].T if half else w.f[slot][None] for slot in shape.d_slots]
+        parts = np.concatenate(columns).reshape(shape.n // 8, 2, 2, _GROUP, 8, 4)  # (block, high, parity, warp, r, q)
+        held = parts.transpose(3, 1, 4, 0, 5, 2).reshape(64, shape.n).astype(np.float32, copy=False)
     result = accumulation.wgmma(left, right, held, (shape.a, shape.b), half)
     if not half:
         cta.machine.movers.accumulate(cta, first, shape.d_slots, result, False)

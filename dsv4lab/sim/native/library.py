@@ -46,8 +46,8 @@ def load() -> ctypes.PyDLL:
         pointer,
     ]
     library.native_run.restype = ctypes.c_int
-    library.native_aligned_sums.argtypes = [pointer] * 6 + [integer] * 6
-    library.native_aligned_sums.restype = None
+    library.native_tensor_sums.argtypes = [pointer] * 8 + [integer] * 8 + [ctypes.c_int]
+    library.native_tensor_sums.restype = ctypes.c_int
     return library
 
 
