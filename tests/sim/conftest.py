@@ -34,7 +34,7 @@ def kernels() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="session")
 def compiled(kernels: ModuleType) -> Callable[..., sim.Compiled]:
-    """compiled(name, *tensors, arch=...): a function of kernels.py, compiled once for each name, arch, shapes, strides and dtypes."""
+    """compiled(name, *tensors, arch=...): a function of kernels.py, compiled once for name, arch, shapes, strides, dtypes."""
     known: dict[Any, sim.Compiled] = {}
 
     def get(name: str, *tensors: torch.Tensor, arch: str = "sm_90a") -> sim.Compiled:
