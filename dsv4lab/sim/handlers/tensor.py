@@ -219,7 +219,7 @@ def _transfer(d: Decoder, i: Instruction, f: Form, what: str) -> Action:
             quarter = WARP * ((w.warp + position) % 4)
             # The hardware reaches only the warp's own quarter; examples pass 0 or the quarter itself.
             row = quarter + lane % WARP
-            if row + height > quarter + WARP:
+            if row + height > quarter + WARP or lane // WARP not in (0, quarter // WARP):
                 raise ResourceError(f"{i.opcode} at lane {lane} leaves the warp's quarter of TMEM")
             observers, movers = w.cta.machine.observers, w.cta.machine.movers
             operation = observers.start(observers.record(f"tcgen05.{what}", w, i.index)) if observers else None

@@ -164,6 +164,7 @@ def test_stores_of_every_count(shape, packed):
         ("ld.sync.aligned.32x32b.x1.b32 {%r60}, [%r9+512]", MemoryFault, "touches TMEM columns 512 to 512"),
         ("st.sync.aligned.32x32b.x2.b32 [%r9+511], {%r60, %r61}", MemoryFault, "touches TMEM columns 511 to 512"),
         ("ld.sync.aligned.32x32b.x1.b32 {%r60}, [%r10+1048576]", ResourceError, "leaves the warp's quarter"),
+        ("ld.sync.aligned.32x32b.x1.b32 {%r60}, [%r9+2097152]", ResourceError, "at lane 32 leaves the warp's quarter"),
         ("ld.sync.aligned.16x32bx2.x1.b32 {%r60}, [%r9], 512", MemoryFault, "touches TMEM columns 512 to 512"),
         ("ld.sync.aligned.16x32bx2.x1.b32 {%r60}, [%r9], %r6", UnknownInstruction, "needs a constant distance"),
         ("ld.sync.aligned.32x64b.x1.b32 {%r60}, [%r9]", UnknownInstruction, "is not simulated"),
