@@ -37,7 +37,7 @@ class Case:
     """One product of a (m, K) and b (n, K). majors: "K" or "M" for each operand. block: elements per scale factor, 0 for none.
 
     modes: swizzle of A and of B. signs: of A and of B. scales: "ue8m0" or "ue4m3". scale_d: D is divided by two to this power.
-    off: output lanes that stay as they are.
+    off: output lanes that stay as they are; of the second CTA, those as far from the last lane.
     """
 
     kind: str
@@ -83,6 +83,10 @@ class Case:
         spans = {matrix.SPAN[mode] // 32 for mode, major in zip(self.modes, self.majors, strict=True) if major == "K"}
         assert len(spans) <= 1 or self.modes[0] == self.modes[1]
         return max(max(spans, default=2), 1)
+
+    def kept(self, cta: int) -> list[int]:
+        """A CTA's lanes that stay as they are."""
+        return [LANES - 1 - lane if cta else lane for lane in self.off]
 
     @property
     def ahead(self) -> int:
@@ -243,7 +247,8 @@ def _inputs(case: Case) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray,
                     grid[:64, :half], grid[64:, :half] = cells[:, :half], cells[:, half:]
                 else:
                     grid[_lanes(case)] = cells
-        after[list(case.off)] = d[list(case.off)]
+        off = case.kept(cta)
+        after[off] = d[off]
         parts = [d]
         parts += [_tmem_operand(case, a[mine])] if case.tmem else []
         parts += (
@@ -349,7 +354,8 @@ def _issue(case: Case, step: int, group: str, at: Places) -> str:
         padded = case.a in _PADDED and not case.kind.startswith("mxf4")
         left = f"[%r4+{at.a + step * case.depth * (8 if padded else matrix.BITS[case.a]) // 32}]"
     if case.off:
-        words = [sum(1 << lane % 32 for lane in case.off if lane // 32 == w) for w in range(4)] * (2 if case.pair else 1)
+        kept = [case.kept(cta) for cta in range(2 if case.pair else 1)]
+        words = [sum(1 << lane % 32 for lane in lanes if lane // 32 == w) for lanes in kept for w in range(4)]
         text += "".join(f"mov.b32 %r{20 + w}, {word};\n" for w, word in enumerate(words))
         mask = " {" + ", ".join(f"%r{20 + w}" for w in range(len(words))) + "},"
     if case.scale_d and step == 0:
