@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv4lab.sim import assembly, errors, shim
+from dsv4lab.sim import accumulation, assembly, errors, shim
 from dsv4lab.sim.machine import Machine
 from dsv4lab.sim.native import library
 
@@ -410,3 +410,29 @@ def test_choice(monkeypatch):
         library.choose()
     monkeypatch.delenv(library.CHOICE)
     assert library.choose() == "native"
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), [(64, 256, 16), (64, 8, 16), (16, 8, 16), (5, 24, 32)])
+def test_tensor_core_sums_agree(m, n, k, half):
+    """C and numpy, bit for bit: wide ranges of exponents, zeros, subnormals, overflow, infinities and NaN, batches."""
+    rng = np.random.default_rng(m + n + k)
+
+    def bf16(*shape):
+        x = rng.standard_normal(shape) * 2.0 ** rng.integers(-20, 20, shape)
+        return (x.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+    add = accumulation.Adder(accumulation.PLACES, 24, -126, -126, half)
+    a, b, c = bf16(2, m, k), bf16(2, n, k), rng.standard_normal((2, m, n)).astype(np.float32)
+    a[:, 0], b[:, 1], a[:, 1, 0] = 0, 0, 2.0**-130
+    a[:, 2] *= np.float32(2.0**60)
+    b[:, 2] *= np.float32(2.0**67)
+    for held in (c, None):
+        in_c = add._native(a, b, held)
+        assert in_c is not None
+        expected = [add.numpy(a[i], b[i], None if held is None else held[i]) for i in range(2)]
+        assert (in_c.view(np.uint32) == np.stack(expected).view(np.uint32)).all()
+    for odd in (np.inf, np.nan):
+        a[0, 3, 0] = odd
+        assert add._native(a, b, c) is None
+        assert np.isnan(add(a, b, c)[0, 3]).any() or np.isinf(add(a, b, c)[0, 3]).any()

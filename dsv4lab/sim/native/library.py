@@ -75,8 +75,14 @@ def choose(core: str | None = None) -> str:
         if wanted == "native":
             load()
         return wanted
+    return "native" if _can_be_built() else "numpy"
+
+
+@cache
+def _can_be_built() -> bool:
+    """Asked once: a build that fails takes seconds, and the tensor core's sums ask for every product."""
     try:
         load()
     except shim.ShimError:
-        return "numpy"
-    return "native"
+        return False
+    return True
