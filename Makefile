@@ -1,6 +1,7 @@
 # make run    set up .venv, execute every notebook headless, write the report, generate some text
 # make test   set up .venv, lint, type-check and test
 # make lab    set up .venv, open JupyterLab on the tour
+# make bench  measure the kernels on a Hopper GPU, write benchmarks/baselines/<device>.jsonl
 # make clean  remove .venv, caches and local runs
 #
 # Needs python3 (3.11 or later, with its venv module), git, make and a C compiler. PYTHON=... chooses the interpreter.
@@ -14,6 +15,7 @@ RUN_ARGS ?=
 PROMPT ?= def __init__(self
 PYTEST_ARGS ?= -q -n 2
 LAB_ARGS ?=
+BENCH_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 # Prints the first interpreter that is new enough and can make environments; otherwise says what was found.
@@ -35,7 +37,7 @@ if [ -z "$$python" ]; then \
 fi
 endef
 
-.PHONY: run test lint lab notebooks constraints clean setup
+.PHONY: run test lint lab bench notebooks constraints clean setup
 
 run: $(STAMP)
 	@status=0; \
@@ -61,6 +63,10 @@ lab: $(STAMP)
 	@$(BIN)/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements # asks about news
 	$(BIN)/python -m jupyterlab $$([ "$$(id -u)" = 0 ] && echo --allow-root) --ServerApp.root_dir='$(CURDIR)' \
 		--LabApp.default_url=/lab/tree/notebooks/01_tour.ipynb $(LAB_ARGS)
+
+# Rows go to a file named after the device; BENCH_ARGS="OUT.jsonl --only linear --quick" chooses.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 # Generate every notebooks/*.ipynb from its .py twin.
 notebooks: $(STAMP)

@@ -136,6 +136,12 @@ def cases() -> list[Case]:
         add("moe", moe.moe, *routed, up, gated, down, operator="moe_experts", **act_knobs)
         add("shared_expert", moe.expert, x16, up[0], gated[0], down[0], **act_knobs)
     add("moe_combine", moe.moe_combine, x, x16)
+    for weight in (None, torch.rand(TOKENS, generator=g)):
+        halves = (x16, rand(TOKENS, 160).bfloat16(), weight)
+        add("swiglu", moe.swiglu, *halves, limit=1.5)
+        add("swiglu_fp8", moe.swiglu_fp8, *halves, limit=10.0, group=64)
+        add("swiglu_nvfp4", moe.swiglu_nvfp4, *halves, limit=10.0)
+    add("swiglu_nvfp4", moe.swiglu_nvfp4, x, x, None, scale, limit=10.0)
 
     # hyper-connections, prediction block
     streams, y, norm_weight = rand(TOKENS, 4, 32).bfloat16(), rand(TOKENS, 32).bfloat16(), rand(32)

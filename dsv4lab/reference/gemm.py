@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dsv4lab.formats import PackedWeight
-from dsv4lab.reference.quant import dequantize, fake_fp8_rows, fake_nvfp4, nvfp4_global_scale
+from dsv4lab.reference.quant import dequantize, fake_fp8_rows, fake_nvfp4, nvfp4_row_scale
 
 FP8_GROUP = 128  # activations: columns that share a scale, spec 8.2
 
@@ -32,8 +32,7 @@ def quantize_activation(x: torch.Tensor, act: str, input_scale: torch.Tensor | N
     if act == "nvfp4":
         if input_scale is not None:
             return fake_nvfp4(x, global_scale=input_scale)
-        per_row = nvfp4_global_scale(x.abs().amax(-1))
-        return fake_nvfp4(x[:, None], global_scale=per_row)[:, 0]
+        return fake_nvfp4(x[:, None], global_scale=nvfp4_row_scale(x))[:, 0]
     raise ValueError(f"act must be none, fp8 or nvfp4, got {act!r}")
 
 

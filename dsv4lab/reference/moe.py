@@ -6,6 +6,7 @@ import torch
 
 from dsv4lab.formats import PackedWeight
 from dsv4lab.reference.gemm import linear, matmul_rows
+from dsv4lab.reference.quant import quantize_fp8_rows, quantize_nvfp4
 
 
 def router_scores(x: torch.Tensor, gate_weight: torch.Tensor) -> torch.Tensor:
@@ -48,6 +49,31 @@ def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, *, limit: float) -> tor
     return torch.nn.functional.silu(gate.double().clamp(max=limit)) * up.double().clamp(-limit, limit)
 
 
+def swiglu(gate: torch.Tensor, up: torch.Tensor, row_weight: torch.Tensor | None = None, *, limit: float) -> torch.Tensor:
+    """`clamped_swiglu` times a factor for each row, rounded once: gate, up (..., I), row_weight (...) f32 -> like gate."""
+    h = clamped_swiglu(gate, up, limit=limit)
+    return (h if row_weight is None else h * row_weight[..., None]).to(gate.dtype)
+
+
+def swiglu_fp8(
+    gate: torch.Tensor, up: torch.Tensor, row_weight: torch.Tensor | None = None, *, limit: float, group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`swiglu`, then FP8 rows: gate, up (..., I) -> codes (..., I) e4m3, scale (..., ceil(I / group)) e8m0 (spec 8.2)."""
+    return quantize_fp8_rows(swiglu(gate, up, row_weight, limit=limit), group=group)
+
+
+def swiglu_nvfp4(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    row_weight: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+    *,
+    limit: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`swiglu`, then NVFP4: gate, up (..., I), I % 16 == 0 -> codes (..., I/2) u8, block_scale (..., I/16) e4m3, scale."""
+    return quantize_nvfp4(swiglu(gate, up, row_weight, limit=limit), global_scale=global_scale)
+
+
 def expert(
     x: torch.Tensor,
     w1: PackedWeight,
@@ -63,10 +89,8 @@ def expert(
     x (M, D); w1, w3 (I, D); w2 (D, I); row_weight (M,) f32, applied before w2 as the model's reference does
     -> (M, D) of x.dtype.  Source: spec 5.2, 5.4.
     """
-    h = clamped_swiglu(linear(x, w1, act=act), linear(x, w3, act=act), limit=limit)
-    if row_weight is not None:
-        h = h * row_weight[:, None]
-    return linear(h.to(x.dtype), w2, act=act)
+    h = swiglu(linear(x, w1, act=act), linear(x, w3, act=act), row_weight, limit=limit)
+    return linear(h, w2, act=act)
 
 
 def moe(

@@ -111,6 +111,11 @@ def nvfp4_global_scale(amax: torch.Tensor) -> torch.Tensor:
     return torch.where(amax == 0, 1.0, scale)
 
 
+def nvfp4_row_scale(x: torch.Tensor) -> torch.Tensor:
+    """A global scale for each row, from its own amax: x (..., K) float -> (...) f32. NaNs do not count."""
+    return nvfp4_global_scale(x.float().abs().nan_to_num(nan=0.0, posinf=_F32_MAX).amax(-1))
+
+
 def quantize_nvfp4(
     x: torch.Tensor, *, global_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsv4lab import sim
 from dsv4lab.kernels._common import cache
@@ -13,8 +14,8 @@ from dsv4lab.kernels._common import cache
 
 @pytest.fixture(scope="session")
 def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for compiled kernels that starts empty."""
-    return tmp_path_factory.mktemp("kernels")
+    """A folder for compiled kernels that starts empty; on a GPU machine the user's, which processes share."""
+    return cache.folder() if torch.cuda.is_available() else tmp_path_factory.mktemp("kernels")
 
 
 @pytest.fixture(autouse=True)

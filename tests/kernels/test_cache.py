@@ -18,9 +18,9 @@ from dsv4lab import sim
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.cache import Compiled, DamagedEntry
 from dsv4lab.kernels._common.launch import running_on, runtime_libraries
-from dsv4lab.kernels.quant.nvfp4_rows.api import quantize_nvfp4_rows
+from dsv4lab.kernels.quant.rows.api import quantize_mxfp4
 
-MODULE = "dsv4lab.kernels.quant.nvfp4_rows.sm100"
+MODULE = "dsv4lab.kernels.quant.rows.kernel"
 ENTRY = Compiled(b"object", b"cubin" * 100, "ptx")
 # A process that quantises two rows with the kernel and reports how often it compiled.
 WORKER = textwrap.dedent(
@@ -29,12 +29,12 @@ WORKER = textwrap.dedent(
     import dsv4lab.kernels._common.cache as cache
     from dsv4lab import sim
     from dsv4lab.kernels._common.launch import running_on
-    from dsv4lab.kernels.quant.nvfp4_rows.api import quantize_nvfp4_rows
+    from dsv4lab.kernels.quant.rows.api import quantize_mxfp4
     cache.folder = lambda: pathlib.Path(sys.argv[1])
     compiled, real = [], cache._compile
     cache._compile = lambda *args: compiled.append(1) or real(*args)
     with sim.simulating("sm_100a"), running_on(sim.Host("sm_100a")):
-        codes, _, _ = quantize_nvfp4_rows(torch.linspace(-6, 6, 32).view(2, 16))
+        codes, _ = quantize_mxfp4(torch.linspace(-6, 6, 64).view(2, 32))
     print(len(compiled), codes.flatten().tolist())
     """
 )
@@ -200,15 +200,16 @@ def test_a_folder_that_cannot_be_written_costs_only_a_warning(
 def test_an_entry_serves_the_gpu_too(kernel_cache: Path) -> None:
     """The object that the simulator ran links to CuTeDSL's own runtime, which then asks for tensors on a GPU."""
     with sim.simulating("sm_100a"), running_on(sim.Host("sm_100a")):
-        quantize_nvfp4_rows(torch.ones(1, 16))
+        quantize_mxfp4(torch.ones(1, 32))
     entries = [cache.read(path) for path in kernel_cache.glob("*.kernel")]
     (entry,) = [one for one in entries if "QuantizeRows" in one.ptx][:1]
     (library,) = runtime_libraries()
     assert Path(library).is_file() and library not in sim.Host("sm_100a").libraries
     host = cache._link(entry.object, (library,))
-    scales = torch.zeros(1, 1, 512, dtype=torch.uint8)
+    words, codes, scales = torch.ones(1, 32).view(torch.uint32), torch.zeros(1, 4, dtype=torch.uint32), torch.zeros(1, 1)
+    one = torch.ones(1)
     with pytest.raises((ValueError, TypeError), match="Mismatched"):
-        host(torch.ones(1, 16), torch.ones(1), torch.zeros(1, 2, dtype=torch.uint32), scales, torch.ones(1))
+        host(words, words, one, one, codes, scales.view(torch.uint8), one, 1, 1.0, 0.0, 0.0, 1)
 
 
 def test_processes_compile_a_kernel_once_between_them(tmp_path: Path) -> None:

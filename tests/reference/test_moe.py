@@ -261,3 +261,19 @@ def test_no_token() -> None:
     weights, idx = moe.router_topk(x, torch.randn(3, 64), torch.zeros(3), top_k=2, route_scale=1.0)
     assert weights.shape == idx.shape == (0, 2)
     assert moe.moe(x, weights, idx, w1, w3, w2, limit=LIMIT, act="none").shape == (0, 64)
+
+
+def test_swiglu_weighs_rows_rounds_once_and_is_quantised() -> None:
+    g = torch.Generator().manual_seed(8)
+    gate, up = (torch.randn(5, 160, generator=g).bfloat16() * 8 for _ in range(2))
+    weight = torch.rand(5, generator=g)
+    exact = moe.clamped_swiglu(gate, up, limit=10.0)
+    assert torch.equal(moe.swiglu(gate, up, limit=10.0), exact.bfloat16())
+    h = moe.swiglu(gate, up, weight, limit=10.0)
+    assert torch.equal(h, (exact * weight[:, None]).bfloat16())
+    for got, want in (
+        (moe.swiglu_fp8(gate, up, weight, limit=10.0, group=64), quant.quantize_fp8_rows(h, group=64)),
+        (moe.swiglu_nvfp4(gate, up, weight, limit=10.0), quant.quantize_nvfp4(h)),
+    ):
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a.float(), b.float())

@@ -251,6 +251,12 @@ def test_infinities_saturate_and_nan_stays_in_its_block() -> None:
         assert got[1, 32:].isnan().all() and (got[1, :32] == 6).all()
 
 
+def test_a_row_s_scale_comes_from_its_numbers() -> None:
+    x = torch.tensor([[1.0, -2.0], [math.nan, -4.0], [0.0, -0.0], [math.inf, 1.0], [math.nan, math.nan]]).bfloat16()
+    want = torch.tensor([2.0, 4.0, 2688.0, torch.finfo(torch.float32).max, 2688.0]) / torch.tensor(2688.0)
+    assert torch.equal(quant.nvfp4_row_scale(x), want)
+
+
 def test_code_times_block_scale_is_exact_in_bf16() -> None:
     codes = quant.decode_e2m1(torch.arange(16, dtype=torch.uint8))
     e4m3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()

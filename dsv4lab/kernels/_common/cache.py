@@ -28,7 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dsv4lab.kernels._common.launch import Runtime
+from dsv4lab.kernels._common.launch import Runtime, give_name
 
 FORMAT = 1  # of the entries
 LIBRARIES = ("nvidia-cutlass-dsl", "apache-tvm-ffi")
@@ -78,6 +78,7 @@ def kernel(module: str, config: Any, build: Build, runtime: Runtime) -> Callable
         compiled = _from_disk(folder() / f"{key}.kernel", source, lambda: _compile(build, runtime.arch))
         runtime.know(compiled.ptx, compiled.cubin)
         _loaded[where] = _link(compiled.object, runtime.libraries)
+        give_name(_loaded[where], module, config)
     return _loaded[where]
 
 

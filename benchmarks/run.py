@@ -1,0 +1,15 @@
+"""Measure the kernels and write the baselines: one command for all of it.
+
+python benchmarks/run.py [OUT.jsonl] [--only linear,quantizers,experts] [--quick]
+
+`--help` tells the rest; `common.py` how it is measured, each suite's module what.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder's modules are `benchmarks.x`, not `x`
+    from benchmarks.runner import main
+
+    main()

@@ -1,0 +1,123 @@
+"""The benchmarks' command line: compile, then measure each suite in a process of its own, and write one JSON object a line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import common, compiling
+from benchmarks.common import Bench, Broken, Ceilings, Stopwatch
+
+BASELINES = common.ROOT / "benchmarks" / "baselines"
+_SCRIPT = common.ROOT / "benchmarks" / "run.py"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    suites = options.only.split(",") if options.only else list(compiling.SUITES)
+    unknown = [suite for suite in suites if suite not in compiling.SUITES]
+    if unknown:
+        raise SystemExit(f"--only must name some of {', '.join(compiling.SUITES)}, got {', '.join(unknown)}")
+    if options.list:
+        list_cases(suites, options)
+        return
+    if options.child:
+        measure(suites[0], options)
+        return
+    if not options.no_compile:
+        failures = compiling.compile_all(suites, quick=options.quick, match=options.match, processes=options.jobs)
+        if options.compile_only:
+            raise SystemExit(1 if failures else 0)
+    if not torch.cuda.is_available():
+        raise SystemExit("a GPU must be there to measure, but torch sees no CUDA device; --compile-only needs none")
+    out = Path(options.out) if options.out else default_path(torch.cuda.get_device_name())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not options.append:
+        keep_others(out, suites)
+    ended = {suite: start(suite, out, options) for suite in suites}
+    bad = {suite: status for suite, status in ended.items() if status}
+    print(f"{out}: {len(out.read_text().splitlines()) if out.exists() else 0} rows", flush=True)
+    if bad:
+        raise SystemExit(f"suites that ended badly: {', '.join(f'{suite} (status {status})' for suite, status in bad.items())}")
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
+    found.add_argument("out", nargs="?", help="file for the rows; by default baselines/<device>.jsonl")
+    found.add_argument("--only", default="", help=f"suites, comma between: {','.join(compiling.SUITES)}")
+    found.add_argument("--quick", action="store_true", help="a few token counts and shapes only")
+    found.add_argument("--match", default="", help='measure only what has this in its name, such as "flash" or "wq_b"')
+    found.add_argument("--minutes", type=float, default=0.0, help="of a suite: past them no further shape is begun")
+    found.add_argument("--append", action="store_true", help="keep the file's rows; without it those of the suites go first")
+    found.add_argument("--jobs", type=int, help="processes that compile; by default one a core")
+    found.add_argument("--compile-only", action="store_true", help="compile the kernels and end; needs no GPU")
+    found.add_argument("--no-compile", action="store_true", help="leave compilation to the first calls")
+    found.add_argument("--list", action="store_true", help="print what would be measured and end")
+    found.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return found
+
+
+def list_cases(suites: Sequence[str], options: argparse.Namespace) -> None:
+    for suite in suites:
+        for case in compiling.SUITES[suite].cases(quick=options.quick):
+            print(suite, *(getattr(part, "name", part) for part in case))
+
+
+def default_path(device: str) -> Path:
+    """baselines/h200.jsonl for an "NVIDIA H200"."""
+    words = [word for word in device.lower().split() if word != "nvidia"]
+    return BASELINES / f"{words[0] if words else 'device'}.jsonl"
+
+
+def keep_others(path: Path, suites: Sequence[str]) -> None:
+    """Take the rows of these suites out of a file, and lines that are none."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line).get("benchmark") in set(compiling.SUITES) - set(suites):
+                kept.append(line)
+        except ValueError:
+            continue
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+def start(suite: str, out: Path, options: argparse.Namespace) -> int:
+    """Measure a suite in a process of its own, which an error of the GPU may take with it; its exit status."""
+    command = [sys.executable, str(_SCRIPT), str(out), "--only", suite, "--child"]
+    command += ["--quick"] if options.quick else []
+    command += ["--match", options.match] if options.match else []
+    command += ["--minutes", str(options.minutes)] if options.minutes else []
+    # a process that is gone hangs nobody: launches outside of graphs are watched
+    environment = {"DSV4LAB_WATCHDOG": "60"} | os.environ
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def measure(suite: str, options: argparse.Namespace) -> None:
+    """All rows of one suite, in this process."""
+    began = time.monotonic()
+    torch.manual_seed(0)
+    stopwatch = Stopwatch()
+    ceilings: Ceilings = common.measure_ceilings(stopwatch)
+    torch.cuda.empty_cache()
+    limit = began + 60 * options.minutes if options.minutes else float("inf")
+    bench = Bench(stopwatch, ceilings, Path(options.out), suite, options.quick, options.match, limit)
+    print(f"{suite} on {bench.head['device']}: {common.ceiling_fields(ceilings)}", flush=True)
+    try:
+        compiling.SUITES[suite].run(bench)
+    except Broken as error:
+        print(f"{suite}: the GPU's context is gone, the rest is not measured: {error}", flush=True)
+        sys.stdout.flush()
+        os._exit(71)
+    if bench.skipped:
+        print(f"{suite}: out of time, not measured: {', '.join(bench.skipped)}", flush=True)
+    print(f"{suite}: {bench.rows} rows in {time.monotonic() - began:.0f} s", flush=True)

@@ -1,0 +1,221 @@
+"""Linears with weights as they are stored, on any architecture that has a kernel for them: checks, plan, launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsv4lab.kernels._common import cache
+from dsv4lab.kernels._common.launch import Runtime, runtime_of
+from dsv4lab.kernels.gemm.mixed.config import MixedConfig, choose, choose_grouped
+from dsv4lab.kernels.gemm.mixed.layout import K_PAD, SLAB, TILE, PreparedWeight, record_words
+
+_OUT = {torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Which rows of a grouped product belong to which matrix, as the permutation kernel leaves it on the device.
+
+    tiles (T, 4) i32: matrix, first row, end row, unused; count (1,) i32: how many of them there are. tokens: rows of a tile at
+    most.
+    """
+
+    tiles: torch.Tensor
+    count: torch.Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What the rows of an expert's first product are: slots (M,) i32, each token * top_k + choice; weights f32, one a slot."""
+
+    slots: torch.Tensor
+    weights: torch.Tensor
+    top_k: int
+
+
+def linear(
+    x: torch.Tensor,
+    weight: PreparedWeight,
+    *,
+    out_dtype: torch.dtype,
+    factor: torch.Tensor | None = None,
+    limit: float | None = None,
+    config: MixedConfig | None = None,
+) -> torch.Tensor:
+    """y = factor x W^T, or clamped SwiGLU of a pair's two products.
+
+    x (M, K) bf16, contiguous, or of G groups (M, G, K), for which z[g] = W[g] x[g], rows of W's groups following each other;
+    weight: one matrix (N, K); factor (M,) or (M, G) f32; limit: of a paired weight's SwiGLU
+    -> (M, N) or (M, G, N / G) of out_dtype, bf16 or f32.
+
+    Weights are decoded to BF16 exactly, sums are float32 in the tensor core's order, factors come last. The result does not
+    depend on timing. config: compile-time choices, by default `config.choose`'s.
+    Raises ValueError on shapes, TypeError on dtypes.
+    """
+    matrices, n, k = weight.shape
+    groups = x.shape[1] if x.dim() == 3 else 1
+    _check_x(x, out_dtype, (groups, k) if x.dim() == 3 else (k,))
+    _check_limit(weight, limit)
+    if matrices != 1:
+        raise ValueError(f"weight must be one matrix, got a stack of {matrices}")
+    if groups > 1 and (k % K_PAD or n % (groups * SLAB) or weight.paired):
+        raise ValueError(
+            f"weight must have K % {K_PAD} == 0 and N % {groups * SLAB} == 0 for {groups} groups and be no pair, "
+            f"got K={k}, N={n}"
+        )
+    m = x.shape[0]
+    y = torch.empty((m, groups, n // groups) if x.dim() == 3 else (m, n), dtype=out_dtype, device=x.device)
+    if not y.numel():
+        return y
+    padded = weight.records.shape[1] * TILE
+    scaled = "no" if factor is None else "row"
+    rows = n // groups * (2 if weight.paired else 1)  # of a group: a tile must not have rows of two
+    if config is None:
+        config = choose(weight.format, _OUT[out_dtype], m, rows, padded, paired=weight.paired, scaled=scaled, groups=groups)
+    if groups > 1 and rows % config.rows:
+        raise ValueError(f"config must have rows that divide the {rows} of a group, got {config.rows}")
+    factor = factor.reshape(-1) if factor is not None else None
+    group_rows = rows if groups > 1 else weight.records.shape[0] * SLAB
+    _launch(config, x.view(m, -1), weight, y.view(m, -1), factor, None, None, group_rows, limit)
+    return y
+
+
+def grouped(
+    x: torch.Tensor,
+    weight: PreparedWeight,
+    tiles: Tiles,
+    *,
+    rows: int,
+    out_dtype: torch.dtype,
+    slots: Slots | None = None,
+    gather: bool = False,
+    factor: torch.Tensor | None = None,
+    factor_of: str = "row",
+    limit: float | None = None,
+    config: MixedConfig | None = None,
+) -> torch.Tensor:
+    """Rows of x times the matrix that each belongs to: an expert's first product (slots, a paired weight) or its second.
+
+    x (rows, K) bf16 in the order of the tiles or, with gather (slots, tiles of at most `FEW` tokens), (tokens, K) in their own.
+    factor: of the products, f32, one a "row" or, of slots, a "token". Result (rows, N); rows that no tile has are not written.
+    Raises ValueError on shapes, TypeError on dtypes.
+    """
+    _, n, k = weight.shape
+    _check_x(x, out_dtype, (k,))
+    _check_limit(weight, limit)
+    num_rows = rows // slots.top_k if gather and slots else rows
+    if x.shape[0] != num_rows:
+        raise ValueError(f"x must have {num_rows} rows, got {x.shape[0]}")
+    y = torch.empty(rows, n, dtype=out_dtype, device=x.device)
+    if not y.numel():
+        return y
+    scaled = "no" if factor is None else factor_of
+    config = config or choose_grouped(
+        weight.format,
+        _OUT[out_dtype],
+        rows,
+        weight.shape[0],
+        weight.records.shape[1] * TILE,
+        paired=weight.paired,
+        slotted=slots is not None,
+        gather=gather,
+        scaled=scaled,
+    )
+    if config.tokens != tiles.tokens or config.gather != gather or config.scaled != scaled:
+        want, got = (tiles.tokens, gather, scaled), (config.tokens, config.gather, config.scaled)
+        raise ValueError(f"config must have (tokens, gather, scaled) = {want}, got {got}")
+    _launch(config, x, weight, y, factor, slots, tiles, weight.slabs * SLAB, limit)
+    return y
+
+
+def _check_limit(weight: PreparedWeight, limit: float | None) -> None:
+    if weight.paired == (limit is None):
+        raise ValueError(f"limit must be given for a paired weight alone, got {limit} and paired={weight.paired}")
+
+
+def _check_x(x: torch.Tensor, out_dtype: torch.dtype, want: tuple[int, ...]) -> None:
+    if x.dtype != torch.bfloat16 or out_dtype not in _OUT:
+        raise TypeError(f"x must be bfloat16 and out_dtype bfloat16 or float32, got {x.dtype} and {out_dtype}")
+    if tuple(x.shape[1:]) != want or not x.is_contiguous():
+        raise ValueError(f"x must be contiguous (M, {', '.join(map(str, want))}), got {tuple(x.shape)}, strides {x.stride()}")
+
+
+def _launch(
+    config: MixedConfig,
+    x: torch.Tensor,
+    weight: PreparedWeight,
+    y: torch.Tensor,
+    factor: torch.Tensor | None,
+    slots: Slots | None,
+    tiles: Tiles | None,
+    group_rows: int,
+    limit: float | None,
+) -> None:
+    flags = (config.format, config.paired, config.scaled != "no", config.slotted, config.grouped)
+    want = (weight.format, weight.paired, factor is not None, slots is not None, tiles is not None)
+    if flags != want:
+        raise ValueError(f"config must have (format, paired, scaled, slotted, grouped) = {want}, got {flags}")
+    if weight.records.shape[1] % config.chunks:
+        raise ValueError(f"config must have chunks that divide K / {TILE} = {weight.records.shape[1]}, got {config.chunks}")
+    runtime = runtime_of(x)
+    row_tiles = -(-weight.slabs // config.slabs)
+    count = tiles.tiles.shape[0] * row_tiles if tiles else -(-y.shape[0] // config.tokens) * row_tiles
+    ctas = min(count, max(runtime.multiprocessors // config.cluster, 1)) * config.cluster
+    f32, i32 = weight.alpha.view(-1), weight.records.view(-1)  # stand in for what the configuration does not read
+    runtime.call(
+        _compiled(config, runtime),
+        x,
+        weight.records,
+        weight.alpha,
+        y,
+        f32[:1] if factor is None else factor,
+        slots.slots if slots else i32[:1],
+        slots.weights.view(-1) if slots else f32[:1],
+        tiles.tiles if tiles else i32[:4].view(1, 4),
+        tiles.count if tiles else i32[:1],
+        slots.top_k if slots else 1,
+        group_rows,
+        float("inf") if limit is None else limit,
+        ctas,
+    )
+
+
+def _compiled(config: MixedConfig, runtime: Runtime) -> Callable[..., Any]:
+    """The host function, with all sizes left open. Raises ValueError for an architecture without a class."""
+    if runtime.arch != "sm_90a":
+        raise ValueError(f"the mixed linear needs sm_90a, got {runtime.arch}")
+    config.check()
+
+    def build() -> tuple[Any, tuple[Any, ...]]:
+        import cutlass
+        import cutlass.cute as cute
+
+        from dsv4lab.kernels._common.fakes import fake, fake_stream
+        from dsv4lab.kernels.gemm.mixed.sm90 import MixedLinearSm90
+
+        i32, f32 = cutlass.Int32, cutlass.Float32
+        free = cute.sym_int
+        examples = (
+            fake(cutlass.BFloat16, free(), free(divisibility=8)),
+            fake(i32, free(), free(divisibility=2), record_words(config.format)),
+            fake(f32, free(), 2, align=4),
+            fake({"bf16": cutlass.BFloat16, "f32": f32}[config.out], free(), free(divisibility=8)),
+            fake(f32, free(), align=4),
+            fake(i32, free(), align=4),
+            fake(f32, free(), align=4),
+            fake(i32, free(), 4, align=4),
+            fake(i32, free(), align=4),
+            i32(1),
+            i32(1),
+            f32(1.0),
+            i32(1),
+            fake_stream(),
+        )
+        return MixedLinearSm90(config), examples
+
+    return cache.kernel("dsv4lab.kernels.gemm.mixed.sm90", config, build, runtime)

@@ -1,0 +1,282 @@
+"""Compile-time choices of the linear with stored weights, and which to take for a shape. Imports no CuTeDSL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dsv4lab.kernels.gemm.mixed.layout import PLANES, SLAB, TILE, record_words
+
+SHARED_BYTES = 227 * 1024  # that a CTA may have
+HALF_SHARED_BYTES = 113 * 1024  # two CTAs fit on a multiprocessor
+PITCH_PAD = 4  # floats between the epilogue's rows, so that stores hit every bank once
+ROW_PAD = 16  # bytes between tokens in shared memory where warps read them, for the same reason
+FEW = 16  # tokens up to which warps multiply on their own
+_MARGIN = 2048  # barriers, and alignment of the buffers to 1024 bytes
+_MULTIPROCESSORS = 132  # of an H100 SXM or H200
+_ENOUGH = 100  # CTAs that keep the memory busy, with a ring full of weights in flight each
+# Relative cost of a token and 128 rows, by (tokens, slabs) of a tile: weights are decoded again for every tile of tokens.
+_COST = {(32, 8): 1.5, (32, 4): 1.0, (64, 8): 1.4, (64, 4): 1.0, (128, 8): 1.15, (192, 8): 1.05, (256, 8): 1.0}
+_NARROW = {128: (64,), 192: (64, 128), 256: (128, 192)}  # narrower products of a linear, for its last tile of tokens
+_SMALL_BYTES = 6 << 20  # a weight that arrives in less time than a launch takes
+
+
+@dataclass(frozen=True)
+class MixedConfig:
+    """format: of the weight. out: "bf16" or "f32". tokens: of an output tile; narrow: of the products that
+    do for a tile with fewer (with four widths, ptxas waits for every `wgmma`). slabs: of 16 weight rows of a tile.
+    chunks: tiles of 64 along K in a stage. stages: of the ring. splits: warps that share a slab's K, and per_warp: slabs
+    of a warp, where warps multiply on their own. cluster: CTAs that share a tile's K.
+    grouped: tiles come from a list, each with a matrix and rows of its own.
+    slotted: rows of a grouped product are slots (token * top_k + choice), looked up; the result takes the slot's weight.
+    gather: x has a row for each token, not for each slot. paired: clamped SwiGLU of gate and up rows. scaled: whether products
+    have a factor, one a "row" or, of slots, one a "token". early: weights do not wait for the kernel before.
+    """
+
+    format: str
+    out: str
+    tokens: int
+    slabs: int
+    chunks: int
+    stages: int
+    narrow: tuple[int, ...] = ()
+    splits: int = 1
+    per_warp: int = 1
+    cluster: int = 1
+    grouped: bool = False
+    slotted: bool = False
+    gather: bool = False
+    paired: bool = False
+    scaled: str = "no"
+    early: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Weight rows of an output tile."""
+        return self.slabs * SLAB
+
+    @property
+    def rows_out(self) -> int:
+        """Columns of the result in an output tile."""
+        return self.rows // 2 if self.paired else self.rows
+
+    @property
+    def by_warp(self) -> bool:
+        """Whether warps multiply on their own, by `mma.sync`: for few tokens it does more per cycle than `wgmma`."""
+        return self.tokens <= FEW
+
+    @property
+    def warps(self) -> int:
+        """That multiply."""
+        return self.slabs // self.per_warp * self.splits
+
+    @property
+    def threads(self) -> int:
+        """Of a CTA: those that multiply, and two warps that load, in a warpgroup where registers are handed over."""
+        return self.warps * 32 + (64 if self.by_warp else 128)
+
+    @property
+    def slice(self) -> int:
+        """Tokens that go through the epilogue's buffer at a time."""
+        return min(self.tokens, 64)
+
+    @property
+    def box(self) -> int:
+        """Tokens of one TMA load."""
+        return min(self.tokens, 64)
+
+    @property
+    def record_bytes(self) -> int:
+        return record_words(self.format) * 4
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a stage."""
+        return self.chunks * self.slabs * self.record_bytes
+
+    @property
+    def token_pitch(self) -> int:
+        """Bytes between two tokens of a stage where warps read them."""
+        return self.chunks * TILE * 2 + ROW_PAD
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a stage."""
+        return self.tokens * (self.token_pitch if self.by_warp else self.chunks * TILE * 2)
+
+    @property
+    def sums(self) -> int:
+        """Partial sums that a thread holds of a tile."""
+        return self.tokens // 2 * self.per_warp
+
+    @property
+    def direct(self) -> bool:
+        """Whether results leave from registers, without float32 sums in shared memory."""
+        return self.out == "bf16" and not self.by_warp and self.cluster == 1
+
+    @property
+    def direct_pitch(self) -> int:
+        """Bytes between tokens of a direct epilogue's buffer: a warpgroup's columns, and room that spreads banks."""
+        return 4 * self.rows_out // self.slabs * 2 + ROW_PAD
+
+    @property
+    def sum_floats(self) -> int:
+        """Of the epilogue's buffer."""
+        if self.direct:
+            return self.slabs // 4 * 2 * self.slice * self.direct_pitch // 4
+        return self.splits * self.slice * (self.rows + PITCH_PAD)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.stages * (self.weight_bytes + self.token_bytes) + 4 * self.sum_floats + _MARGIN
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Tokens of a product, ascending: a tile takes the narrowest that holds its tokens."""
+        return *self.narrow, self.tokens
+
+    def check(self) -> None:
+        """Raises ValueError naming the choice that cannot be."""
+        if self.format not in PLANES:
+            raise ValueError(f"format must be one of {', '.join(PLANES)}, got {self.format!r}")
+        if self.out not in ("bf16", "f32"):
+            raise ValueError(f"out must be bf16 or f32, got {self.out!r}")
+        if self.tokens not in (8, 16, 32, 64, 128, 192, 256):
+            raise ValueError(f"tokens must be 8, 16, 32, 64, 128, 192 or 256, got {self.tokens}")
+        if list(self.widths) != sorted(set(self.widths)) or len(self.narrow) > 2 or any(w % 32 or not w for w in self.narrow):
+            raise ValueError(f"narrow must be two multiples of 32 at most, ascending and below tokens, got {self.narrow}")
+        if self.slabs not in (1, 2, 4, 8, 16) or (not self.by_warp and self.slabs not in (4, 8)):
+            raise ValueError(f"slabs must be 1, 2, 4, 8 or 16, and 4 or 8 for more than {FEW} tokens, got {self.slabs}")
+        if self.chunks not in (1, 2, 4, 8) or self.chunks % self.splits:
+            raise ValueError(f"chunks must be 1, 2, 4 or 8 and a multiple of splits, got {self.chunks}")
+        if self.splits > 1 and not self.by_warp:
+            raise ValueError(f"splits must be 1 for more than {FEW} tokens, got {self.splits}")
+        if self.per_warp not in (1, 2) or self.slabs % self.per_warp or (self.per_warp > 1 and not self.by_warp):
+            raise ValueError(f"per_warp must be 1, or 2 for even slabs and at most {FEW} tokens, got {self.per_warp}")
+        if not 1 <= self.warps <= 16:
+            raise ValueError(f"slabs / per_warp * splits must be at most 16, got {self.warps}")
+        if self.cluster not in (1, 2, 4, 8):
+            raise ValueError(f"cluster must be 1, 2, 4 or 8, got {self.cluster}")
+        if self.slotted and not self.grouped:
+            raise ValueError("slotted needs a grouped configuration, got one that is not")
+        if self.gather and not (self.slotted and self.by_warp):
+            raise ValueError(f"gather needs slots and at most {FEW} tokens, got {self.tokens} and slotted={self.slotted}")
+        if self.scaled not in ("no", "row", "token") or (self.scaled == "token" and not self.slotted):
+            raise ValueError(f"scaled must be no or row, or token of slots, got {self.scaled!r}")
+        if self.grouped and self.cluster > 1:
+            raise ValueError(f"cluster must be 1 for a grouped configuration, got {self.cluster}")
+        if self.stages < 2 or self.shared_bytes > SHARED_BYTES:
+            raise ValueError(f"stages must be >= 2 and fit {SHARED_BYTES} bytes, got {self.stages}: {self.shared_bytes} bytes")
+
+
+def with_stages(config: MixedConfig, limit: int) -> MixedConfig:
+    """As many stages as fit, at least two and at most eight."""
+    two = replace(config, stages=2)
+    more = max(limit - two.shared_bytes, 0) // (two.weight_bytes + two.token_bytes)
+    return replace(two, stages=min(2 + more, 8))
+
+
+def chunks_for(k: int, most: int) -> int:
+    """Tiles of a stage: as many as divide K and are allowed. k: padded."""
+    return next(c for c in (8, 4, 2, 1) if c <= most and k // TILE % c == 0)
+
+
+def choose(
+    fmt: str, out: str, m: int, n: int, k: int, *, paired: bool = False, scaled: str = "no", groups: int = 1
+) -> MixedConfig:
+    """The configuration for y (m, n) = x (m, k) W^T, after the measurements in `benchmarks/`.
+
+    n: rows of the weight, both of a pair counted, of each of the groups; k: padded to whole pairs of tiles.
+    """
+    tokens = next((t for t in (8, 16, 32) if m <= t), 64)
+    if tokens <= FEW:
+        return _few(fmt, out, tokens, n, k, paired, scaled, groups)
+
+    def plan(tokens: int, slabs: int) -> MixedConfig:
+        chunks = 1 if tokens > 128 else chunks_for(k, 2)
+        cluster = _cluster(-(-m // tokens) * -(-n // (slabs * SLAB)) * groups, k // TILE // chunks, 2)
+        narrow = _NARROW.get(tokens, ())
+        shape = MixedConfig(fmt, out, tokens, slabs, chunks, 2, narrow, cluster=cluster, paired=paired, scaled=scaled)
+        return with_stages(shape, SHARED_BYTES)
+
+    def cost(config: MixedConfig) -> float:
+        """Relative: waves of tiles, times a tile's tokens, times what a product of so many costs a token."""
+        tiles = -(-m // config.tokens) * -(-n // config.rows) * groups
+        waves = -(-tiles * config.cluster // _MULTIPROCESSORS)
+        return waves * max(config.tokens, 64) * _COST[config.tokens, config.slabs] / config.cluster
+
+    shapes = [(t, s) for t, s in _COST if t >= tokens and (t > 64 or t == tokens) and (t == tokens or t < 2 * m)]
+    shapes = [(t, s) for t, s in shapes if groups == 1 or n % (s * SLAB) == 0]
+    return min((plan(*shape) for shape in shapes), key=cost)
+
+
+def _few(fmt: str, out: str, tokens: int, n: int, k: int, paired: bool, scaled: str, groups: int) -> MixedConfig:
+    """Weights at memory speed: eight warps a CTA, CTAs for nearly all multiprocessors, rings as deep as they can be.
+
+    A small weight leaves room for the next kernel's CTAs, whose start then overlaps with this one's end. With larger ones two
+    CTAs could come to lie on one multiprocessor and leave another idle (measured: a third slower).
+    """
+    fits = [s for s in (8, 4, 2, 1) if groups == 1 or n % (s * SLAB) == 0]
+    slabs = next((s for s in fits if n * groups >= s * SLAB * _ENOUGH), next(s for s in fits if s <= 4 and n > (s - 1) * SLAB))
+    tiles = -(-n // (slabs * SLAB)) * groups
+    cluster = _cluster(tiles, k // (8 * TILE), 8)
+    limit = HALF_SHARED_BYTES if n * groups * k // SLAB // TILE * record_words(fmt) * 4 < _SMALL_BYTES else SHARED_BYTES
+    chunks, per_warp = chunks_for(k, 8), 2 if tokens == 16 and slabs > 1 else 1
+    splits = min(8 * per_warp // slabs, chunks)
+    shape = MixedConfig(fmt, out, tokens, slabs, chunks, 2, (), splits, per_warp, cluster, paired=paired, scaled=scaled)
+    if shape.shared_bytes > limit:  # wide formats
+        shape = replace(shape, chunks=chunks_for(k, 4), splits=min(splits, chunks_for(k, 4)))
+    return with_stages(shape, limit)
+
+
+def _cluster(tiles: int, steps: int, most: int) -> int:
+    """CTAs that share a tile, where tiles alone leave multiprocessors without work; each has two steps at least."""
+    cluster = 1
+    while cluster < most and tiles * cluster * 2 <= _MULTIPROCESSORS and steps >= 4 * cluster:
+        cluster *= 2
+    return cluster
+
+
+def grouped_tokens(rows: int, experts: int) -> tuple[int, tuple[int, ...]]:
+    """Tokens of a grouped product's tiles, and of its narrow products, for `rows` rows that `experts` matrices share out.
+
+    Tiles hold what an evenly loaded matrix has, and a bit more; many rows go in several tiles.
+    """
+    mean = rows / min(rows, experts) if rows else 1.0
+    for tokens, most in ((8, 4), (16, 10), (32, 24)):
+        if mean <= most:
+            return tokens, ()
+    tokens = min(-(-int(mean + 1.5 * mean**0.5) // 64) * 64, 256)
+    if mean > 240:
+        return 256, (128, 192)
+    return tokens, tuple(w for w in (tokens - 64, tokens - 32) if w > 0)
+
+
+def choose_grouped(
+    fmt: str, out: str, rows: int, experts: int, k: int, *, paired: bool, slotted: bool, gather: bool, scaled: str
+) -> MixedConfig:
+    """The configuration of a grouped product of so many rows with as many matrices.
+
+    slotted: the first product of an expert, which comes right after the list of its tiles.
+    """
+    tokens, narrow = grouped_tokens(rows, experts)
+    few = tokens <= FEW
+    chunks = chunks_for(k, 8 if few else 1 if tokens > 128 else 2)
+    return with_stages(
+        MixedConfig(
+            fmt,
+            out,
+            tokens,
+            4 if few else 8,
+            chunks,
+            2,
+            narrow,
+            splits=min(2, chunks) if few else 1,
+            grouped=True,
+            slotted=slotted,
+            gather=gather,
+            paired=paired,
+            scaled=scaled,
+            early=not slotted,
+        ),
+        SHARED_BYTES,
+    )

@@ -1,0 +1,283 @@
+"""Sums of a tile -> y, through shared memory, a slice of tokens at a time. Two ways:
+
+Directly, where a warpgroup holds whole sums and y is BF16: results are finished in registers, transposed by `stmatrix` and
+stored 16 bytes a thread. Warpgroups do not wait for each other, so that one multiplies while the other stores; each has two
+buffers, which take turns.
+
+By sums, where several hold a share of them: every warp writes its own in float32, then each thread adds up and finishes some.
+The CTAs of a cluster read each other's, each its share of the slice:
+
+    ready   all CTAs of the cluster have written         read   all have read: the buffer may be written again
+
+Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32
+
+from dsv4lab.kernels.gemm.mixed.config import PITCH_PAD
+
+_BARRIER = 1  # named barrier of the multiplying warps; the next ones are each warpgroup's own
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """Where a CTA's results go, and what is done to them on the way: the kernel's arguments, buffer and barriers."""
+
+    plan: cutlass.Constexpr
+    y: Any
+    alpha: Any
+    factor: Any
+    slots: Any
+    slot_weight: Any
+    top_k: Any
+    group_rows: Any
+    limit: Any
+    sums: Any
+    ready: Any
+    read: Any
+
+    def _sync(self) -> None:
+        cute.arch.barrier(barrier_id=_BARRIER, number_of_threads=self.plan.warps * 32)
+
+    @cute.jit
+    def _tell(self, barrier: Any) -> None:
+        """Arrive on a barrier of every CTA of the cluster, once all warps of this one have come here."""
+        thread, _, _ = cute.arch.thread_idx()
+        self._sync()
+        if thread < self.plan.cluster:
+            cute.arch.fence_acq_rel_cluster()
+            cute.arch.mbarrier_arrive(barrier, thread)
+
+    @cute.jit
+    def store(self, total: Any, matrix: Any, row_tile: Any, first: Any, last: Any, turn: Any) -> Any:
+        """A tile's sums to rows `first` to `last` of y; `turn` counts the cluster's uses of the buffer."""
+        plan = self.plan
+        terms = None
+        if cutlass.const_expr(plan.direct and (plan.slotted or plan.scaled != "no")):
+            terms = self._tile_terms(row_tile, first, last)
+        for s in cutlass.range_constexpr(plan.tokens // plan.slice):
+            if first + s * plan.slice < last:
+                if cutlass.const_expr(plan.direct):
+                    turn = self._store_directly(total, terms, matrix, row_tile, first, last, turn, s)
+                else:
+                    turn = self._store_sums(total, matrix, row_tile, first, last, turn, s)
+        return turn
+
+    # ---- directly ------------------------------------------------------------------------------------------------------
+    @cute.jit
+    def _store_directly(
+        self, total: Any, terms: Any, matrix: Any, row_tile: Any, first: Any, last: Any, turn: Any, s: cutlass.Constexpr
+    ) -> Any:
+        plan = self.plan
+        thread, _, _ = cute.arch.thread_idx()
+        gains = self.alpha[matrix, 0], self.alpha[matrix, 1]
+        group, mine = thread // 128, thread % 128
+        lane, warp = mine % 32, mine // 32
+        start = first + s * plan.slice
+        columns = plan.rows_out // (plan.slabs // 4)  # of y that a warpgroup has
+        buffer = self.sums.iterator.toint() + (group * 2 + turn % 2) * (plan.slice * plan.direct_pitch)
+        # Matrices of eight tokens by eight columns: a warp has two for eight tokens, of a pair one. `stmatrix` takes four.
+        across = 1 if plan.paired else 2
+        which = lane // 8
+        place = (which // across * 8 + lane % 8) * plan.direct_pitch + (warp * across + which % across) * 16
+        words = []
+        for i in cutlass.range_constexpr(plan.slice // 8):
+            words.extend(self._finished(total, terms, gains, s * plan.slice + 8 * i))
+            if cutlass.const_expr(len(words) == 4):
+                at = buffer + place + (i + 1 - 4 // across) * 8 * plan.direct_pitch
+                _store_matrices(at, words)
+                words = []
+        cute.arch.barrier(barrier_id=_BARRIER + 1 + group, number_of_threads=128)
+        units = columns // 8
+        for u in cutlass.range_constexpr(plan.slice * units // 128):
+            token, unit = (u * 128 + mine) // units, (u * 128 + mine) % units
+            row = start + token
+            column = row_tile * plan.rows_out + group * columns + unit * 8
+            if row < last and column < self.y.shape[1]:
+                _copy_16(self.y[row, None].iterator + column, buffer + token * plan.direct_pitch + unit * 16)
+        return turn + 1
+
+    @cute.jit
+    def _tile_terms(self, row_tile: Any, first: Any, last: Any) -> Any:
+        """Factors and weights of a tile's rows: lane l holds those of rows l, l + 32, .. (all loads at once)."""
+        plan = self.plan
+        lane = cute.arch.lane_idx()
+        count = plan.tokens // 32
+        terms = cute.make_rmem_tensor((2 * count,), Float32)
+        for j in cutlass.range_constexpr(count):
+            row = cutlass.min(first + 32 * j + lane, last - 1)
+            terms[2 * j], terms[2 * j + 1] = self._terms(row, row_tile * plan.rows_out)  # a group's rows are whole tiles
+        return terms
+
+    def _finished(self, total: Any, terms: Any, gains: Any, token: int) -> list[Any]:
+        """A thread's results for eight tokens of the tile: pairs of BF16 for columns g and g + 8, of a pair for g."""
+        plan = self.plan
+        at = token // 8 * 4
+        values: list[list[Any]] = [[], []]
+        for e in range(2):
+            scale, weight = Float32(1.0), Float32(1.0)
+            if terms is not None:
+                lane = token % 32 + cute.arch.lane_idx() % 4 * 2 + e
+                scale, weight = (cute.arch.shuffle_sync(terms[token // 32 * 2 + which], lane) for which in range(2))
+            low, high = total[at + e] * (gains[0] * scale), total[at + 2 + e] * (gains[1] * scale)
+            if plan.paired:
+                values[0].append(self._swiglu(low, high) * weight)
+            else:
+                values[0].append(low * weight)
+                values[1].append(high * weight)
+        return [_pack(*pair) for pair in values if pair]
+
+    # ---- by sums -------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _store_sums(
+        self, total: Any, matrix: Any, row_tile: Any, first: Any, last: Any, turn: Any, s: cutlass.Constexpr
+    ) -> Any:
+        plan = self.plan
+        thread, _, _ = cute.arch.thread_idx()
+        lane, warp = thread % 32, thread // 32
+        pitch = plan.rows + PITCH_PAD
+        if cutlass.const_expr(plan.cluster > 1):
+            cute.arch.mbarrier_wait(self.read, turn % 2 ^ 1)
+        teams = plan.slabs // plan.per_warp
+        for p in cutlass.range_constexpr(plan.per_warp):
+            place = warp // teams * (plan.slice * pitch) + (warp % teams + p * teams) * 16 + lane // 4
+            for i in cutlass.range_constexpr(plan.slice // 8):
+                for e in cutlass.range_constexpr(4):
+                    at = place + 8 * (e // 2) + (8 * i + 2 * (lane % 4) + e % 2) * pitch
+                    self.sums[at] = total[p * (plan.tokens // 2) + (s * plan.slice // 8 + i) * 4 + e]
+        low = Int32(0)
+        quads = plan.rows_out // 4
+        units = plan.slice * quads // plan.cluster
+        if cutlass.const_expr(plan.cluster > 1):
+            self._tell(self.ready)
+            cute.arch.mbarrier_wait(self.ready, turn % 2)
+            cute.arch.fence_acq_rel_cluster()
+            low = cute.arch.block_idx_in_cluster() * units
+        else:
+            self._sync()
+        threads = plan.warps * 32
+        for u in cutlass.range_constexpr((units + threads - 1) // threads):
+            share = u * threads + thread
+            token, quad = (low + share) // quads, (low + share) % quads
+            row = first + s * plan.slice + token
+            column = row_tile * plan.rows_out + 4 * quad
+            if share < units and row < last and column < self.y.shape[1]:
+                self._store_quad(matrix, row, column, quad, token * pitch)
+        if cutlass.const_expr(plan.cluster > 1):
+            self._tell(self.read)
+        else:
+            self._sync()
+        return turn + 1
+
+    @cute.jit
+    def _store_quad(self, matrix: Any, row: Any, column: Any, quad: Any, offset: Any) -> None:
+        """Four neighbouring columns of one row of y."""
+        plan = self.plan
+        scale, weight = self._terms(row, column)
+        gain = self.alpha[matrix, 0] * scale
+        result = cute.make_rmem_tensor((4,), self.y.element_type)
+        value = cute.make_rmem_tensor((4,), Float32)
+        if cutlass.const_expr(plan.paired):
+            at = offset + quad // 2 * 16 + quad % 2 * 4
+            gate, up = self._added(at, gain), self._added(at + 8, self.alpha[matrix, 1] * scale)
+            for e in cutlass.range_constexpr(4):
+                value[e] = self._swiglu(gate[e], up[e]) * weight
+        else:
+            added = self._added(offset + 4 * quad, gain)
+            for e in cutlass.range_constexpr(4):
+                value[e] = added[e] * weight
+        result.store(value.load().to(self.y.element_type))
+        cute.autovec_copy(result, cute.local_tile(self.y[row, None], (4,), (column // 4,)))
+
+    @cute.jit
+    def _added(self, at: Any, gain: Any) -> Any:
+        """Four neighbouring sums, over the splits of every CTA in turn, times the gain."""
+        plan = self.plan
+        plane = plan.slice * (plan.rows + PITCH_PAD)
+        value = cute.make_rmem_tensor((4,), Float32)
+        value.fill(0.0)
+        for rank in cutlass.range_constexpr(plan.cluster):
+            for split in cutlass.range_constexpr(plan.splits):
+                address = (self.sums.iterator + at + split * plane).toint()
+                part = _load_cluster(address, rank) if plan.cluster > 1 else _load(address)
+                for e in cutlass.range_constexpr(4):
+                    value[e] = value[e] + part[e]
+        for e in cutlass.range_constexpr(4):
+            value[e] = value[e] * gain
+        return value
+
+    # ---- both ----------------------------------------------------------------------------------------------------------
+    def _terms(self, row: Any, column: Any) -> tuple[Any, Any]:
+        """Of a row of y: the factor of its products, the weight of its result."""
+        plan = self.plan
+        token, scale, weight = row, Float32(1.0), Float32(1.0)
+        if plan.slotted:
+            slot = self.slots[row]
+            token, weight = slot // self.top_k, self.slot_weight[slot]
+        if plan.scaled == "token":
+            scale = self.factor[token]
+        elif plan.scaled == "row" and plan.grouped:
+            scale = self.factor[row]
+        elif plan.scaled == "row":
+            groups = cute.ceil_div(self.y.shape[1], self.group_rows)
+            scale = self.factor[row * groups + column // self.group_rows]
+        return scale, weight
+
+    @cute.jit
+    def _swiglu(self, gate: Any, up: Any) -> Any:
+        """silu(min(gate, limit)) * clamp(up, -limit, limit), both rounded like the output first; NaN stays."""
+        g, u = Float32(self.y.element_type(gate)), Float32(self.y.element_type(up))
+        g = self.limit if g > self.limit else g
+        u = self.limit if u > self.limit else -self.limit if u < -self.limit else u
+        return g * _reciprocal(1.0 + _exp2(g * Float32(-_LOG2_E))) * u
+
+    @cute.jit
+    def leave(self, turn: Any) -> None:
+        """Nobody leaves while its sums are read."""
+        cute.arch.mbarrier_wait(self.read, turn % 2 ^ 1)
+
+
+def _load(address: Any) -> Any:
+    code = "ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];"
+    return cute.arch.inline_ptx(code, write_only_types=[Float32] * 4, read_only_args=[address])
+
+
+def _load_cluster(address: Any, rank: int) -> Any:
+    """Four floats of another CTA's shared memory."""
+    code = "{ .reg .b32 there; mapa.shared::cluster.u32 there, {$r0}, {$r1}; "
+    code += "ld.shared::cluster.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [there]; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Float32] * 4, read_only_args=[address, Int32(rank)])
+
+
+def _exp2(value: Any) -> Any:
+    """Within 2 units in the last place."""
+    return cute.arch.inline_ptx("ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value])
+
+
+def _reciprocal(value: Any) -> Any:
+    """Within 1 unit in the last place."""
+    return cute.arch.inline_ptx("rcp.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value])
+
+
+def _pack(low: Any, high: Any) -> Any:
+    """Two floats as a pair of BF16."""
+    return cute.arch.inline_ptx("cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Uint32], read_only_args=[low, high])
+
+
+def _store_matrices(address: Any, words: list[Any]) -> None:
+    """Four 8 x 8 matrices of BF16 to shared memory, transposed; a lane's address is that of a row of one of them."""
+    code = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};"
+    cute.arch.inline_ptx(code, read_only_args=[address, *words])
+
+
+def _copy_16(target: Any, source: Any) -> None:
+    """16 bytes from shared to global memory."""
+    code = "{ .reg .b32 a, b, c, d; ld.shared.v4.b32 {a, b, c, d}, [{$r1}]; st.global.v4.b32 [{$r0}], {a, b, c, d}; }"
+    cute.arch.inline_ptx(code, read_only_args=[target, source])

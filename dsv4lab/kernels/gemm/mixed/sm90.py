@@ -1,0 +1,357 @@
+"""y = x W^T on Hopper with weights as they are stored: decoded in registers, multiplied by tensor cores, as the A operand.
+
+The product is computed as y^T = W x^T, so that weight rows fill the fixed side of the tensor core's product and the tokens, 8
+to 256 of them, its free side. A CTA is persistent:
+
+    weights (a warp)     bulk copies of records (see `layout`) into a ring of stages; early: before the kernel ahead has ended
+    tokens  (a warp)     the same columns of x into the same stages: TMA boxes for `wgmma`, rows for warps
+    multiply (the rest)  decode, multiply, sums in registers (`multiply`); then through shared memory to y (`epilogue`)
+
+    stages    weights, tokens -> multiply    full: the bytes have arrived    empty: every warp has read them
+
+Tiles are (weight rows) x (tokens): all of them in order, or from a list with a matrix each (grouped). The CTAs of a cluster
+share a tile's K and add up through distributed shared memory, always in the same order.
+Bytes: the weight once, x once for every tile of weight rows (from L2), y once. Flops: 2 M N K.
+
+Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
+"""
+
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hopper
+from cutlass import BFloat16, Float32, Int32, Int64, Uint32
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.memory import SmemAllocator
+from cutlass.tensor_utils import LayoutEnum
+
+from dsv4lab.kernels.gemm.mixed.config import MixedConfig
+from dsv4lab.kernels.gemm.mixed.epilogue import Epilogue
+from dsv4lab.kernels.gemm.mixed.layout import SLAB, TILE, record_words
+from dsv4lab.kernels.gemm.mixed.multiply import advance, multiply_by_warp, multiply_by_warpgroup
+
+_FEW_REGISTERS, _MANY_REGISTERS = 40, 232  # of loading and of multiplying threads, where a tile's sums need them
+
+
+class MixedLinearSm90:
+    """One configuration of the kernel, as CuTeDSL compiles it."""
+
+    def __init__(self, config: MixedConfig) -> None:
+        config.check()
+        self.plan = config
+        self.words = record_words(config.format)
+
+    def mma(self, width: int) -> Any:
+        return hopper.make_trivial_tiled_mma(
+            BFloat16,
+            BFloat16,
+            OperandMajorMode.K,
+            OperandMajorMode.K,
+            Float32,
+            (1, 1, 1),
+            tiler_mn=(4 * SLAB, width),
+            a_source=warpgroup.OperandSource.RMEM,
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        x: cute.Tensor,
+        records: cute.Tensor,
+        alpha: cute.Tensor,
+        y: cute.Tensor,
+        factor: cute.Tensor,
+        slots: cute.Tensor,
+        slot_weight: cute.Tensor,
+        tiles: cute.Tensor,
+        num_tiles: cute.Tensor,
+        top_k: Int32,
+        group_rows: Int32,
+        limit: Float32,
+        ctas: Int32,
+        stream: Any,
+    ) -> None:
+        """x (rows, columns) bf16; records (E * slabs, tiles, words) i32; alpha (E, 2) f32; y (M, N) bf16 or f32.
+
+        factor: (M,) f32, of groups (M, G), of slots (tokens,); slots (M,) i32, slot_weight (slots,) f32 and top_k if slotted;
+        tiles (T, 4) i32 (matrix, first row, end row, -) and num_tiles (1,) i32 if grouped. group_rows: rows of y^T that share
+        their columns of x: the next group's follow along x's row. limit: of SwiGLU.
+        """
+        plan = self.plan
+        layout = hopper.make_smem_layout_b(
+            LayoutEnum.ROW_MAJOR, (4 * SLAB, plan.tokens, TILE), BFloat16, plan.stages * plan.chunks
+        )
+        load_x, tma_x = None, x
+        if cutlass.const_expr(not plan.by_warp):
+            one = hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (4 * SLAB, plan.box, TILE), BFloat16, 1)
+            box = cute.slice_(one, (None, None, 0))
+            load_x, tma_x = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), x, box, (plan.box, TILE))
+        self.kernel(
+            load_x, tma_x, records, alpha, y, factor, slots, slot_weight, tiles, num_tiles, top_k, group_rows, limit, layout
+        ).launch(
+            grid=[ctas, 1, 1],
+            block=[plan.threads, 1, 1],
+            cluster=[plan.cluster, 1, 1] if plan.cluster > 1 else None,
+            min_blocks_per_mp=1,
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        load_x: Any,
+        x: cute.Tensor,
+        records: cute.Tensor,
+        alpha: cute.Tensor,
+        y: cute.Tensor,
+        factor: cute.Tensor,
+        slots: cute.Tensor,
+        slot_weight: cute.Tensor,
+        tiles: cute.Tensor,
+        num_tiles: cute.Tensor,
+        top_k: Int32,
+        group_rows: Int32,
+        limit: Float32,
+        layout: cute.ComposedLayout,
+    ) -> None:
+        plan = self.plan
+        stages = plan.stages
+        thread, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        memory = SmemAllocator()
+        full = memory.allocate_array(Int64, stages)
+        empty = memory.allocate_array(Int64, stages)
+        shared = memory.allocate_array(Int64, 2)  # of the cluster's epilogue: sums are there, sums are read
+        shared_w = memory.allocate_tensor(
+            Uint32, cute.make_layout((self.words * plan.chunks, plan.slabs, stages)), byte_alignment=128
+        )
+        if cutlass.const_expr(plan.by_warp):
+            # (bytes of a token, token, stage); rows that no token fills stay zero, and their results are never stored
+            words = plan.token_pitch // 4
+            shared_x = memory.allocate_tensor(Uint32, cute.make_layout((words, plan.tokens, stages)), byte_alignment=128)
+            zero = cute.make_tensor(shared_x.iterator, cute.make_layout(words * plan.tokens * stages // 4 * 4))
+            quad = cute.make_rmem_tensor((4,), Uint32)
+            quad.fill(0)
+            for i in cutlass.range(thread, words * plan.tokens * stages // 4, plan.threads, unroll=1):
+                cute.autovec_copy(quad, cute.local_tile(zero, (4,), (i,)))
+            cute.arch.fence_view_async_shared()
+        else:
+            shared_x = memory.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        sums = memory.allocate_tensor(Float32, cute.make_layout(plan.sum_floats), byte_alignment=128)
+
+        if thread == 0:
+            for i in cutlass.range_constexpr(stages):
+                cute.arch.mbarrier_init(full + i, 2)
+                cute.arch.mbarrier_init(empty + i, plan.warps)
+            for i in cutlass.range_constexpr(2):
+                cute.arch.mbarrier_init(shared + i, plan.cluster)
+        cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(plan.cluster > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.barrier()
+        if cutlass.const_expr(not plan.early):
+            cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+
+        if warp >= plan.warps:
+            if cutlass.const_expr(plan.tokens >= 128):
+                cute.arch.setmaxregister_decrease(_FEW_REGISTERS)
+            if warp == plan.warps:
+                self._load_weights(records, alpha, y, tiles, num_tiles, shared_w, full, empty)
+            elif warp == plan.warps + 1:
+                if cutlass.const_expr(plan.by_warp):
+                    self._load_rows(x, records, alpha, y, slots, tiles, num_tiles, top_k, group_rows, shared_x, full, empty)
+                else:
+                    self._load_boxes(load_x, x, records, alpha, y, tiles, num_tiles, group_rows, shared_x, full, empty)
+        else:
+            if cutlass.const_expr(plan.tokens >= 128):
+                cute.arch.setmaxregister_increase(_MANY_REGISTERS)
+            out = Epilogue(plan, y, alpha, factor, slots, slot_weight, top_k, group_rows, limit, sums, shared, shared + 1)
+            self._consume(out, records, alpha, y, tiles, num_tiles, shared_x, shared_w, full, empty)
+
+    # ---- tiles ---------------------------------------------------------------------------------------------------------
+    def _plan(self, records: Any, alpha: Any, y: Any, num_tiles: Any) -> tuple[Any, ...]:
+        """(first tile of this CTA, stride, end, tiles of weight rows, first step along K, end, slabs of a matrix)."""
+        plan = self.plan
+        block, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        rank = block % plan.cluster
+        slabs = records.shape[0] // alpha.shape[0]
+        row_tiles = cute.ceil_div(slabs, plan.slabs)
+        steps = records.shape[1] // plan.chunks
+        low, high = rank * steps // plan.cluster, (rank + 1) * steps // plan.cluster
+        entries = num_tiles[0] if cutlass.const_expr(plan.grouped) else cute.ceil_div(y.shape[0], plan.tokens)
+        return block // plan.cluster, grid // plan.cluster, entries * row_tiles, row_tiles, low, high, slabs
+
+    def _tile(self, tile: Any, inner: Any, y: Any, tiles: Any) -> tuple[Any, ...]:
+        """Of a tile: (matrix, tile of weight rows, first row of y, end row)."""
+        plan = self.plan
+        entry, row_tile = tile // inner, tile % inner
+        if cutlass.const_expr(plan.grouped):
+            return tiles[entry, 0], row_tile, tiles[entry, 1], tiles[entry, 2]
+        first = entry * plan.tokens
+        return Int32(0), row_tile, first, cutlass.min(first + plan.tokens, y.shape[0])
+
+    # ---- loads ---------------------------------------------------------------------------------------------------------
+    @cute.jit
+    def _load_weights(
+        self, records: Any, alpha: Any, y: Any, tiles: Any, num_tiles: Any, shared_w: Any, full: Any, empty: Any
+    ) -> None:
+        plan = self.plan
+        begin, stride, end, inner, low, high, slabs = self._plan(records, alpha, y, num_tiles)
+        lane = cute.arch.lane_idx()
+        words = self.words * plan.chunks
+        stage, phase = Int32(0), Int32(1)  # of the ring's empty barriers; the phase before the first counts as over
+        for tile in cutlass.range(begin, end, stride, unroll=1):
+            matrix, row_tile, _, _ = self._tile(tile, inner, y, tiles)
+            slab = matrix * slabs + cutlass.min(row_tile * plan.slabs + lane, slabs - 1)  # past the last: never stored
+            for step in cutlass.range(low, high, 1, unroll=1):
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                if lane == 0:
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, plan.weight_bytes)
+                cute.arch.sync_warp()
+                if lane < plan.slabs:
+                    target = shared_w[None, lane, stage].iterator
+                    _bulk(target, records[slab, step * plan.chunks, None].iterator, words * 4, full + stage)
+                stage, phase = advance(plan.stages, stage, phase)
+
+    @cute.jit
+    def _load_rows(
+        self,
+        x: Any,
+        records: Any,
+        alpha: Any,
+        y: Any,
+        slots: Any,
+        tiles: Any,
+        num_tiles: Any,
+        top_k: Any,
+        group_rows: Any,
+        shared_x: Any,
+        full: Any,
+        empty: Any,
+    ) -> None:
+        """A lane a token: its columns of a stage in one copy."""
+        plan = self.plan
+        begin, stride, end, inner, low, high, _ = self._plan(records, alpha, y, num_tiles)
+        lane = cute.arch.lane_idx()
+        cute.arch.griddepcontrol_wait()
+        stage, phase = Int32(0), Int32(1)
+        for tile in cutlass.range(begin, end, stride, unroll=1):
+            _, row_tile, first, last = self._tile(tile, inner, y, tiles)
+            column = row_tile * plan.rows // group_rows * (records.shape[1] * TILE)
+            row = cutlass.min(first + lane, last - 1)
+            if cutlass.const_expr(plan.gather):
+                row = slots[row] // top_k
+            for step in cutlass.range(low, high, 1, unroll=1):
+                start = step * plan.chunks * TILE + column
+                size = cutlass.max(cutlass.min(plan.chunks * TILE, x.shape[1] - start), 0) * 2
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                if lane == 0:
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, (last - first) * size)
+                cute.arch.sync_warp()
+                if first + lane < last and size > 0:
+                    _bulk(shared_x[None, lane, stage].iterator, x[row, None].iterator + start, size, full + stage)
+                stage, phase = advance(plan.stages, stage, phase)
+
+    @cute.jit
+    def _load_boxes(
+        self,
+        load_x: Any,
+        x: Any,
+        records: Any,
+        alpha: Any,
+        y: Any,
+        tiles: Any,
+        num_tiles: Any,
+        group_rows: Any,
+        shared_x: Any,
+        full: Any,
+        empty: Any,
+    ) -> None:
+        """Boxes of up to 64 tokens, as many as the tile has."""
+        plan = self.plan
+        chunks = plan.chunks
+        boxes = plan.tokens // plan.box
+        begin, stride, end, inner, low, high, _ = self._plan(records, alpha, y, num_tiles)
+        targets = [cute.group_modes(cute.local_tile(shared_x, (plan.box, TILE), (b, 0, None)), 0, 2) for b in range(boxes)]
+        cute.arch.griddepcontrol_wait()
+        stage, phase = Int32(0), Int32(1)
+        for tile in cutlass.range(begin, end, stride, unroll=1):
+            _, row_tile, first, last = self._tile(tile, inner, y, tiles)
+            column = row_tile * plan.rows // group_rows * (records.shape[1] * TILE)
+            filled = Int32(-(-plan.widths[0] // plan.box))  # boxes that the tile's product reads
+            for i in cutlass.range_constexpr(1, len(plan.widths)):
+                if last - first > plan.widths[i - 1]:
+                    filled = Int32(-(-plan.widths[i] // plan.box))
+            source = cute.local_tile(cute.domain_offset((first, column), x), (plan.box, TILE), (None, None))
+            pairs = [
+                cpasync.tma_partition(load_x, 0, cute.make_layout(1), target, cute.group_modes(source, 0, 2))
+                for target in targets
+            ]
+            for step in cutlass.range(low, high, 1, unroll=1):
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                barrier = full + stage
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(barrier, filled * (chunks * plan.box * TILE * 2))
+                for c in cutlass.range_constexpr(chunks):
+                    for b in cutlass.range_constexpr(boxes):
+                        if b < filled:
+                            to_x, from_x = pairs[b]
+                            cute.copy(
+                                load_x,
+                                from_x[None, b, step * chunks + c],
+                                to_x[None, stage * chunks + c],
+                                tma_bar_ptr=barrier,
+                            )
+                stage, phase = advance(plan.stages, stage, phase)
+
+    # ---- products ------------------------------------------------------------------------------------------------------
+    @cute.jit
+    def _consume(
+        self,
+        out: Any,
+        records: Any,
+        alpha: Any,
+        y: Any,
+        tiles: Any,
+        num_tiles: Any,
+        shared_x: Any,
+        shared_w: Any,
+        full: Any,
+        empty: Any,
+    ) -> None:
+        plan = self.plan
+        begin, stride, end, inner, low, high, _ = self._plan(records, alpha, y, num_tiles)
+        total = cute.make_rmem_tensor((plan.sums,), Float32)
+        cute.arch.griddepcontrol_wait()  # y may still be read, and factors written, by the kernel before
+        stage, phase = Int32(0), Int32(0)
+        turn = Int32(0)  # of the cluster's epilogue
+        for tile in cutlass.range(begin, end, stride, unroll=1):
+            matrix, row_tile, first, last = self._tile(tile, inner, y, tiles)
+            total.fill(0.0)
+            ring = (full, empty, high - low)
+            if cutlass.const_expr(plan.by_warp):
+                stage, phase = multiply_by_warp(self, shared_x, shared_w, ring, total, stage, phase)
+            else:
+                rows = last - first
+                for i in cutlass.range_constexpr(len(plan.widths)):
+                    width, less = plan.widths[i], plan.widths[i - 1] if i else 0
+                    # the narrowest product that holds the tile's tokens
+                    if cutlass.const_expr(len(plan.widths) == 1) or (rows > less and rows <= width):
+                        stage, phase = multiply_by_warpgroup(self, width, shared_x, shared_w, ring, total, stage, phase)
+            turn = out.store(total, matrix, row_tile, first, last, turn)
+        if cutlass.const_expr(plan.cluster > 1):
+            out.leave(turn)
+
+
+def _bulk(target: Any, source: Any, size: Any, barrier: Any) -> None:
+    """Copy neighbouring bytes, asynchronously; size: a multiple of 16."""
+    cute.arch.inline_ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        read_only_args=[target, source, Int32(size), barrier],
+    )

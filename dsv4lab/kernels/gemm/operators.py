@@ -1,0 +1,199 @@
+"""Matrix products in the form of the operators: formats and activations come in, kernels of an architecture are called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dsv4lab.formats import BF16, FP8_BLOCK, NVFP4, PackedWeight, get_format, to_atom128x4
+from dsv4lab.kernels.entry import Entry
+from dsv4lab.kernels.gemm.mixed.api import linear
+from dsv4lab.kernels.gemm.mixed.layout import K_PAD, PLANES, SLAB
+from dsv4lab.kernels.gemm.mixed.prepared import prepared
+from dsv4lab.kernels.gemm.w4a4.api import K_MULTIPLE, N_MULTIPLE, linear_w4a4
+from dsv4lab.kernels.quant.rows.api import activation_values, quantize_nvfp4
+
+FLOATS = (torch.bfloat16, torch.float32)
+_PARTS = 3  # BF16 numbers whose sum is a float32
+
+
+def activations(x: torch.Tensor, act: str, input_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What is multiplied: x (M, K) quantised as `act` says -> values (M, K) bf16, factor (M,) f32 or None.
+
+    An act of "none" takes bf16 alone.
+    """
+    if act == "none":
+        return x.contiguous(), None
+    values, factor = activation_values(x.contiguous(), act, input_scale)
+    return values, None if factor is None else factor.contiguous()
+
+
+def _weight(fmt: str, *parts: torch.Tensor | None) -> PackedWeight:
+    return PackedWeight(get_format(fmt), *parts)  # type: ignore[arg-type]
+
+
+def linear_sm90(
+    x: torch.Tensor,
+    fmt: str,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    global_scale: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    act: str,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """`linear` on Hopper: quantised activations are exact in BF16; those of float32 that are not go as three BF16 parts."""
+    weight, out = prepared(_weight(fmt, codes, scale, global_scale)), out_dtype or x.dtype
+    if act == "none" and x.dtype == torch.float32:
+        return _exact(x, weight).to(out)
+    values, factor = activations(x, act, input_scale)
+    return linear(values, weight, out_dtype=out, factor=factor)
+
+
+def _exact(x: torch.Tensor, weight: Any) -> torch.Tensor:
+    """x W^T in float32 for float32 x, whose three parts are rows of one product."""
+    high = x.bfloat16()
+    middle = (x - high).bfloat16()
+    parts = torch.cat([high, middle, (x - high - middle).bfloat16()])
+    return linear(parts, weight, out_dtype=torch.float32).unflatten(0, (_PARTS, -1)).flip(0).sum(0)
+
+
+def grouped_linear_sm90(
+    x: torch.Tensor,
+    fmt: str,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    global_scale: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    act: str,
+) -> torch.Tensor:
+    """`grouped_linear` on Hopper, all groups in one launch."""
+    weight = prepared(_weight(fmt, codes, scale, global_scale))
+    if act == "none" and x.dtype == torch.float32:
+        return _exact(x, weight)
+    values, factor = activations(x.flatten(0, 1), act, input_scale)
+    return linear(values.view(x.shape), weight, out_dtype=x.dtype, factor=factor)
+
+
+def lm_head_sm90(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`lm_head` on Hopper."""
+    ready = prepared(PackedWeight(BF16, weight))
+    return _exact(x, ready) if x.dtype == torch.float32 else linear(x.contiguous(), ready, out_dtype=torch.float32)
+
+
+def linear_sm100(
+    x: torch.Tensor,
+    fmt: str,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    act: str,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """`linear` with NVFP4 weights and activations, in two kernels: x is quantised row by row, then codes are multiplied.
+
+    x enters the product as code * block scale * global scale, exactly; the reference rounds that to x's dtype first. Block
+    scales of the weight are brought into atom128x4 order by torch, at every call.
+    """
+    rows = x.contiguous()
+    if input_scale is None:
+        x_codes, x_scale, row_scale = quantize_nvfp4(rows, layout="atom128x4", per_row=True)
+    else:
+        x_codes, x_scale, row_scale = quantize_nvfp4(rows, input_scale, layout="atom128x4")
+        row_scale = row_scale.reshape(1).expand(rows.shape[0]).contiguous()
+    return linear_w4a4(
+        x_codes,
+        x_scale,
+        row_scale,
+        codes.view(torch.uint8),
+        to_atom128x4(scale),
+        global_scale,
+        out_dtype=out_dtype or x.dtype,
+    )
+
+
+# ---- what they refuse --------------------------------------------------------------------------------------------------
+def why_not_mixed(x: torch.Tensor, fmt: str, codes: torch.Tensor, scale: torch.Tensor | None, act: str) -> str | None:
+    """Why the mixed kernel takes no such operands; None where it does."""
+    if fmt not in PLANES:
+        return f"weight must be one of {', '.join(PLANES)}, got {fmt}"
+    if fmt == FP8_BLOCK.name and (scale is None or scale.dtype == torch.float32):
+        return "scale of an fp8_block weight must be float8_e8m0fnu, got float32"
+    rows, columns = codes.shape[-2], codes.shape[-1] * get_format(fmt).codes_per_byte
+    if rows % 8 or columns % 8:
+        return f"weight must have N % 8 == 0 and K % 8 == 0, got N={rows}, K={columns}"
+    if x.dtype not in FLOATS:
+        return f"x must be bfloat16 or float32, got {x.dtype}"
+    if act != "none" and columns % NVFP4.group:
+        return f"x must have K % {NVFP4.group} == 0 for act {act}, got K={columns}"
+    return None
+
+
+def _linear_sm90_refuses(
+    x: torch.Tensor,
+    fmt: str,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    global_scale: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    act: str,
+    out_dtype: torch.dtype | None,
+) -> str | None:
+    if x.ndim != 2 or out_dtype not in (None, *FLOATS):
+        return f"x must be (M, K) and the output bfloat16 or float32, got {tuple(x.shape)} and {out_dtype}"
+    return why_not_mixed(x, fmt, codes, scale, act)
+
+
+def _grouped_sm90_refuses(
+    x: torch.Tensor,
+    fmt: str,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    global_scale: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    act: str,
+) -> str | None:
+    groups = x.shape[1]
+    if x.shape[2] % K_PAD or codes.shape[0] % (groups * SLAB):
+        return (
+            f"weight must have K % {K_PAD} == 0 and N % {groups * SLAB} == 0 for {groups} groups, "
+            f"got K={x.shape[2]}, N={codes.shape[0]}"
+        )
+    return why_not_mixed(x, fmt, codes, scale, act)
+
+
+def _lm_head_refuses(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    if weight.dtype != torch.bfloat16:
+        return f"weight must be bfloat16, got {weight.dtype}"
+    return why_not_mixed(x, BF16.name, weight, None, "none")
+
+
+def _linear_sm100_refuses(
+    x: torch.Tensor,
+    fmt: str,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    global_scale: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    act: str,
+    out_dtype: torch.dtype | None,
+) -> str | None:
+    if fmt != NVFP4.name or act != NVFP4.name:
+        return f"weight and act must be nvfp4, got a {fmt} weight and act {act}"
+    if x.dtype not in FLOATS or out_dtype not in (None, *FLOATS):
+        return f"x and the output must be bfloat16 or float32, got {x.dtype} and {out_dtype or x.dtype}"
+    if x.ndim != 2 or x.shape[1] % K_MULTIPLE or codes.shape[0] % N_MULTIPLE:
+        return (
+            f"x must be (M, K) with K % {K_MULTIPLE} == 0 and N % {N_MULTIPLE} == 0, got {tuple(x.shape)}, N={codes.shape[0]}"
+        )
+    return None
+
+
+ENTRIES = (
+    Entry("linear", "sm_90a", linear_sm90, _linear_sm90_refuses),
+    Entry("linear", "sm_100a", linear_sm100, _linear_sm100_refuses),
+    Entry("grouped_linear", "sm_90a", grouped_linear_sm90, _grouped_sm90_refuses),
+    Entry("lm_head", "sm_90a", lm_head_sm90, _lm_head_refuses),
+)

@@ -1,0 +1,169 @@
+"""The mixture of experts as operators call it: `ENTRIES` for the registry. Imports no CuTeDSL."""
+
+from __future__ import annotations
+
+import torch
+
+from dsv4lab.formats import PackedWeight, get_format
+from dsv4lab.kernels.entry import Entry
+from dsv4lab.kernels.gemm.operators import why_not_mixed
+from dsv4lab.kernels.moe.combine.api import moe_combine
+from dsv4lab.kernels.moe.combine.config import DEPTH_MULTIPLE
+from dsv4lab.kernels.moe.experts import experts, shared_expert
+from dsv4lab.kernels.moe.router.api import router_hash, router_topk
+from dsv4lab.kernels.moe.router.config import MAX_EXPERTS, MAX_TOP_K, STEP
+
+ARCHITECTURES = ("sm_90a", "sm_100a")
+FLOATS = (torch.bfloat16, torch.float32)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def route_by_score(
+    x: torch.Tensor, gate_weight: torch.Tensor, bias: torch.Tensor, *, top_k: int, route_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator `router_topk`."""
+    args = (x.contiguous(), gate_weight.contiguous(), bias.float().contiguous())
+    return router_topk(*args, top_k=top_k, route_scale=route_scale)
+
+
+def route_by_hash(
+    x: torch.Tensor, gate_weight: torch.Tensor, tid2eid: torch.Tensor, token_ids: torch.Tensor, *, route_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator `router_hash`."""
+    args = (x.contiguous(), gate_weight.contiguous(), tid2eid.contiguous(), token_ids.contiguous())
+    return router_hash(*args, route_scale=route_scale)
+
+
+def combine_two(routed: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """The operator `moe_combine`."""
+    return moe_combine(routed.contiguous(), shared.contiguous())
+
+
+Parts = list[torch.Tensor]  # of w1, w3 and w2; a part that a format lacks is empty
+
+
+def run_experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    expert_idx: torch.Tensor,
+    fmts: str,
+    codes: Parts,
+    scale: Parts,
+    global_scale: Parts,
+    input_scale: Parts,
+    *,
+    limit: float,
+    act: str,
+) -> torch.Tensor:
+    """The operator `moe_experts`."""
+    w1, w3, w2 = _weights(fmts, codes, scale, global_scale, input_scale)
+    return experts(x, weights, expert_idx, w1, w3, w2, limit=limit, act=act)
+
+
+def run_shared_expert(
+    x: torch.Tensor,
+    fmts: str,
+    codes: Parts,
+    scale: Parts,
+    global_scale: Parts,
+    input_scale: Parts,
+    *,
+    limit: float,
+    act: str,
+) -> torch.Tensor:
+    """The operator `shared_expert`."""
+    w1, w3, w2 = _weights(fmts, codes, scale, global_scale, input_scale)
+    return shared_expert(x, w1, w3, w2, limit=limit, act=act)
+
+
+def _weights(fmts: str, *parts: Parts) -> list[PackedWeight]:
+    columns = [[t if t.numel() else None for t in part] for part in parts]
+    return [
+        PackedWeight(get_format(name), *(c[i] for c in columns))  # type: ignore[arg-type]
+        for i, name in enumerate(fmts.split(","))
+    ]
+
+
+def _experts_refuse(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    expert_idx: torch.Tensor,
+    fmts: str,
+    codes: Parts,
+    scale: Parts,
+    global_scale: Parts,
+    input_scale: Parts,
+    *,
+    limit: float,
+    act: str,
+) -> str | None:
+    return _shared_refuses(x, fmts, codes, scale, global_scale, input_scale, limit=limit, act=act)
+
+
+def _shared_refuses(
+    x: torch.Tensor,
+    fmts: str,
+    codes: Parts,
+    scale: Parts,
+    global_scale: Parts,
+    input_scale: Parts,
+    *,
+    limit: float,
+    act: str,
+) -> str | None:
+    names = fmts.split(",")
+    if names[0] != names[1]:
+        return f"w1 and w3 must have one format, got {names[0]} and {names[1]}"
+    if act == "none" and x.dtype != torch.bfloat16:
+        return f"x must be bfloat16 without an act, got {x.dtype}"
+    why = (why_not_mixed(x, n, c, s if s.numel() else None, act) for n, c, s in zip(names, codes, scale, strict=True))
+    return next((reason for reason in why if reason), None)
+
+
+def _router_refuses(x: torch.Tensor, gate_weight: torch.Tensor, top_k: int) -> str | None:
+    if x.dtype not in FLOATS or gate_weight.dtype not in FLOATS:
+        return f"x and gate_weight must be bfloat16 or float32, got {x.dtype} and {gate_weight.dtype}"
+    if x.ndim != 2 or not x.shape[1] or x.shape[1] % STEP:
+        return f"x must be (M, D) with D % {STEP} == 0, got {tuple(x.shape)}"
+    if gate_weight.shape[0] > MAX_EXPERTS or top_k > MAX_TOP_K:
+        return f"E must be {MAX_EXPERTS} at most and k {MAX_TOP_K}, got {gate_weight.shape[0]} and {top_k}"
+    return None
+
+
+def _score_refuses(
+    x: torch.Tensor, gate_weight: torch.Tensor, bias: torch.Tensor, *, top_k: int, route_scale: float
+) -> str | None:
+    return _router_refuses(x, gate_weight, top_k)
+
+
+def _hash_refuses(
+    x: torch.Tensor, gate_weight: torch.Tensor, tid2eid: torch.Tensor, token_ids: torch.Tensor, *, route_scale: float
+) -> str | None:
+    if tid2eid.dtype not in INTEGERS or token_ids.dtype not in INTEGERS:
+        return f"tid2eid and token_ids must be int32 or int64, got {tid2eid.dtype} and {token_ids.dtype}"
+    return _router_refuses(x, gate_weight, tid2eid.shape[1])
+
+
+def _combine_refuses(routed: torch.Tensor, shared: torch.Tensor) -> str | None:
+    if routed.dtype != torch.float32 or shared.dtype not in FLOATS:
+        return f"routed must be float32 and shared bfloat16 or float32, got {routed.dtype} and {shared.dtype}"
+    if routed.ndim != 2 or routed.shape != shared.shape or routed.shape[1] % DEPTH_MULTIPLE:
+        return (
+            f"routed and shared must be (M, D) with D % {DEPTH_MULTIPLE} == 0, got {tuple(routed.shape)}, {tuple(shared.shape)}"
+        )
+    return None
+
+
+ENTRIES = (
+    Entry("moe_experts", "sm_90a", run_experts, _experts_refuse),
+    Entry("shared_expert", "sm_90a", run_shared_expert, _shared_refuses),
+    *(
+        Entry(operation, arch, function, refuses)
+        for arch in ARCHITECTURES
+        for operation, function, refuses in (
+            ("router_topk", route_by_score, _score_refuses),
+            ("router_hash", route_by_hash, _hash_refuses),
+            ("moe_combine", combine_two, _combine_refuses),
+        )
+    ),
+)

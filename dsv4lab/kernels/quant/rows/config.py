@@ -1,0 +1,131 @@
+"""Compile-time choices of the row quantisers, and which to take for a shape. Imports no CuTeDSL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+CHUNK = 16  # values that a thread handles at a time: an NVFP4 block, 32 bytes of BF16
+WARP = 32
+MAX_THREADS = 1024
+_CTA_THREADS = 256  # of a CTA of several rows
+_FEW_ROWS = 1056  # eight a multiprocessor of an H100 or H200: a CTA of four rows would leave some with one
+SOURCES = ("x", "norm", "swiglu")
+OUTS = ("nvfp4", "mxfp4", "fp8", "same", "amax")
+ELEMENTS = ("bf16", "f32")
+# Chunks of a thread. Four share the costs of a thread and leave room for 24 warps a multiprocessor (80 registers); what rows
+# have to agree on, or SwiGLU's second input, stays in registers meanwhile, so there are two: four would take 93 to 128.
+_CHUNKS, _CHUNKS_HELD = 4, 2
+_MOST_CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """source: what is quantised: "x" itself, its RMS "norm", or "swiglu" of two inputs. element: of them, "bf16" or "f32".
+    out: codes of "nvfp4", "mxfp4", "fp8"; "same", no codes but the source's values; "amax", the largest magnitude a CTA.
+    decoded: instead of codes, code * block scale in BF16. group: values that share a block scale.
+    scale: NVFP4's global scale: "one" given, or "many" for equal runs of rows; "row", one a row from its amax; "tensor", one
+    from the maxima of an "amax" launch.
+    tiles: block scales go to atom128x4 tiles, not to a matrix. weight: element of the norm's weight.
+    weighted: rows of "swiglu" have a factor.
+    threads: of a row, each with `chunks` chunks of 16 values. rows: of a CTA. full: a row has exactly threads * chunks chunks.
+    ragged: K is not a multiple of 16, values are moved one by one.
+    """
+
+    source: str
+    element: str
+    out: str
+    threads: int
+    chunks: int
+    rows: int
+    group: int = CHUNK
+    scale: str = ""
+    full: bool = False
+    ragged: bool = False
+    decoded: bool = False
+    tiles: bool = False
+    weight: str = "bf16"
+    weighted: bool = False
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the threads of a row have something to agree on."""
+        return self.source == "norm" or self.scale == "row"
+
+    @property
+    def words(self) -> int:
+        """32-bit words of a chunk of x."""
+        return CHUNK // 2 if self.element == "bf16" else CHUNK
+
+    def check(self) -> None:
+        """Raises ValueError naming the choice that cannot be."""
+        for name, value, known in (
+            ("source", self.source, SOURCES),
+            ("element", self.element, ELEMENTS),
+            ("out", self.out, OUTS),
+            ("weight", self.weight, ELEMENTS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        groups = {"nvfp4": (16,), "mxfp4": (32,), "fp8": (64, 128)}.get(self.out, (CHUNK,))
+        if self.group not in groups:
+            raise ValueError(f"group of {self.out} must be {' or '.join(map(str, groups))}, got {self.group}")
+        scales = ("one", "many", "row", "tensor") if self.out == "nvfp4" else ("",)
+        if self.scale not in scales:
+            raise ValueError(f"scale of {self.out} must be one of {scales}, got {self.scale!r}")
+        unit = WARP if self.reduces and self.threads > WARP else 8
+        if not 8 <= self.threads <= MAX_THREADS or self.threads % unit:
+            raise ValueError(f"threads must be a multiple of {unit} from 8 to {MAX_THREADS}, got {self.threads}")
+        if self.reduces and WARP % self.threads and self.threads % WARP:
+            raise ValueError(f"threads must divide {WARP} or be a multiple of it where rows are summed up, got {self.threads}")
+        if self.rows < 1 or self.threads * self.rows > MAX_THREADS or self.threads * self.rows % WARP:
+            raise ValueError(f"rows must fill warps and fit {MAX_THREADS} threads, got {self.rows} of {self.threads} threads")
+        if self.ragged and self.out not in ("fp8", "same"):
+            raise ValueError(f"out must be fp8 or same where K % {CHUNK} != 0, got {self.out}")
+        if self.tiles and (self.out not in ("nvfp4", "mxfp4") or self.decoded):
+            raise ValueError(f"tiles are for codes of nvfp4 and mxfp4, got {self.out}")
+        if self.chunks < 1:
+            raise ValueError(f"chunks must be at least 1, got {self.chunks}")
+
+
+def for_shape(m: int, k: int, *, source: str, element: str, out: str, **rest: str | int) -> RowsConfig:
+    """The configuration for m rows of k values; rest: the fields that say what is computed.
+
+    Few rows: one chunk a thread and one row a CTA, since only latency counts. Many: a few chunks a thread, whose loads are all
+    under way together, and 256 threads a CTA. Among the splits that leave the fewest threads without a chunk, the one nearest
+    to the number of chunks wanted is taken: Flash's K = 4096 and Pro's 7168 divide evenly.
+    """
+    return _choose(m < _FEW_ROWS, k, source, element, out, tuple(sorted(rest.items())))
+
+
+@cache
+def _choose(few: bool, k: int, source: str, element: str, out: str, fields: tuple[tuple[str, str | int], ...]) -> RowsConfig:
+    rest: dict[str, Any] = dict(fields)
+    total = -(-k // CHUNK)
+    if rest.get("tiles"):  # threads fill the last tile's columns, too
+        columns = 4 * rest.get("group", CHUNK) // CHUNK
+        total = -(-total // columns) * columns
+    reduces = source == "norm" or rest.get("scale") == "row"
+    many = _CHUNKS_HELD if reduces or source == "swiglu" or element == "f32" else _CHUNKS
+    least = -(-total // MAX_THREADS)
+    splits = []
+    for chunks in range(least, max(least, 1 if few else _MOST_CHUNKS) + 1):
+        threads = _threads(-(-total // chunks), reduces)
+        if threads <= MAX_THREADS:
+            splits.append((threads * chunks - total, abs(chunks - (1 if few else many)), threads, chunks))
+    waste, _, threads, chunks = min(splits)
+    fill = next(r for r in (1, 2, 4) if threads * r % WARP == 0)  # rows that fill warps
+    rows = fill if few else max(_CTA_THREADS // threads // fill * fill, fill)
+    full = waste == 0 and total * CHUNK == k
+    config = RowsConfig(source, element, out, threads, chunks, rows, full=full, ragged=k % CHUNK != 0, **rest)
+    config.check()
+    return config
+
+
+def _threads(wanted: int, reduces: bool) -> int:
+    """The next number of threads that a row may have."""
+    if not reduces or wanted > WARP:
+        unit = WARP if reduces else 8
+        return -(-wanted // unit) * unit
+    return next(t for t in (8, 16, 32) if t >= wanted)

@@ -1,0 +1,234 @@
+"""What a thread does with its 16 values: magnitudes, block scales, codes. Device functions on values in registers.
+
+Values travel as `words`, as they lie in memory: 8 words of two BF16, the first in the low half, or 16 float32.
+
+Division without a division a value: with r = the correctly rounded 1 / step and the rest of 1 / step as a second float32, the
+quotient is fma(x, r, x rest). For every 24-bit step, and all x whose quotient lies next to a midpoint of E2M1 (or of E4M3, for
+the block scale), it falls on the same side of it as the correctly rounded quotient: enumerated, two billion cases. That needs
+a step between 2^-100 and 2^100; blocks beyond that are scaled by a power of two first.
+
+E2M1 without a conversion: the code of a magnitude q up to 7 is the integer nearest to min(2 q, 2 + q, 4 + q / 2), ties to
+even, three chords of the grid 0 0.5 1 1.5 2 3 4 6; a sum with 1.5 * 2^23 rounds to the integer, in its low bits.
+"""
+
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Uint32
+
+INFINITY_BITS = 0x7F800000
+LARGEST = 6.5  # a magnitude that is surely code 7
+_F32_MAX_BITS = 0x7F7FFFFF
+_SIGNS = 0x80008000
+_MAGIC = 1.5 * 2.0**23  # its neighbours are one apart
+_MAGIC_BITS = 0x4B400000
+_MAGIC_NIBBLES = (_MAGIC_BITS * 0x11111111) & 0xFFFFFFFF  # what eight of them leave in a sum of shifted codes
+_BF16_2_126 = 0x7E807E80  # twice 2^126
+
+
+def fma(a: Any, b: Any, c: Any) -> Any:
+    return cute.arch.inline_ptx("fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c])
+
+
+def mul(a: Any, b: Any) -> Any:
+    return cute.arch.inline_ptx("mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def add(a: Any, b: Any) -> Any:
+    return cute.arch.inline_ptx("add.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def negative(a: Any) -> Any:
+    return cute.arch.inline_ptx("neg.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[a])
+
+
+def max_u32(a: Any, b: Any) -> Any:
+    return cute.arch.inline_ptx("max.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
+
+
+def min_u32(a: Any, b: Any) -> Any:
+    return cute.arch.inline_ptx("min.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
+
+
+def _packed(operation: str, a: Any, b: Any) -> Any:
+    """An operation on two halves; these take no immediate operands."""
+    code = f"{{ .reg .b32 second; mov.b32 second, {{$r1}}; {operation} {{$w0}}, {{$r0}}, second; }}"
+    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a, b])
+
+
+def _max_u16x2(a: Any, b: Any) -> Any:
+    return _packed("max.u16x2", a, b)
+
+
+def _mul_bf16x2(a: Any, b: Any) -> Any:
+    return _packed("mul.rn.bf16x2", a, b)
+
+
+def prmt(a: Any, b: Any, selector: int) -> Any:
+    """Four bytes of the eight of a (0..3) and b (4..7); selector + 8: the sign of the byte, eight times."""
+    return cute.arch.prmt(a, b, Uint32(selector))
+
+
+def pack_bf16(low: Any, high: Any) -> Any:
+    """Two float32, rounded, in a word."""
+    return cute.arch.inline_ptx("cvt.rn.bf16x2.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[high, low])
+
+
+def tree(combine: Any, values: list[Any]) -> Any:
+    """All values combined, in pairs."""
+    while len(values) > 1:
+        pairs = [combine(values[i], values[i + 1]) for i in range(0, len(values) - 1, 2)]
+        values = pairs + values[len(values) - len(values) % 2 :]
+    return values[0]
+
+
+def reciprocal(x: Any) -> Any:
+    """1 / x, correctly rounded: the steps of rcp.rn for an x whose reciprocal is a normal number."""
+    r = cute.arch.rcp_approx(x)
+    return fma(fma(negative(x), r, Float32(1.0)), r, r)
+
+
+def divisor(step: Any) -> tuple[Any, Any]:
+    """1 / step as two float32: correctly rounded, and the rest."""
+    r = reciprocal(step)
+    e = fma(negative(step), r, Float32(1.0))
+    return r, mul(fma(e, e, e), r)
+
+
+def quotient(x: Any, by: tuple[Any, Any]) -> Any:
+    """x / step, for `divisor(step)`."""
+    return fma(x, by[0], mul(x, by[1]))
+
+
+# ---- words -------------------------------------------------------------------------------------------------------------
+def floats(words: list[Any], element: str) -> list[Any]:
+    """The 16 values as float32."""
+    if element == "f32":
+        return [w.bitcast(Float32) for w in words]
+    return [half.bitcast(Float32) for w in words for half in (w << 16, w & Uint32(0xFFFF0000))]
+
+
+def words_of(values: list[Any], element: str) -> list[Any]:
+    """Float32 values as words, rounded."""
+    if element == "f32":
+        return [v.bitcast(Uint32) for v in values]
+    return [pack_bf16(values[i], values[i + 1]) for i in range(0, len(values), 2)]
+
+
+def absolute(words: list[Any], element: str) -> list[Any]:
+    mask = Uint32(0x7FFF7FFF if element == "bf16" else 0x7FFFFFFF)
+    return [w & mask for w in words]
+
+
+def amax_bits(magnitudes: list[Any], element: str) -> Any:
+    """The largest magnitude as bits of a float32; that of a NaN is above infinity's."""
+    if element == "f32":
+        return tree(max_u32, magnitudes)
+    pair = tree(_max_u16x2, magnitudes)
+    return max_u32(pair << 16, pair & Uint32(0xFFFF0000))
+
+
+# ---- block scales ------------------------------------------------------------------------------------------------------
+def finite(bits: Any) -> Any:
+    """The largest finite float32 in place of infinity or NaN."""
+    return min_u32(bits, Uint32(_F32_MAX_BITS)).bitcast(Float32)
+
+
+def to_e4m3(value: Any) -> Any:
+    """The byte of one value, rounded to the nearest, ties to even, saturating."""
+    code = "{ .reg .b16 pair; .reg .f32 zero; mov.f32 zero, 0f00000000; cvt.rn.satfinite.e4m3x2.f32 pair, zero, {$r0};"
+    return cute.arch.inline_ptx(code + " cvt.u32.u16 {$w0}, pair; }", write_only_types=[Uint32], read_only_args=[value])
+
+
+def from_e4m3(pair: Any) -> tuple[Any, Any]:
+    """The values of two bytes, exact."""
+    code = "{ .reg .b16 both, low, high; .reg .b32 halves; cvt.u16.u32 both, {$r0}; cvt.rn.f16x2.e4m3x2 halves, both;"
+    code += " mov.b32 {low, high}, halves; cvt.f32.f16 {$w0}, low; cvt.f32.f16 {$w1}, high; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Float32, Float32], read_only_args=[pair])
+
+
+@cute.jit
+def e8m0_ceil(bits: Any, max_code_bits: cutlass.Constexpr, floor_bits: cutlass.Constexpr) -> Any:
+    """(byte, 2^-exponent) of the smallest power of two s with amax / s <= max_code; a NaN gives 255 and NaN."""
+    amax = max_u32(min_u32(bits, Uint32(_F32_MAX_BITS)), Uint32(floor_bits))
+    more = Uint32(1) if (amax & Uint32(0x7FFFFF)) > Uint32(max_code_bits & 0x7FFFFF) else Uint32(0)
+    byte = (amax >> 23) + Uint32(127 - (max_code_bits >> 23)) + more
+    inverse = ((Uint32(254) - byte) << 23).bitcast(Float32)
+    if bits > Uint32(INFINITY_BITS):
+        byte, inverse = Uint32(255), Uint32(0x7FC00000).bitcast(Float32)
+    return byte, inverse
+
+
+# ---- codes -------------------------------------------------------------------------------------------------------------
+def e2m1_counts(magnitudes: list[Any]) -> list[Any]:
+    """E2M1 codes of magnitudes up to 7, in the low bits of words; the other bits are those of 1.5 * 2^23."""
+    found = []
+    for q in magnitudes:
+        steep = fma(q, Float32(2.0), Float32(_MAGIC))
+        middle = add(q, Float32(_MAGIC + 2))
+        flat = fma(q, Float32(0.5), Float32(_MAGIC + 4))
+        least = cute.arch.fmin(cute.arch.fmin(steep, middle), flat)
+        found.append(least.bitcast(Uint32))
+    return found
+
+
+def e2m1_nibbles(magnitudes: list[Any], arch: str) -> Any:
+    """Eight E2M1 codes without signs in a word, the first in the lowest nibble."""
+    if arch != "sm_90a":
+        pairs = " ".join(f"cvt.rn.satfinite.e2m1x2.f32 byte{i}, {{$r{2 * i + 1}}}, {{$r{2 * i}}};" for i in range(4))
+        code = "{ .reg .b8 byte0, byte1, byte2, byte3; " + pairs + " mov.b32 {$w0}, {byte0, byte1, byte2, byte3}; }"
+        return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=magnitudes)
+    counts = e2m1_counts(magnitudes)
+    word = counts[7]
+    for count in reversed(counts[:7]):
+        word = word * Uint32(16) + count
+    return word - Uint32(_MAGIC_NIBBLES)
+
+
+def sign_nibbles(words: list[Any], element: str) -> Any:
+    """The signs of eight values (4 words of BF16, 8 of float32) in the top bits of a word's nibbles."""
+    if element == "bf16":
+        low, high = (prmt(words[i], words[i + 1], 0xFDB9) for i in (0, 2))  # bytes: signs of four values each
+        even, odd = prmt(low, high, 0x6420), prmt(low, high, 0x7531)
+    else:
+        even, odd = (
+            prmt(prmt(words[i], words[i + 2], 0x00FB), prmt(words[i + 4], words[i + 6], 0x00FB), 0x5410) for i in (0, 1)
+        )
+    return (even & Uint32(0x08080808)) | (odd & Uint32(0x80808080))
+
+
+def signs_of_nan(word: Any, element: str) -> Any:
+    """A word whose sign bits are those of its NaNs, 0 for numbers; other bits are arbitrary."""
+    if element == "f32":
+        return word & ((word & Uint32(0x7FFFFFFF)) + Uint32(0x7FFFFFFF - INFINITY_BITS))
+    over = _max_u16x2(word & Uint32(0x7FFF7FFF), Uint32(0x7F807F80)) + Uint32(0x007F007F)  # bit 15: above infinity
+    return word & over
+
+
+def e4m3_word(values: list[Any]) -> Any:
+    """Four values as E4M3 bytes, the first in the lowest."""
+    code = "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, {$r1}, {$r0};"
+    code += " cvt.rn.satfinite.e4m3x2.f32 high, {$r3}, {$r2}; mov.b32 {$w0}, {low, high}; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=values)
+
+
+# ---- values of codes ---------------------------------------------------------------------------------------------------
+def e2m1_pair_times(low: Any, high: Any, signs: Any, scale: Any) -> Any:
+    """Two counts with the signs of a word of BF16, times two equal BF16 -> two BF16, exact."""
+    fields = low * Uint32(64) + high * Uint32(1 << 22) - Uint32((_MAGIC_BITS << 6) & 0xFFFFFFFF)  # 2^-126 of the codes' values
+    return _mul_bf16x2(_mul_bf16x2(fields | (signs & Uint32(_SIGNS)), Uint32(_BF16_2_126)), scale)
+
+
+def bf16_signs(words: list[Any], element: str) -> list[Any]:
+    """Words whose halves have the signs of the 16 values."""
+    if element == "bf16":
+        return words
+    return [prmt(words[i], words[i + 1], 0x7531) for i in range(0, len(words), 2)]
+
+
+def e4m3_values(word: Any, scale: Any) -> list[Any]:
+    """Four E4M3 bytes times a power of two -> two words of BF16."""
+    values = [*from_e4m3(word & Uint32(0xFFFF)), *from_e4m3(word >> 16)]
+    scaled = [mul(v, scale) for v in values]
+    return [pack_bf16(scaled[0], scaled[1]), pack_bf16(scaled[2], scaled[3])]

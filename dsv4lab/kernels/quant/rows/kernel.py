@@ -1,0 +1,377 @@
+"""Rows -> codes and block scales, in one pass: x itself, its RMS norm, or SwiGLU of two inputs; bit for bit the reference's.
+
+    NVFP4  block_scale = E4M3(amax of 16 / (6 global)), at least 2^-9, 1 for zeros;  code = E2M1(x / (block_scale global))
+    MXFP4  scale = 2^ceil(log2(amax of 32 / 6));          code = E2M1(x / scale)
+    FP8    scale = 2^ceil(log2(amax of 64 or 128 / 448)); code = E4M3(x / scale), amax at least 1e-4
+
+`threads` threads take a row, chunks of 16 consecutive values each, which stay in registers; neighbouring threads have
+neighbouring chunks. Sums and maxima of a row go by shuffles, and through shared memory where a row has several warps.
+A global scale of the whole tensor takes two launches: "amax" leaves the largest magnitude that each CTA met, and every CTA of
+the second one looks those through.
+
+Bytes, the floor of the time: x once (2 or 4 a value; SwiGLU reads two inputs), codes and scales once: 0.5625 a value for
+NVFP4, 0.53 for MXFP4, 1.01 for FP8; 2 for decoded values. A second reading of x comes on top for a global scale of the tensor.
+
+Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
+"""
+
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Float64, Int32, Uint8, Uint16, Uint32
+from cutlass.memory import SmemAllocator
+
+from dsv4lab.kernels.quant.rows import encode as enc
+from dsv4lab.kernels.quant.rows.config import CHUNK, WARP, RowsConfig
+from dsv4lab.kernels.quant.rows.sources import RowSources, halves
+
+ATOM_ROWS, ATOM_COLUMNS = 128, 4
+E2M1_MAX, RANGE = 6.0, 2688.0  # largest code; largest code times largest block scale
+E4M3_MIN = 2.0**-9
+F32_TINY = 2.0**-126
+_LOW, _HIGH = 2.0**-60, 2.0**60  # scales between which nothing under- or overflows
+_LEAST_BITS, _MOST_BITS = (127 - 6) << 23, (127 + 9) << 23  # 2^-6 and 512: block scales with three exact bits
+_INFINITY_BITS, _NAN_BITS, _NO_BITS = 0x7F800000, 0x7FC00000, 0xFFFFFFFF  # the last: of no magnitude
+_E2M1_MAX_BITS, _E4M3_MAX_BITS = 0x40C00000, 0x43E00000
+_MXFP4_FLOOR_BITS = 0x01C00000  # 6 * 2^-126
+_FP8_FLOOR_BITS = 0x38D1B717  # 1e-4
+
+
+class QuantizeRows(RowSources):
+    """The kernel of one `RowsConfig` for an architecture, "sm_90a" or "sm_100a"; M and K are the call's."""
+
+    def __init__(self, config: RowsConfig, arch: str) -> None:
+        config.check()
+        self.config = config
+        self.arch = arch
+
+    @cute.jit
+    def __call__(
+        self,
+        x: cute.Tensor,
+        other: cute.Tensor,
+        row_weight: cute.Tensor,
+        given: cute.Tensor,
+        codes: cute.Tensor,
+        scale: cute.Tensor,
+        used: cute.Tensor,
+        rows_per_scale: Int32,
+        per_column: Float64,
+        eps: Float64,
+        limit: Float32,
+        ctas: Int32,
+        stream: Any,
+    ) -> None:
+        """x (M, K) as u32 words, or where `ragged` as bits, u16 or u32; other: SwiGLU's second input, like x, or the norm's
+        weight, (1, K) like a row of x; row_weight (M,) f32. given (G,) f32: global scales, one for every `rows_per_scale` rows,
+        or the maxima of an "amax" launch. codes: u32 words, or where `ragged` bytes or bits of values; scale u8: (M, blocks),
+        or tiles (ceil(M/128), ceil(blocks/4), 512). used f32: the global scale of each row (M,), or of the tensor (1,), or the
+        maxima (ctas,). per_column is 1 / K; eps and limit are the norm's and SwiGLU's. What a configuration does not need it
+        never touches.
+        """
+        config = self.config
+        self.kernel(x, other, row_weight, given, codes, scale, used, rows_per_scale, per_column, eps, limit).launch(
+            grid=[ctas, 1, 1],
+            block=[config.threads * config.rows, 1, 1],
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        x: Any,
+        other: Any,
+        row_weight: Any,
+        given: Any,
+        codes: Any,
+        scale: Any,
+        used: Any,
+        rows_per_scale: Int32,
+        per_column: Float64,
+        eps: Float64,
+        limit: Float32,
+    ) -> None:
+        config = self.config
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        warps = config.threads * config.rows // WARP
+        self.shared = SmemAllocator().allocate_tensor(Uint32, cute.make_layout(2 * warps), byte_alignment=8)
+        rows, width = x.shape
+        self.columns = width * (CHUNK // config.words) if cutlass.const_expr(not config.ragged) else width
+        padded = rows
+        if cutlass.const_expr(config.tiles):
+            padded = scale.shape[0] * ATOM_ROWS
+        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
+
+        of_tensor = Float32(1.0)
+        if cutlass.const_expr(config.scale == "tensor"):
+            of_tensor = self._of_tensor(given, thread)
+            if block == 0 and thread == 0:
+                used[0] = of_tensor
+        largest = Uint32(0)
+        for step in cutlass.range(block, (padded + config.rows - 1) // config.rows, grid, unroll=1):
+            row = step * config.rows + thread // config.threads
+            mine = cutlass.min(row, rows - 1)  # threads past the last row repeat it, and store nothing
+            held = self._values(x, other, row_weight, mine, thread, per_column, eps, limit)
+            if cutlass.const_expr(config.out == "amax"):
+                for c in cutlass.range_constexpr(config.chunks):
+                    largest = enc.max_u32(largest, self._number_amax(self._words(held, c)))
+            elif cutlass.const_expr(config.out == "same"):
+                self._store_values(held, codes, row, rows, thread)
+            elif cutlass.const_expr(config.out == "nvfp4"):
+                factor = of_tensor
+                if cutlass.const_expr(config.scale == "one"):
+                    factor = given[0]
+                elif cutlass.const_expr(config.scale == "many"):
+                    factor = given[mine // rows_per_scale]
+                elif cutlass.const_expr(config.scale == "row"):
+                    factor = self._of_row(held, thread)
+                    if row < rows and thread % config.threads == 0:
+                        used[row] = factor
+                self._nvfp4(held, codes, scale, row, rows, thread, factor)
+            else:
+                self._power_of_two(held, codes, scale, row, rows, thread)
+        if cutlass.const_expr(config.out == "amax"):
+            whole = self._over_cta(largest, thread)
+            if thread == 0:
+                used[block] = whole.bitcast(Float32)
+
+    # ---- global scales ---------------------------------------------------------------------------------------------------
+    @cute.jit
+    def _of_row(self, held: Any, thread: Any) -> Any:
+        """The global scale of a row from its largest magnitude."""
+        largest = Uint32(0)
+        for c in cutlass.range_constexpr(self.config.chunks):
+            largest = enc.max_u32(largest, self._number_amax(self._words(held, c)))
+        return _global_scale(self._over_row(largest, thread))
+
+    @cute.jit
+    def _of_tensor(self, maxima: Any, thread: Any) -> Any:
+        """The global scale of the tensor from the maxima of an earlier launch."""
+        largest = Uint32(0)
+        for i in cutlass.range(thread, maxima.shape[0], self.config.threads * self.config.rows, unroll=1):
+            largest = enc.max_u32(largest, maxima[i].bitcast(Uint32))
+        return _global_scale(self._over_cta(largest, thread))
+
+    @cute.jit
+    def _number_amax(self, words: Any) -> Any:
+        """The largest magnitude among values that are numbers, as float32 bits."""
+        config = self.config
+        magnitudes = enc.absolute(words, config.element)
+        bits = enc.amax_bits(magnitudes, config.element)
+        if bits > Uint32(_INFINITY_BITS):
+            bits = Uint32(0)
+            for value in enc.floats(magnitudes, config.element):
+                one = value.bitcast(Uint32)
+                bits = enc.max_u32(bits, one if one <= Uint32(_INFINITY_BITS) else Uint32(0))
+        return enc.finite(bits).bitcast(Uint32)
+
+    # ---- block formats ---------------------------------------------------------------------------------------------------
+    @cute.jit
+    def _nvfp4(self, held: Any, codes: Any, scale: Any, row: Any, rows: Any, thread: Any, factor: Any) -> None:
+        config = self.config
+        sixfold = enc.mul(factor, Float32(E2M1_MAX))
+        by_six = enc.divisor(sixfold)
+        plain = factor >= Float32(_LOW) and factor <= Float32(_HIGH)
+        by_six = (by_six[0] if plain else Uint32(_NAN_BITS).bitcast(Float32), by_six[1])  # makes every block a rare one,
+        usual = Uint32(0) if plain else Uint32(_NO_BITS)  # blocks of zeros, too, which otherwise are not
+        for c in cutlass.range_constexpr(config.chunks):
+            words = self._words(held, c)
+            magnitudes = enc.absolute(words, config.element)
+            bits = enc.amax_bits(magnitudes, config.element)
+            amax = enc.finite(bits)
+            values = cute.make_rmem_tensor((CHUNK,), Float32)
+            signs = cute.make_rmem_tensor((config.words,), Uint32)
+            wide = enc.floats(magnitudes, config.element)
+            for i in cutlass.range_constexpr(CHUNK):
+                values[i] = wide[i]
+            for i in cutlass.range_constexpr(config.words):
+                signs[i] = words[i]
+            ratio = enc.quotient(amax, by_six)
+            unusual = ratio.bitcast(Uint32) - Uint32(_LEAST_BITS) > Uint32(_MOST_BITS - _LEAST_BITS)
+            rare = (unusual and bits != usual) or bits >= Uint32(_INFINITY_BITS)
+            nan = bits > Uint32(_INFINITY_BITS)
+            if rare:
+                ratio = amax / sixfold
+                if nan:
+                    ratio = Uint32(_NAN_BITS).bitcast(Float32)
+                    for i in cutlass.range_constexpr(config.words):
+                        signs[i] = enc.signs_of_nan(words[i], config.element)
+            ratio = Float32(1.0) if ratio == 0.0 else cute.arch.fmax(ratio, Float32(E4M3_MIN), nan=True)
+            byte = enc.to_e4m3(ratio)
+            block_scale, _ = enc.from_e4m3(byte)
+            step = enc.mul(block_scale, factor)
+            if rare:
+                gain = Float32(1.0)
+                if step < Float32(_LOW):
+                    gain = Float32(2.0**64)
+                if step > Float32(_HIGH):
+                    gain = Float32(2.0**-64)
+                step = Float32(1.0) if nan else enc.mul(step, gain)
+                largest = enc.mul(step, Float32(enc.LARGEST))
+                for i in cutlass.range_constexpr(CHUNK):
+                    values[i] = largest if nan else cute.arch.fmin(enc.mul(values[i], gain), largest)
+            by_step = enc.divisor(step)
+            quotients = [enc.quotient(values[i], by_step) for i in range(CHUNK)]
+            chunk = self._chunk(c, thread)
+            if cutlass.const_expr(config.decoded):
+                pair = enc.pack_bf16(block_scale, block_scale)
+                counts = enc.e2m1_counts(quotients)
+                sides = enc.bf16_signs([signs[i] for i in range(config.words)], config.element)
+                out = [enc.e2m1_pair_times(counts[2 * i], counts[2 * i + 1], sides[i], pair) for i in range(CHUNK // 2)]
+                self._store_words(out, codes, row, rows, chunk, thread)
+            else:
+                self._store_scale(scale, byte, row, rows, chunk, 1)
+                self._store_nibbles(quotients, signs, codes, row, rows, chunk)
+
+    @cute.jit
+    def _power_of_two(self, held: Any, codes: Any, scale: Any, row: Any, rows: Any, thread: Any) -> None:
+        """MXFP4 and FP8: one E8M0 scale for the chunks of neighbouring threads."""
+        config = self.config
+        lanes = config.group // CHUNK
+        fp8 = cutlass.const_expr(config.out == "fp8")
+        limit = _E4M3_MAX_BITS if fp8 else _E2M1_MAX_BITS
+        floor = _FP8_FLOOR_BITS if fp8 else _MXFP4_FLOOR_BITS
+        for c in cutlass.range_constexpr(config.chunks):
+            words = self._words(held, c)
+            magnitudes = enc.absolute(words, config.element)
+            bits = enc.amax_bits(magnitudes, config.element)
+            for distance in halves(lanes):
+                bits = enc.max_u32(bits, cute.arch.shuffle_sync_bfly(bits, distance))
+            byte, inverse = enc.e8m0_ceil(bits, limit, floor)
+            signs = cute.make_rmem_tensor((config.words,), Uint32)
+            for i in cutlass.range_constexpr(config.words):
+                signs[i] = words[i]
+            if bits > Uint32(_INFINITY_BITS):
+                for i in cutlass.range_constexpr(config.words):
+                    signs[i] = enc.signs_of_nan(words[i], config.element)
+            chunk = self._chunk(c, thread)
+            if cutlass.const_expr(not config.decoded):
+                self._store_scale(scale, byte, row, rows, chunk, lanes)
+            if cutlass.const_expr(fp8):
+                scaled = [enc.mul(v, inverse) for v in enc.floats(words, config.element)]
+                out = cute.make_rmem_tensor((CHUNK // 4,), Uint32)
+                for i in cutlass.range_constexpr(CHUNK // 4):
+                    out[i] = enc.e4m3_word(scaled[4 * i : 4 * i + 4])
+                if bits > Uint32(_INFINITY_BITS):
+                    sides = enc.bf16_signs([signs[i] for i in range(config.words)], config.element)
+                    for i in cutlass.range_constexpr(CHUNK // 4):
+                        out[i] = out[i] | (enc.prmt(sides[2 * i], sides[2 * i + 1], 0x7531) & Uint32(0x80808080))
+                self._store_e4m3([out[i] for i in range(CHUNK // 4)], byte, codes, row, rows, chunk, thread)
+            else:
+                scaled = cute.make_rmem_tensor((CHUNK,), Float32)
+                wide = enc.floats(magnitudes, config.element)
+                for i in cutlass.range_constexpr(CHUNK):
+                    scaled[i] = enc.mul(wide[i], inverse)
+                if bits >= Uint32(_INFINITY_BITS):
+                    for i in cutlass.range_constexpr(CHUNK):
+                        scaled[i] = cute.arch.fmin(scaled[i], Float32(enc.LARGEST))  # of a NaN, too
+                self._store_nibbles([scaled[i] for i in range(CHUNK)], signs, codes, row, rows, chunk)
+
+    # ---- stores ----------------------------------------------------------------------------------------------------------
+    @cute.jit
+    def _store_scale(self, scale: Any, byte: Any, row: Any, rows: Any, chunk: Any, lanes: cutlass.Constexpr) -> None:
+        """A block's scale, by the first of its threads."""
+        column = chunk // lanes
+        if cutlass.const_expr(self.config.tiles):
+            blocks = self.columns // (CHUNK * lanes)
+            inner = row % ATOM_ROWS
+            offset = (inner % 32) * 16 + inner // 32 * ATOM_COLUMNS + column % ATOM_COLUMNS
+            tile_row, tile_column = row // ATOM_ROWS, column // ATOM_COLUMNS
+            if chunk % lanes == 0 and tile_row < scale.shape[0] and tile_column < scale.shape[1]:
+                here = row < rows and column < blocks
+                scale[tile_row, tile_column, offset] = Uint8(byte if here else Uint32(0))
+        else:
+            if chunk % lanes == 0 and row < rows and column < scale.shape[1]:
+                scale[row, column] = Uint8(byte)
+
+    @cute.jit
+    def _store_nibbles(self, magnitudes: Any, signs: Any, codes: Any, row: Any, rows: Any, chunk: Any) -> None:
+        config = self.config
+        half = config.words // 2
+        out = cute.make_rmem_tensor((2,), Uint32)
+        for i in cutlass.range_constexpr(2):
+            sides = [signs[i * half + j] for j in range(half)]
+            out[i] = enc.e2m1_nibbles(magnitudes[8 * i : 8 * i + 8], self.arch) | enc.sign_nibbles(sides, config.element)
+        if row < rows and self._inside(chunk):
+            cute.autovec_copy(out, cute.local_tile(codes[row, None], (2,), (chunk,)))
+
+    @cute.jit
+    def _store_e4m3(self, words: Any, byte: Any, codes: Any, row: Any, rows: Any, chunk: Any, thread: Any) -> None:
+        config = self.config
+        if cutlass.const_expr(config.decoded):
+            value = _e8m0(byte)
+            pairs = [pair for word in words for pair in enc.e4m3_values(word, value)]
+            self._store_words(pairs, codes, row, rows, chunk, thread)
+        elif cutlass.const_expr(config.ragged):
+            for i in cutlass.range_constexpr(CHUNK):
+                if row < rows and chunk * CHUNK + i < codes.shape[1]:
+                    codes[row, chunk * CHUNK + i] = Uint8((words[i // 4] >> (8 * (i % 4))) & Uint32(0xFF))
+        else:
+            out = cute.make_rmem_tensor((CHUNK // 4,), Uint32)
+            for i in cutlass.range_constexpr(CHUNK // 4):
+                out[i] = words[i]
+            if row < rows and self._inside(chunk):
+                cute.autovec_copy(out, cute.local_tile(codes[row, None], (CHUNK // 4,), (chunk,)))
+
+    @cute.jit
+    def _store_values(self, held: Any, out: Any, row: Any, rows: Any, thread: Any) -> None:
+        """The values themselves."""
+        config = self.config
+        for c in cutlass.range_constexpr(config.chunks):
+            chunk = self._chunk(c, thread)
+            words = self._words(held, c)
+            if cutlass.const_expr(config.ragged):
+                self._store_ragged(words, out, row, rows, chunk)
+            elif cutlass.const_expr(config.element == "bf16"):
+                self._store_words(words, out, row, rows, chunk, thread)
+            else:
+                mine = cute.make_rmem_tensor((CHUNK,), Uint32)
+                for i in cutlass.range_constexpr(CHUNK):
+                    mine[i] = words[i]
+                if row < rows and self._inside(chunk):
+                    cute.autovec_copy(mine, cute.local_tile(out[row, None], (CHUNK,), (chunk,)))
+
+    @cute.jit
+    def _store_ragged(self, words: Any, out: Any, row: Any, rows: Any, chunk: Any) -> None:
+        """One by one."""
+        for i in cutlass.range_constexpr(CHUNK):
+            if row < rows and chunk * CHUNK + i < out.shape[1]:
+                if cutlass.const_expr(self.config.element == "bf16"):
+                    out[row, chunk * CHUNK + i] = Uint16((words[i // 2] >> (16 * (i % 2))) & Uint32(0xFFFF))
+                else:
+                    out[row, chunk * CHUNK + i] = words[i]
+
+    @cute.jit
+    def _store_words(self, words: Any, out: Any, row: Any, rows: Any, chunk: Any, thread: Any) -> None:
+        """A chunk of BF16. Threads swap halves in pairs, so that a store fills sectors of 32 bytes."""
+        odd = chunk % 2 == 1
+        first = cute.make_rmem_tensor((4,), Uint32)
+        second = cute.make_rmem_tensor((4,), Uint32)
+        for i in cutlass.range_constexpr(4):
+            got = cute.arch.shuffle_sync_bfly(words[i] if odd else words[4 + i], 1)
+            first[i] = got if odd else words[i]
+            second[i] = words[4 + i] if odd else got
+        if row < rows:
+            even = chunk // 2 * 2
+            if self._inside(even):
+                cute.autovec_copy(first, cute.local_tile(out[row, None], (4,), (2 * even + chunk % 2,)))
+            if self._inside(even + 1):
+                cute.autovec_copy(second, cute.local_tile(out[row, None], (4,), (2 * even + 2 + chunk % 2,)))
+
+
+@cute.jit
+def _global_scale(bits: Any) -> Any:
+    """amax / 2688, at least the smallest normal number; 1 where amax is 0."""
+    scale = cute.arch.fmax(bits.bitcast(Float32) / Float32(RANGE), Float32(F32_TINY))
+    return scale if bits > Uint32(0) else Float32(1.0)
+
+
+@cute.jit
+def _e8m0(byte: Any) -> Any:
+    """The value of a scale byte from 1 up; NaN for 255."""
+    return (byte << 23).bitcast(Float32) if byte < Uint32(255) else Uint32(_NAN_BITS).bitcast(Float32)

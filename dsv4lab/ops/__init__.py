@@ -1,0 +1,99 @@
+"""One operation, one name: what models and notebooks call.
+
+`ops.<name>` takes the arguments of `reference.<name>`. Underneath lies one `torch.library` operator `dsv4lab::<name>` an
+operation, with a shape function for meta tensors. What runs is decided by the active backend and the device:
+
+- "auto" (default): a CUDA tensor goes to the kernel registered for its architecture. Where there is none for the operation or
+  its arguments, the float32 reference runs, with a warning once if other architectures have one; `implementations()` says
+  which have. A CPU tensor goes to the reference.
+- "reference": the float32 reference, on any device.
+- "kernel": the kernel on the GPU; "sim": the same kernel, of the architecture named, in the simulator on CPU tensors.
+  MissingKernel where there is none.
+
+`observe()` collects every call with its inputs and outputs, for pictures and for checking kernels on real activations.
+"""
+
+from dsv4lab.dispatch import (
+    BACKENDS,
+    Backend,
+    Call,
+    MissingKernel,
+    backend,
+    implementations,
+    observe,
+    register_kernel,
+    scope,
+)
+from dsv4lab.kernels.registry import KERNELS
+from dsv4lab.ops.cache import cache_read, cache_write, compressor_pool, compressor_state_update
+from dsv4lab.ops.experts import moe, moe_combine, router_hash, router_topk, shared_expert, swiglu, swiglu_fp8, swiglu_nvfp4
+from dsv4lab.ops.gemm import grouped_linear, linear, lm_head
+from dsv4lab.ops.head import accept_drafts, mtp_input, probabilities, sample
+from dsv4lab.ops.indexing import attention, index_key_write, index_query, index_scores, index_topk
+from dsv4lab.ops.mhc import embed_streams, mhc_head, mhc_post, mhc_post_pre, mhc_pre
+from dsv4lab.ops.norm import (
+    inverse_rope,
+    inverse_rope_fp8,
+    inverse_rope_nvfp4,
+    q_norm_rope,
+    rmsnorm,
+    rmsnorm_fp8,
+    rmsnorm_nvfp4,
+)
+from dsv4lab.ops.quant import dequantize, quantize_fp8_blocks, quantize_fp8_rows, quantize_mxfp4, quantize_nvfp4
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Call",
+    "MissingKernel",
+    "accept_drafts",
+    "attention",
+    "backend",
+    "cache_read",
+    "cache_write",
+    "compressor_pool",
+    "compressor_state_update",
+    "dequantize",
+    "embed_streams",
+    "grouped_linear",
+    "implementations",
+    "index_key_write",
+    "index_query",
+    "index_scores",
+    "index_topk",
+    "inverse_rope",
+    "inverse_rope_fp8",
+    "inverse_rope_nvfp4",
+    "linear",
+    "lm_head",
+    "mhc_head",
+    "mhc_post",
+    "mhc_post_pre",
+    "mhc_pre",
+    "moe",
+    "moe_combine",
+    "mtp_input",
+    "observe",
+    "probabilities",
+    "q_norm_rope",
+    "quantize_fp8_blocks",
+    "quantize_fp8_rows",
+    "quantize_mxfp4",
+    "quantize_nvfp4",
+    "register_kernel",
+    "rmsnorm",
+    "rmsnorm_fp8",
+    "rmsnorm_nvfp4",
+    "router_hash",
+    "router_topk",
+    "sample",
+    "scope",
+    "shared_expert",
+    "swiglu",
+    "swiglu_fp8",
+    "swiglu_nvfp4",
+]
+
+for _kernel in KERNELS:
+    register_kernel(_kernel.operation, _kernel.arch, _kernel.function, refuses=_kernel.refuses)

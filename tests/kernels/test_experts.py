@@ -1,0 +1,225 @@
+"""The whole mixture of experts on Hopper: grouped products, experts and shared expert, against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import dsv4lab
+from dsv4lab import ops, sim
+from dsv4lab.formats import PackedWeight
+from dsv4lab.kernels._common.launch import running_on
+from dsv4lab.kernels.gemm.mixed.api import Slots, Tiles, grouped
+from dsv4lab.kernels.gemm.mixed.config import SHARED_BYTES, choose_grouped, grouped_tokens
+from dsv4lab.kernels.gemm.mixed.layout import prepare
+from dsv4lab.kernels.moe.experts import experts, shared_expert
+from dsv4lab.kernels.moe.permute.api import permute
+from dsv4lab.reference import moe as reference
+from tests.kernels.mixed import BF16_BOUND, F32_BOUND, products, random_weight, routing, trained_weight, worst
+
+ARCH = "sm_90a"
+LIMIT = 1.0  # low enough to clamp often
+
+
+def simulated(call: Callable[[], torch.Tensor], **how: object) -> torch.Tensor:
+    sim.enable(ARCH, multiprocessors=3)
+    with sim.simulating(ARCH, **how), running_on(sim.Host(ARCH)):  # type: ignore[arg-type]
+        return call()
+
+
+def matrices(fmt: str, num_experts: int, hidden: int, inner: int) -> tuple[PackedWeight, PackedWeight, PackedWeight]:
+    """w1, w3, w2."""
+    shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    w1, w3, w2 = (trained_weight(fmt, num_experts, *shape, seed=i) for i, shape in enumerate(shapes))
+    return w1, w3, w2
+
+
+def relative(y: torch.Tensor, want: torch.Tensor) -> float:
+    return float((y.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize(
+    ("fmt", "act", "dtype", "bound"),
+    [
+        ("mxfp4", "fp8", torch.bfloat16, 1e-3),  # the official model's, nearly always equal in every bit
+        ("mxfp4", "fp8", torch.float32, 1e-5),
+        ("nvfp4", "none", torch.bfloat16, 1e-3),
+        ("nvfp4", "nvfp4", torch.float32, 1e-5),
+        ("nvfp4", "nvfp4", torch.bfloat16, 0.05),  # the reference rounds quantised activations to BF16, the kernel does not
+        ("fp8_block", "fp8", torch.bfloat16, 1e-3),
+        ("bf16", "none", torch.bfloat16, 1e-3),
+    ],
+)
+def test_experts_are_the_reference_s(fmt: str, act: str, dtype: torch.dtype, bound: float) -> None:
+    w1, w3, w2 = matrices(fmt, 6, 128, 64)
+    weights, ids = routing(9, 6, 2, seed=1)
+    x = torch.randn(9, 128, generator=torch.Generator().manual_seed(2)).to(dtype)
+    y = simulated(lambda: experts(x, weights, ids, w1, w3, w2, limit=LIMIT, act=act))
+    assert y.dtype == torch.float32
+    assert relative(y, reference.moe(x, weights, ids, w1, w3, w2, limit=LIMIT, act=act)) < bound
+    z = simulated(lambda: shared_expert(x, w1[0], w3[0], w2[0], limit=LIMIT, act=act))
+    assert relative(z, reference.expert(x, w1[0], w3[0], w2[0], limit=LIMIT, act=act)) < bound
+
+
+def test_calibrated_scales_belong_to_experts() -> None:
+    w1, w3, w2 = matrices("nvfp4", 5, 128, 64)
+    for weight in (w1, w3, w2):
+        weight.input_scale = torch.linspace(1.0, 2.0, 5) * 3 / 2688
+    weights, ids = routing(11, 5, 3, seed=3)
+    x = torch.randn(11, 128, generator=torch.Generator().manual_seed(4))
+    y = simulated(lambda: experts(x, weights, ids, w1, w3, w2, limit=LIMIT, act="nvfp4"))
+    assert relative(y, reference.moe(x, weights, ids, w1, w3, w2, limit=LIMIT, act="nvfp4")) < 1e-5
+
+
+@pytest.mark.parametrize("schedule", ["lazy", "random"])
+def test_many_rows_in_any_schedule_without_a_race(schedule: str) -> None:
+    """Tiles of 64 rows by wgmma: one expert has most of the tokens, one has none."""
+    w1, w3, w2 = matrices("nvfp4", 3, 256, 128)
+    weights, ids = routing(90, 2, 1, seed=5)
+    ids[10:] = 1
+    x = torch.randn(90, 256, generator=torch.Generator().manual_seed(6)).bfloat16()
+    how = dict(schedule=schedule, seed=2, checks=sim.Checks(races=True))
+    y = simulated(lambda: experts(x, weights, ids, w1, w3, w2, limit=LIMIT, act="none"), **how)
+    assert relative(y, reference.moe(x, weights, ids, w1, w3, w2, limit=LIMIT, act="none")) < 1e-3
+
+
+def test_a_token_alone_and_none_at_all() -> None:
+    w1, w3, w2 = matrices("mxfp4", 8, 128, 64)
+    weights, ids = routing(1, 8, 2, seed=7)
+    x = torch.randn(1, 128, generator=torch.Generator().manual_seed(8)).bfloat16()
+    y = simulated(lambda: experts(x, weights, ids, w1, w3, w2, limit=LIMIT, act="fp8"))
+    assert relative(y, reference.moe(x, weights, ids, w1, w3, w2, limit=LIMIT, act="fp8")) < 1e-3
+    none = simulated(lambda: experts(x[:0], weights[:0], ids[:0], w1, w3, w2, limit=LIMIT, act="fp8"))
+    assert none.shape == (0, 128)
+
+
+@pytest.mark.parametrize("scaled", ["no", "row", "token"])
+def test_grouped_rows_meet_their_matrix(scaled: str) -> None:
+    weights, ids = routing(70, 3, 2, seed=9)
+    weight = random_weight("nvfp4", 3, 136, 192, seed=10)
+    x = torch.randn(140, 192, generator=torch.Generator().manual_seed(11)).bfloat16()
+    factor = None if scaled == "no" else torch.rand(140 if scaled == "row" else 70) + 0.5
+    tokens, _ = grouped_tokens(140, 3)
+
+    def call() -> torch.Tensor:
+        order = permute(ids, num_experts=3, tile_tokens=tokens)
+        kept.append(order.slots)
+        slots = Slots(order.slots, weights, 2) if scaled == "token" else None
+        return grouped(
+            x,
+            prepare(weight),
+            Tiles(order.tiles, order.num_tiles, tokens),
+            rows=140,
+            out_dtype=torch.float32,
+            slots=slots,
+            factor=factor,
+            factor_of=scaled if factor is not None else "row",
+        )
+
+    kept: list[torch.Tensor] = []
+    y, slots = simulated(call), None
+    slots = kept[0].long()
+    expert = ids.flatten()[slots]
+    want = torch.stack([products(x[p : p + 1], weight[int(e)])[0] for p, e in enumerate(expert)])
+    if factor is not None:
+        want = want * (factor[slots // 2] if scaled == "token" else factor)[:, None]
+    if scaled == "token":
+        want = want * weights.flatten()[slots][:, None]
+    assert worst(y, want) < F32_BOUND
+
+
+def test_choices_fit() -> None:
+    for rows in (1, 6, 384, 1536, 6144, 12288, 49152, 400_000):
+        for num_experts in (8, 256, 384):
+            for fmt in ("nvfp4", "mxfp4", "fp8_block", "bf16"):
+                plan = choose_grouped(
+                    fmt, "bf16", rows, num_experts, 7168, paired=True, slotted=True, gather=False, scaled="no"
+                )
+                plan.check()
+                assert plan.shared_bytes <= SHARED_BYTES and (plan.tokens, plan.narrow) == grouped_tokens(rows, num_experts)
+
+
+def test_bad_input_is_refused() -> None:
+    weight, x = prepare(random_weight("nvfp4", 3, 64, 128, seed=0)), torch.zeros(4, 128, dtype=torch.bfloat16)
+    tiles = Tiles(torch.zeros(4, 4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), 8)
+    with pytest.raises(ValueError, match="x must have 5 rows, got 4"):
+        grouped(x, weight, tiles, rows=5, out_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="limit must be given for a paired weight alone"):
+        grouped(x, weight, tiles, rows=4, out_dtype=torch.bfloat16, limit=1.0)
+    with pytest.raises(ValueError, match=r"config must have \(tokens, gather, scaled\)"):
+        grouped(x, weight, Tiles(tiles.tiles, tiles.count, 64), rows=4, out_dtype=torch.bfloat16)
+    w1, w3, w2 = matrices("mxfp4", 2, 128, 64)
+    args = (x, torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int64), w1, w3, w2)
+    with dsv4lab.backend("sim", arch=ARCH), pytest.raises(ops.MissingKernel, match="x must be bfloat16 without an act"):
+        ops.moe(args[0].float(), *args[1:], limit=LIMIT, act="none")
+
+
+# ---- on the GPU --------------------------------------------------------------------------------------------------------
+def dense_experts(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *all_: PackedWeight) -> torch.Tensor:
+    return reference.moe(x, weights, ids, *all_, limit=10.0, act="none")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tokens", [1, 3, 8, 64, 129, 1024])
+@pytest.mark.parametrize(("name", "hidden", "inner"), [("flash", 4096, 2048), ("pro", 7168, 3072)])
+def test_on_the_gpu(name: str, hidden: int, inner: int, tokens: int, seed: int) -> None:
+    """16 experts of the model's width; one gets no token."""
+    w1, w3, w2 = (
+        random_weight("nvfp4", 16, *shape, seed=seed + i).to("cuda")
+        for i, shape in enumerate(((inner, hidden), (inner, hidden), (hidden, inner)))
+    )
+    for weight in (w1, w3, w2):
+        assert weight.global_scale is not None
+        weight.global_scale *= 1e-3
+    weights, ids = (t.cuda() for t in routing(tokens, 15, 6, seed))
+    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed)).bfloat16().cuda()
+    y = experts(x, weights, ids, w1, w3, w2, limit=10.0, act="none")
+    want = dense_experts(x, weights, ids, w1, w3, w2)
+    assert relative(y, want) < 2 * BF16_BOUND
+    assert torch.equal(y, experts(x, weights, ids, w1, w3, w2, limit=10.0, act="none"))  # not a matter of timing
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [5, 8192])
+def test_all_tokens_on_one_expert_on_the_gpu(tokens: int) -> None:
+    w1, w3, w2 = (w.to("cuda") for w in matrices("nvfp4", 4, 1024, 512))
+    x = torch.randn(tokens, 1024, generator=torch.Generator().manual_seed(0)).bfloat16().cuda()
+    weights, ids = torch.ones(tokens, 1, device="cuda"), torch.full((tokens, 1), 2, device="cuda")
+    y = experts(x, weights, ids, w1, w3, w2, limit=10.0, act="none")
+    assert relative(y, dense_experts(x, weights, ids, w1, w3, w2)) < 2 * BF16_BOUND
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_with_new_routings() -> None:
+    w1, w3, w2 = (w.to("cuda") for w in matrices("nvfp4", 32, 1024, 512))
+    x = torch.zeros(16, 1024, dtype=torch.bfloat16, device="cuda")
+    weights, ids = (t.cuda() for t in routing(16, 32, 6, seed=0))
+    experts(x, weights, ids, w1, w3, w2, limit=10.0, act="none")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = experts(x, weights, ids, w1, w3, w2, limit=10.0, act="none")
+    for seed in range(3):
+        new = torch.randn(16, 1024, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        for target, value in zip((weights, ids), routing(16, 32, 6, seed + 1), strict=True):
+            target.copy_(value)
+        x.copy_(new)
+        graph.replay()
+        assert relative(y, dense_experts(x, weights, ids, w1, w3, w2)) < 2 * BF16_BOUND
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("numerics", ["official", "w4a4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nano_s_logits_are_the_cpu_s(numerics: str, dtype: torch.dtype) -> None:
+    """Linears and experts on kernels, the rest on the reference, against the CPU under the same quantisation."""
+    ids = torch.arange(3, 300) % 500
+    on_cpu = dsv4lab.load(dsv4lab.nano(), numerics=numerics, dtype=dtype)
+    on_gpu = dsv4lab.load(dsv4lab.nano(), numerics=numerics, dtype=dtype, device="cuda")
+    want, got = on_cpu.logits(ids), on_gpu.logits(ids.cuda()).cpu()
+    cosine = torch.nn.functional.cosine_similarity(got.double(), want.double(), dim=-1)
+    bound = 0.9999 if dtype == torch.float32 else 0.995
+    assert cosine.min() > bound, cosine.min()
