@@ -30,6 +30,7 @@ import torch
 from benchmarks import common
 from benchmarks.common import Bench, Call, Failure, attempt
 from benchmarks.linear import LIMIT, prepared_shape, random_weight
+from dsv4lab.dispatch import Aside
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels._common.launch import runtime_of
 from dsv4lab.kernels.gemm.mixed import prepared as prepared_weights
@@ -125,8 +126,13 @@ class Layer:
         return shared_expert(x, *self.shared[copy % len(self.shared)], limit=LIMIT, act="none")
 
     def __call__(self, x: torch.Tensor, copy: int = 0) -> torch.Tensor:
-        """What is measured: the whole layer."""
-        return moe_combine(self.routed(x, *self.route(x)), self.share(x, copy))
+        """What is measured: the whole layer, the shared expert beside the rest, as `dsv4lab.model.moe` runs it."""
+        aside = Aside(x.device)
+        with aside.run():
+            shared = self.share(x, copy)
+        routed = self.routed(x, *self.route(x))
+        aside.join()
+        return moe_combine(routed, shared)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,11 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(config, numerics)
 
     def forward(self, x: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """x (M, D) normalised, token_ids (M,) -> (M, D)."""
+        """x (M, D) normalised, token_ids (M,) -> (M, D). The shared expert streams its weights while routes are found."""
+        aside = ops.Aside(x.device)
+        with aside.run():
+            shared = self.shared_experts(x)
         weights, expert_idx = self.gate(x, token_ids)
-        return ops.moe_combine(self.experts(x, weights, expert_idx), self.shared_experts(x))
+        routed = self.experts(x, weights, expert_idx)
+        aside.join()
+        return ops.moe_combine(routed, shared)

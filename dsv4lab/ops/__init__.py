@@ -15,6 +15,7 @@ operation, with a shape function for meta tensors. What runs is decided by the a
 
 from dsv4lab.dispatch import (
     BACKENDS,
+    Aside,
     Backend,
     Call,
     MissingKernel,
@@ -44,6 +45,7 @@ from dsv4lab.ops.quant import dequantize, quantize_fp8_blocks, quantize_fp8_rows
 
 __all__ = [
     "BACKENDS",
+    "Aside",
     "Backend",
     "Call",
     "MissingKernel",

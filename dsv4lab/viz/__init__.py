@@ -14,13 +14,16 @@ from dsv4lab.viz.error_anatomy import plot_error_anatomy
 from dsv4lab.viz.error_histogram import plot_error_histogram
 from dsv4lab.viz.expert_load import plot_expert_load
 from dsv4lab.viz.index_scores import plot_index_scores
+from dsv4lab.viz.margins import plot_margins
 from dsv4lab.viz.memory_occupancy import plot_memory_occupancy
 from dsv4lab.viz.mhc_mixing import plot_mhc_mixing
 from dsv4lab.viz.mhc_weights import plot_mhc_weights
 from dsv4lab.viz.mtp_acceptance import plot_mtp_acceptance
 from dsv4lab.viz.number_grid import plot_number_grid
+from dsv4lab.viz.permutation import plot_permutation
 from dsv4lab.viz.perplexity import plot_perplexity
 from dsv4lab.viz.predicted import plot_predicted
+from dsv4lab.viz.record_words import plot_record_words
 from dsv4lab.viz.resources import plot_resources
 from dsv4lab.viz.roofline import plot_roofline
 from dsv4lab.viz.scale_histogram import plot_scale_histogram
@@ -36,6 +39,7 @@ from dsv4lab.viz.traffic import plot_traffic
 from dsv4lab.viz.training_curve import plot_training_curve
 from dsv4lab.viz.warp_timeline import plot_warp_timeline
 from dsv4lab.viz.window_ring import plot_window_ring
+from dsv4lab.viz.word_bits import plot_word_bits
 
 __all__ = [
     "STYLE_PATH",
@@ -49,13 +53,16 @@ __all__ = [
     "plot_error_histogram",
     "plot_expert_load",
     "plot_index_scores",
+    "plot_margins",
     "plot_memory_occupancy",
     "plot_mhc_mixing",
     "plot_mhc_weights",
     "plot_mtp_acceptance",
     "plot_number_grid",
+    "plot_permutation",
     "plot_perplexity",
     "plot_predicted",
+    "plot_record_words",
     "plot_resources",
     "plot_roofline",
     "plot_scale_histogram",
@@ -70,6 +77,7 @@ __all__ = [
     "plot_training_curve",
     "plot_warp_timeline",
     "plot_window_ring",
+    "plot_word_bits",
     "style_context",
     "use_style",
 ]

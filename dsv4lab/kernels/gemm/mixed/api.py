@@ -165,7 +165,8 @@ def _launch(
     runtime = runtime_of(x)
     row_tiles = -(-weight.slabs // config.slabs)
     count = tiles.tiles.shape[0] * row_tiles if tiles else -(-y.shape[0] // config.tokens) * row_tiles
-    ctas = min(count, max(runtime.multiprocessors // config.cluster, 1)) * config.cluster
+    places = runtime.multiprocessors * config.resident
+    ctas = min(count, max(places // config.cluster, 1)) * config.cluster
     f32, i32 = weight.alpha.view(-1), weight.records.view(-1)  # stand in for what the configuration does not read
     runtime.call(
         _compiled(config, runtime),

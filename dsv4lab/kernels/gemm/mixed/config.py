@@ -15,7 +15,7 @@ _MARGIN = 2048  # barriers, and alignment of the buffers to 1024 bytes
 _MULTIPROCESSORS = 132  # of an H100 SXM or H200
 _ENOUGH = 100  # CTAs that keep the memory busy, with a ring full of weights in flight each
 # Relative cost of a token and 128 rows, by (tokens, slabs) of a tile: weights are decoded again for every tile of tokens.
-_COST = {(32, 8): 1.5, (32, 4): 1.0, (64, 8): 1.4, (64, 4): 1.0, (128, 8): 1.15, (192, 8): 1.05, (256, 8): 1.0}
+_COST = {(32, 8): 1.5, (32, 4): 1.0, (64, 8): 1.4, (64, 4): 1.0, (128, 8): 1.08, (192, 8): 1.12, (256, 8): 1.0}
 _NARROW = {128: (64,), 192: (64, 128), 256: (128, 192)}  # narrower products of a linear, for its last tile of tokens
 _SMALL_BYTES = 6 << 20  # a weight that arrives in less time than a launch takes
 
@@ -63,6 +63,11 @@ class MixedConfig:
     def by_warp(self) -> bool:
         """Whether warps multiply on their own, by `mma.sync`: for few tokens it does more per cycle than `wgmma`."""
         return self.tokens <= FEW
+
+    @property
+    def resident(self) -> int:
+        """CTAs of a multiprocessor at a time."""
+        return 2 if self.by_warp and self.shared_bytes <= HALF_SHARED_BYTES else 1
 
     @property
     def warps(self) -> int:
@@ -199,10 +204,12 @@ def choose(
         return with_stages(shape, SHARED_BYTES)
 
     def cost(config: MixedConfig) -> float:
-        """Relative: waves of tiles, times a tile's tokens, times what a product of so many costs a token."""
-        tiles = -(-m // config.tokens) * -(-n // config.rows) * groups
-        waves = -(-tiles * config.cluster // _MULTIPROCESSORS)
-        return waves * max(config.tokens, 64) * _COST[config.tokens, config.slabs] / config.cluster
+        """Relative: the longest share of a CTA, in tokens, times what a product of so many costs a token."""
+        row_tiles = -(-n // config.rows) * groups
+        full, rest = divmod(m, config.tokens)
+        last = next((w for w in config.widths if rest <= w), 0) / config.tokens if rest else 0.0
+        share = _longest_share(full * row_tiles, row_tiles if rest else 0, last, _MULTIPROCESSORS // config.cluster)
+        return share * max(config.tokens, 64) * _COST[config.tokens, config.slabs] / config.cluster
 
     shapes = [(t, s) for t, s in _COST if t >= tokens and (t > 64 or t == tokens) and (t == tokens or t < 2 * m)]
     shapes = [(t, s) for t, s in shapes if groups == 1 or n % (s * SLAB) == 0]
@@ -210,22 +217,34 @@ def choose(
 
 
 def _few(fmt: str, out: str, tokens: int, n: int, k: int, paired: bool, scaled: str, groups: int) -> MixedConfig:
-    """Weights at memory speed: eight warps a CTA, CTAs for nearly all multiprocessors, rings as deep as they can be.
+    """Weights at memory speed: eight warps a CTA, CTAs for nearly all multiprocessors.
 
-    A small weight leaves room for the next kernel's CTAs, whose start then overlaps with this one's end. With larger ones two
-    CTAs could come to lie on one multiprocessor and leave another idle (measured: a third slower).
+    Two CTAs share a multiprocessor where there are tiles for both, or next to none: the next kernel's start then overlaps with
+    this one's end. Otherwise two could come to lie on one multiprocessor and leave another idle (measured: a third slower), so
+    a CTA takes all of the memory, for a deeper ring.
     """
     fits = [s for s in (8, 4, 2, 1) if groups == 1 or n % (s * SLAB) == 0]
     slabs = next((s for s in fits if n * groups >= s * SLAB * _ENOUGH), next(s for s in fits if s <= 4 and n > (s - 1) * SLAB))
     tiles = -(-n // (slabs * SLAB)) * groups
     cluster = _cluster(tiles, k // (8 * TILE), 8)
-    limit = HALF_SHARED_BYTES if n * groups * k // SLAB // TILE * record_words(fmt) * 4 < _SMALL_BYTES else SHARED_BYTES
+    small = n * groups * k // SLAB // TILE * record_words(fmt) * 4 < _SMALL_BYTES
+    limit = HALF_SHARED_BYTES if small or tiles > _MULTIPROCESSORS else SHARED_BYTES
     chunks, per_warp = chunks_for(k, 8), 2 if tokens == 16 and slabs > 1 else 1
     splits = min(8 * per_warp // slabs, chunks)
     shape = MixedConfig(fmt, out, tokens, slabs, chunks, 2, (), splits, per_warp, cluster, paired=paired, scaled=scaled)
     if shape.shared_bytes > limit:  # wide formats
         shape = replace(shape, chunks=chunks_for(k, 4), splits=min(splits, chunks_for(k, 4)))
     return with_stages(shape, limit)
+
+
+def _longest_share(full: int, partial: int, size: float, ctas: int) -> float:
+    """Tiles that the busiest of `ctas` gets, dealt in turn: `full` whole ones, then `partial` ones of that size."""
+    whole, over = divmod(full, ctas)
+    behind, left = ctas - over if over else ctas, partial
+    if over:
+        left -= min(partial, behind)  # those go to CTAs that have one whole tile less
+        return max(whole + 1, whole + size * (partial > 0)) + size * -(-left // ctas)
+    return whole + size * -(-partial // ctas)
 
 
 def _cluster(tiles: int, steps: int, most: int) -> int:
