@@ -140,7 +140,7 @@ def test_bad_input_is_refused() -> None:
         (x.float(), "x must be bfloat16"),
         (x[:, :64], r"x must be contiguous \(M, 128\)"),
         (x.t().contiguous().t(), r"x must be contiguous"),
-        (torch.zeros(2, 3, 128, dtype=torch.bfloat16), r"N % 48 == 0 for 3 groups"),
+        (torch.zeros(2, 3, 128, dtype=torch.bfloat16), r"N % 192 == 0 for 3 groups"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             call(wrong)

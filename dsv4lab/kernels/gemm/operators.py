@@ -9,7 +9,7 @@ import torch
 from dsv4lab.formats import BF16, FP8_BLOCK, NVFP4, PackedWeight, get_format, to_atom128x4
 from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.gemm.mixed.api import linear
-from dsv4lab.kernels.gemm.mixed.layout import K_PAD, PLANES, SLAB
+from dsv4lab.kernels.gemm.mixed.layout import GROUP_ROWS, K_PAD, PLANES
 from dsv4lab.kernels.gemm.mixed.prepared import prepared
 from dsv4lab.kernels.gemm.w4a4.api import K_MULTIPLE, N_MULTIPLE, linear_w4a4
 from dsv4lab.kernels.quant.rows.api import activation_values, quantize_nvfp4
@@ -156,9 +156,9 @@ def _grouped_sm90_refuses(
     act: str,
 ) -> str | None:
     groups = x.shape[1]
-    if x.shape[2] % K_PAD or codes.shape[0] % (groups * SLAB):
+    if x.shape[2] % K_PAD or codes.shape[0] % (groups * GROUP_ROWS):
         return (
-            f"weight must have K % {K_PAD} == 0 and N % {groups * SLAB} == 0 for {groups} groups, "
+            f"weight must have K % {K_PAD} == 0 and N % {groups * GROUP_ROWS} == 0 for {groups} groups, "
             f"got K={x.shape[2]}, N={codes.shape[0]}"
         )
     return why_not_mixed(x, fmt, codes, scale, act)

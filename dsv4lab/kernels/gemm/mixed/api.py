@@ -11,7 +11,7 @@ import torch
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.gemm.mixed.config import MixedConfig, choose, choose_grouped
-from dsv4lab.kernels.gemm.mixed.layout import K_PAD, SLAB, TILE, PreparedWeight, record_words
+from dsv4lab.kernels.gemm.mixed.layout import GROUP_ROWS, K_PAD, SLAB, TILE, PreparedWeight, record_words
 
 _OUT = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
@@ -63,9 +63,9 @@ def linear(
     _check_limit(weight, limit)
     if matrices != 1:
         raise ValueError(f"weight must be one matrix, got a stack of {matrices}")
-    if groups > 1 and (k % K_PAD or n % (groups * SLAB) or weight.paired):
+    if groups > 1 and (k % K_PAD or n % (groups * GROUP_ROWS) or weight.paired):
         raise ValueError(
-            f"weight must have K % {K_PAD} == 0 and N % {groups * SLAB} == 0 for {groups} groups and be no pair, "
+            f"weight must have K % {K_PAD} == 0 and N % {groups * GROUP_ROWS} == 0 for {groups} groups and be no pair, "
             f"got K={k}, N={n}"
         )
     m = x.shape[0]

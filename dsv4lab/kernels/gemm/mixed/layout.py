@@ -35,6 +35,7 @@ from torch.nn import functional
 from dsv4lab.formats import BF16, FP8_BLOCK, MXFP4, NVFP4, PackedWeight
 
 SLAB, TILE = 16, 64  # rows and columns of a record
+GROUP_ROWS = 64  # a group's rows come in multiples of this: what a warpgroup multiplies at a time
 K_PAD = 128  # prepared weights have whole pairs of tiles, of zeros where the matrix has ended
 BLOCKS = 4  # of 16 columns in a tile
 PLANE_WORDS = 128

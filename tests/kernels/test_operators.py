@@ -1,0 +1,119 @@
+"""Kernels behind operators: in the simulator as `ops` calls them, and on the GPU under torch's own checks of operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import dsv4lab
+from dsv4lab import ops
+from dsv4lab.formats import PackedWeight
+from dsv4lab.reference import gemm
+from tests.kernels.mixed import F32_BOUND, FORMATS, routing, trained_weight, worst
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("act", ["none", "fp8", "nvfp4"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_linear_in_float32_is_the_reference_s(fmt: str, act: str) -> None:
+    """Float32 activations that are not quantised go as three BF16 parts."""
+    if (fmt == "bf16") != (act == "none") and act != "nvfp4":
+        pytest.skip("no numerics of the model pairs them")
+    x, weight = torch.randn(5, 192, generator=torch.Generator().manual_seed(1)), trained_weight(fmt, 72, 192, seed=2)
+    with ops.backend("sim", arch="sm_90a") as simulated:
+        y = ops.linear(x, weight, act=act)
+    assert simulated.launches and worst(y, gemm.linear(x, weight, act=act)) < F32_BOUND
+
+
+def test_groups_and_the_head_are_the_reference_s() -> None:
+    g = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(6, 2, 256, generator=g), trained_weight("fp8_block", 128, 256, seed=4)
+    table = torch.randn(40, 256, generator=g).bfloat16()
+    with ops.backend("sim", arch="sm_90a"):
+        z, logits = ops.grouped_linear(x, weight, act="none"), ops.lm_head(x[:, 0].contiguous(), table)
+    assert worst(z, gemm.grouped_linear(x, weight, act="none")) < F32_BOUND
+    assert logits.dtype == torch.float32 and worst(logits, gemm.lm_head(x[:, 0], table)) < F32_BOUND
+
+
+def test_the_official_experts_are_the_reference_s_to_the_bit() -> None:
+    """Nano's own, on real activations: MXFP4 weights, FP8 activations, BF16."""
+    model = dsv4lab.load(dsv4lab.nano(), dtype=torch.bfloat16)
+    with ops.observe() as calls:
+        model.logits(torch.tensor(model.tokenizer.encode("import os\n\ndef main(argv):\n    return 0\n")))
+    routed = [call for call in calls if call.name == "moe_experts"]
+    assert len(routed) == 3
+    op = torch.ops.dsv4lab.moe_experts.default
+    for call in routed:
+        with ops.backend("sim", arch="sm_90a"):
+            y = op(**call.inputs)
+        difference = (y - call.output).norm() / call.output.norm()
+        assert difference < 1e-3 and (y == call.output).float().mean() > 0.99
+
+
+# ---- on the GPU --------------------------------------------------------------------------------------------------------
+def parts(*weights: PackedWeight) -> tuple[Any, ...]:
+    from dsv4lab.ops.weights import pack_all
+
+    return pack_all(*(w.to("cuda") for w in weights))
+
+
+def calls() -> dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Arguments of each operator that has a kernel, made on the GPU."""
+
+    def x(m: int = 9, k: int = 256) -> torch.Tensor:
+        return torch.randn(m, k, device="cuda").bfloat16()
+
+    def linear() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        w = trained_weight("nvfp4", 72, 256, seed=1).to("cuda")
+        return (x(), "nvfp4", w.codes, w.scale, w.global_scale, None, "none", None), {}
+
+    def grouped() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        w = trained_weight("fp8_block", 128, 256, seed=2).to("cuda")
+        return (x(18).view(9, 2, 256), "fp8_block", w.codes, w.scale, None, None, "fp8"), {}
+
+    def experts() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        w = [trained_weight("mxfp4", 6, *shape, seed=3) for shape in ((128, 256), (128, 256), (256, 128))]
+        return (x(), *(t.cuda() for t in routing(9, 6, 2, seed=4)), *parts(*w)), dict(limit=10.0, act="fp8")
+
+    def shared() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        w = [trained_weight("mxfp4", *shape, seed=5) for shape in ((128, 256), (128, 256), (256, 128))]
+        return (x(), *parts(*w)), dict(limit=10.0, act="fp8")
+
+    def router() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (x(), x(16), torch.zeros(16, device="cuda")), dict(top_k=3, route_scale=1.5)
+
+    return {
+        "linear": linear,
+        "grouped_linear": grouped,
+        "lm_head": lambda: ((x(), x(40)), {}),
+        "moe_experts": experts,
+        "shared_expert": shared,
+        "router_topk": router,
+        "moe_combine": lambda: ((x().float(), x()), {}),
+        "quantize_nvfp4": lambda: ((x(),), {}),
+        "quantize_mxfp4": lambda: ((x(),), {}),
+        "rmsnorm": lambda: ((x(), torch.ones(256, device="cuda").bfloat16()), dict(eps=1e-6)),
+        "rmsnorm_nvfp4": lambda: ((x(), torch.ones(256, device="cuda").bfloat16(), 1e-6), {}),
+        "swiglu": lambda: ((x(), x()), dict(limit=10.0)),
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(calls()))
+def test_torch_s_checks_of_operators(name: str) -> None:
+    args, kwargs = calls()[name]()
+    op = getattr(torch.ops.dsv4lab, name).default
+    op(*args, **kwargs)
+    narrow = any(t.dtype.itemsize == 1 and t.is_floating_point() for t in _tensors(args))
+    # torch's schema check multiplies its inputs, which float8 cannot
+    torch.library.opcheck(op, args, kwargs, test_utils=CHECKS[1:] if narrow else CHECKS)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
