@@ -62,7 +62,8 @@ def test_products_are_right_at_every_edge(m: int, n: int, k: int, config: MixedC
 
 
 @pytest.mark.parametrize(
-    ("m", "config"), [(9, SHAPES[1][3]), (9, SHAPES[3][3]), (70, SHAPES[5][3]), (140, replace(SHAPES[7][3], tokens=192))]
+    ("m", "config"),
+    [(9, SHAPES[1][3]), (9, SHAPES[3][3]), (70, SHAPES[5][3]), (140, replace(SHAPES[7][3], tokens=192, narrow=(64, 160)))],
 )
 @pytest.mark.parametrize("schedule", ["lazy", "random"])
 def test_any_schedule_and_no_race(m: int, config: MixedConfig, schedule: str) -> None:

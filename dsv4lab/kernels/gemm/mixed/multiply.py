@@ -89,7 +89,14 @@ def _first_tokens(shared_x: Any, width: int, plan: Any) -> Any:
 
 @cute.jit
 def multiply_by_warp(
-    kernel: cutlass.Constexpr, shared_x: Any, shared_w: Any, ring: Any, total: Any, stage: Any, phase: Any
+    kernel: cutlass.Constexpr,
+    num_tokens: Any,
+    shared_x: Any,
+    shared_w: Any,
+    ring: Any,
+    total: Any,
+    stage: Any,
+    phase: Any,
 ) -> tuple[Any, Any]:
     """By `mma.sync`, each warp for its slabs and every `splits`-th tile: for few tokens, where `wgmma` costs more."""
     plan = kernel.plan
@@ -105,13 +112,15 @@ def multiply_by_warp(
     # lanes of two tokens use all banks.
     g, q = lane // 4, lane % 4
     records = shared_w[None, team, 0].iterator.toint() + split * plan.record_bytes
-    rows = shared_x.iterator.toint() + g * plan.token_pitch + q * 32 + split * TILE * 2
+    base = shared_x.iterator.toint() + q * 32 + split * TILE * 2
+    # past the tile's tokens the last one is read again: it is there, and its product is not stored
+    rows = [base + cutlass.min(8 * n + g, num_tokens - 1) * plan.token_pitch for n in range(plan.tokens // 8)]
     slab_bytes = teams * plan.chunks * plan.record_bytes
     for _ in cutlass.range(count, unroll=1):
         cute.arch.mbarrier_wait(full + stage, phase)
         for c in cutlass.range_constexpr(0, plan.chunks, plan.splits):
-            row = rows + stage * plan.token_bytes + c * TILE * 2
-            columns = [load_words(row + n * 8 * plan.token_pitch + h * 16) for n in range(plan.tokens // 8) for h in range(2)]
+            at = stage * plan.token_bytes + c * TILE * 2
+            columns = [load_words(row + at + h * 16) for row in rows for h in range(2)]
             for s in cutlass.range_constexpr(plan.per_warp):
                 record = records + stage * plan.weight_bytes + s * slab_bytes + c * plan.record_bytes
                 decode_for_warp(plan.format, record, lane, words)

@@ -118,7 +118,6 @@ class MixedLinearSm90:
     ) -> None:
         plan = self.plan
         stages = plan.stages
-        thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         memory = SmemAllocator()
         full = memory.allocate_array(Int64, stages)
@@ -128,31 +127,31 @@ class MixedLinearSm90:
             Uint32, cute.make_layout((self.words * plan.chunks, plan.slabs, stages)), byte_alignment=128
         )
         if cutlass.const_expr(plan.by_warp):
-            # (bytes of a token, token, stage); rows that no token fills stay zero, and their results are never stored
-            words = plan.token_pitch // 4
-            shared_x = memory.allocate_tensor(Uint32, cute.make_layout((words, plan.tokens, stages)), byte_alignment=128)
-            zero = cute.make_tensor(shared_x.iterator, cute.make_layout(words * plan.tokens * stages // 4 * 4))
-            quad = cute.make_rmem_tensor((4,), Uint32)
-            quad.fill(0)
-            for i in cutlass.range(thread, words * plan.tokens * stages // 4, plan.threads, unroll=1):
-                cute.autovec_copy(quad, cute.local_tile(zero, (4,), (i,)))
-            cute.arch.fence_view_async_shared()
+            # (words of a token, token, stage)
+            shared_x = memory.allocate_tensor(
+                Uint32, cute.make_layout((plan.token_pitch // 4, plan.tokens, stages)), byte_alignment=128
+            )
         else:
             shared_x = memory.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         sums = memory.allocate_tensor(Float32, cute.make_layout(plan.sum_floats), byte_alignment=128)
 
-        if thread == 0:
-            for i in cutlass.range_constexpr(stages):
-                cute.arch.mbarrier_init(full + i, 2)
-                cute.arch.mbarrier_init(empty + i, plan.warps)
-            for i in cutlass.range_constexpr(2):
-                cute.arch.mbarrier_init(shared + i, plan.cluster)
-        cute.arch.mbarrier_init_fence()
+        if warp == plan.warps:
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(stages):
+                    cute.arch.mbarrier_init(full + i, 2)
+                    cute.arch.mbarrier_init(empty + i, plan.warps)
+                for i in cutlass.range_constexpr(2):
+                    cute.arch.mbarrier_init(shared + i, plan.cluster)
+            cute.arch.mbarrier_init_fence()
+        elif cutlass.const_expr(plan.by_warp):
+            self._clear_past_the_end(x, shared_x)
         if cutlass.const_expr(plan.cluster > 1):
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
+        elif warp == plan.warps:  # has initialised the barriers it needs, and is first to be needed
+            cute.arch.barrier_arrive(barrier_id=0, number_of_threads=plan.threads)
         else:
-            cute.arch.barrier()
+            cute.arch.barrier(barrier_id=0, number_of_threads=plan.threads)
         if cutlass.const_expr(not plan.early):
             cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -172,6 +171,23 @@ class MixedLinearSm90:
                 cute.arch.setmaxregister_increase(_MANY_REGISTERS)
             out = Epilogue(plan, y, alpha, factor, slots, slot_weight, top_k, group_rows, limit, sums, shared, shared + 1)
             self._consume(out, records, alpha, y, tiles, num_tiles, shared_x, shared_w, full, empty)
+
+    @cute.jit
+    def _clear_past_the_end(self, x: Any, shared_x: Any) -> None:
+        """Zeros in all of the tokens' stages where K ends inside one: what lies past the end meets weights of zero, and must be
+        numbers. By all warps but the one that loads weights.
+        """
+        plan = self.plan
+        if x.shape[1] % (plan.chunks * TILE) != 0:
+            thread, _, _ = cute.arch.thread_idx()
+            mine = thread if thread < plan.warps * 32 else thread - 32
+            quads = plan.stages * plan.token_bytes // 16
+            flat = cute.make_tensor(shared_x.iterator, cute.make_layout(4 * quads))
+            zeros = cute.make_rmem_tensor((4,), Uint32)
+            zeros.fill(0)
+            for i in cutlass.range(mine, quads, plan.threads - 32, unroll=1):
+                cute.autovec_copy(zeros, cute.local_tile(flat, (4,), (i,)))
+            cute.arch.fence_view_async_shared()
 
     # ---- tiles ---------------------------------------------------------------------------------------------------------
     def _plan(self, records: Any, alpha: Any, y: Any, num_tiles: Any) -> tuple[Any, ...]:
@@ -336,7 +352,7 @@ class MixedLinearSm90:
             total.fill(0.0)
             ring = (full, empty, high - low)
             if cutlass.const_expr(plan.by_warp):
-                stage, phase = multiply_by_warp(self, shared_x, shared_w, ring, total, stage, phase)
+                stage, phase = multiply_by_warp(self, last - first, shared_x, shared_w, ring, total, stage, phase)
             else:
                 rows = last - first
                 for i in cutlass.range_constexpr(len(plan.widths)):
