@@ -14,6 +14,7 @@ FEW = 16  # tokens up to which warps multiply on their own
 _MARGIN = 2048  # barriers, and alignment of the buffers to 1024 bytes
 _MULTIPROCESSORS = 132  # of an H100 SXM or H200
 _ENOUGH = 100  # CTAs that keep the memory busy, with a ring full of weights in flight each
+_FOR_TWO = 180  # CTAs of half the memory that do
 # Relative cost of a token and 128 rows, by (tokens, slabs) of a tile: weights are decoded again for every tile of tokens.
 _COST = {(32, 8): 1.5, (32, 4): 1.0, (64, 8): 1.4, (64, 4): 1.0, (128, 8): 1.08, (192, 8): 1.12, (256, 8): 1.0}
 _NARROW = {128: (64,), 192: (64, 128), 256: (128, 192)}  # narrower products of a linear, for its last tile of tokens
@@ -217,24 +218,40 @@ def choose(
 
 
 def _few(fmt: str, out: str, tokens: int, n: int, k: int, paired: bool, scaled: str, groups: int) -> MixedConfig:
-    """Weights at memory speed: eight warps a CTA, CTAs for nearly all multiprocessors.
+    """Weights at memory speed: eight warps a CTA, and CTAs for all multiprocessors.
 
-    Two CTAs share a multiprocessor where there are tiles for both, or next to none: the next kernel's start then overlaps with
-    this one's end. Otherwise two could come to lie on one multiprocessor and leave another idle (measured: a third slower), so
-    a CTA takes all of the memory, for a deeper ring.
+    Two CTAs share a multiprocessor where there are tiles enough for both (on an H200 a tenth faster than one with twice the
+    ring), or next to none: the next kernel's start then overlaps with this one's end. Otherwise two could come to lie on one
+    multiprocessor and leave another idle (measured: a third slower), so a CTA takes all of the memory. From 9 tokens on, tokens
+    cost as much of the L2 cache's bandwidth as weights, so tiles have at least 64 rows, and CTAs share K where those are few.
     """
     fits = [s for s in (8, 4, 2, 1) if groups == 1 or n % (s * SLAB) == 0]
-    slabs = next((s for s in fits if n * groups >= s * SLAB * _ENOUGH), next(s for s in fits if s <= 4 and n > (s - 1) * SLAB))
-    tiles = -(-n // (slabs * SLAB)) * groups
-    cluster = _cluster(tiles, k // (8 * TILE), 8)
+    most = 4 if n > 3 * SLAB else -(-n // SLAB)  # slabs that a small matrix has
+
+    def tiles(slabs: int) -> int:
+        return -(-n // (slabs * SLAB)) * groups
+
+    least = 2 if tokens == 8 else 4
+    wanted = [s for s in fits if s >= least and tiles(s) >= _FOR_TWO]
+    wanted += [s for s in fits if s >= least and tiles(s) >= _ENOUGH and tokens == 8]
+    slabs = next(iter(wanted), next(s for s in fits if s <= most))
+    cluster = _cluster(tiles(slabs), k // (8 * TILE), 8 if tiles(slabs) < _ENOUGH // 2 else 2)
     small = n * groups * k // SLAB // TILE * record_words(fmt) * 4 < _SMALL_BYTES
-    limit = HALF_SHARED_BYTES if small or tiles > _MULTIPROCESSORS else SHARED_BYTES
-    chunks, per_warp = chunks_for(k, 8), 2 if tokens == 16 and slabs > 1 else 1
-    splits = min(8 * per_warp // slabs, chunks)
-    shape = MixedConfig(fmt, out, tokens, slabs, chunks, 2, (), splits, per_warp, cluster, paired=paired, scaled=scaled)
-    if shape.shared_bytes > limit:  # wide formats
-        shape = replace(shape, chunks=chunks_for(k, 4), splits=min(splits, chunks_for(k, 4)))
-    return with_stages(shape, limit)
+    half = small or tiles(slabs) >= _FOR_TWO or cluster > 1
+    per_warp = 2 if tokens == 16 and slabs > 1 else 1
+
+    def shape(chunks: int, limit: int) -> MixedConfig:
+        splits = min(8 * per_warp // slabs, chunks)
+        return with_stages(
+            MixedConfig(fmt, out, tokens, slabs, chunks, 2, (), splits, per_warp, cluster, paired=paired, scaled=scaled),
+            limit,
+        )
+
+    # the longest copies that leave three or four stages
+    tries = [shape(chunks_for(k, c), HALF_SHARED_BYTES) for c in (8, 4, 2)] if half else []
+    tries = [t for t in tries if t.resident == 2 and (t.stages >= 4 or cluster > 1)]
+    tries += [t for t in (shape(chunks_for(k, c), SHARED_BYTES) for c in (8, 4, 2)) if t.stages >= 3]
+    return next((t for t in tries if t.shared_bytes <= SHARED_BYTES), shape(1, SHARED_BYTES))
 
 
 def _longest_share(full: int, partial: int, size: float, ctas: int) -> float:
@@ -297,5 +314,5 @@ def choose_grouped(
             scaled=scaled,
             early=not slotted,
         ),
-        SHARED_BYTES,
+        HALF_SHARED_BYTES if tokens == 8 else SHARED_BYTES,
     )
