@@ -236,8 +236,10 @@ def _few(fmt: str, out: str, tokens: int, n: int, k: int, paired: bool, scaled: 
     wanted += [s for s in fits if s >= least and tiles(s) >= _ENOUGH and tokens == 8]
     slabs = next(iter(wanted), next(s for s in fits if s <= most))
     cluster = _cluster(tiles(slabs), k // (8 * TILE), 8 if tiles(slabs) < _ENOUGH // 2 else 2)
+    if tokens == 16 and _ENOUGH // 2 <= tiles(slabs) < _FOR_TWO and k >= 32 * TILE:
+        cluster = 2
     small = n * groups * k // SLAB // TILE * record_words(fmt) * 4 < _SMALL_BYTES
-    half = small or tiles(slabs) >= _FOR_TWO or cluster > 1
+    half = small or cluster > 1 or (tokens == 8 and tiles(slabs) >= _FOR_TWO)
     per_warp = 2 if tokens == 16 and slabs > 1 else 1
 
     def shape(chunks: int, limit: int) -> MixedConfig:
