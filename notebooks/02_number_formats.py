@@ -5,7 +5,7 @@
 # a Hopper kernel decode NVFP4 to BF16 without losing a bit?
 #
 # Every number below is predicted from the format's rules first and measured after. Weights and activations are those of the
-# nano model.
+# nano model. The kernels that write these bytes are the subject of notebook 08, the one that multiplies them of notebook 09.
 #
 # **Needs** nothing: no GPU, no network, no earlier notebook. **Takes** about half a minute on two CPU cores.
 

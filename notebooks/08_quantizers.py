@@ -1,18 +1,20 @@
 # %% [markdown]
 # # 08 · Row quantisers as kernels
 #
-# **Question.** What does it take for a kernel to quantise exactly as the reference does, for every input there is, and how near does
-# it come to the speed of copying?
+# **Question.** What does it take for a kernel to quantise exactly as the reference does, for every input there is, and how near
+# does it come to the speed of copying?
 #
-# The kernel half of notebook 02. One kernel, `dsv4lab/kernels/quant/rows/`, does NVFP4, MXFP4 and FP8, of rows themselves, of their
-# RMSNorm, or of clamped SwiGLU. It never differs from `dsv4lab.reference` by a bit; that is checked here, not hoped for.
+# The kernel half of notebook 02. One kernel, `dsv4lab/kernels/quant/rows/`, does NVFP4, MXFP4 and FP8, of rows themselves, of
+# their RMSNorm, or of clamped SwiGLU. It never differs from `dsv4lab.reference` by a bit; that is checked here, not hoped for.
 #
-# **Needs** a C compiler or a Hopper GPU; notebook 02 says what the formats mean. **Takes** half a minute on two CPU cores. With
+# **Needs** a C compiler or a Hopper GPU; notebook 02 says what the formats mean. **Takes** half a minute on two CPU cores,
+# twice that where the kernels have yet to be compiled. With
 # `device="cuda"` the same cells run natively, and the last section measures.
 
 # %% tags=["parameters"]
 device = "auto"  # "auto", "cpu" (simulated) or "cuda" (native, an sm_90a)
-rows, columns = 37, 512  # of random rows; an odd number, and a multiple of 128
+rows = 37  # random ones, an odd number
+columns = 512  # K, a multiple of 128
 profile_shape = [8192, 4096]  # rows and columns of the last section
 baselines = ""  # folder of measured rows; empty: benchmarks/baselines
 seed = 0
@@ -67,6 +69,7 @@ def as_bytes(parts):
     return torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part in parts]).cpu()
 
 
+# %%
 for dtype in (torch.bfloat16, torch.float32):
     for name, (kernel, reference, extra, how) in quantisers.items():
         for schedule in hopper.schedules(target):
@@ -78,9 +81,9 @@ for dtype in (torch.bfloat16, torch.float32):
 # %% [markdown]
 # ## 2. Every BF16 number there is
 #
-# Random rows meet neither ties nor the ends of the range. But there are $2^{16}$ BF16 numbers and a quantiser with a given global scale looks
-# at one block at a time: **all** of them can be tried but NaN, in an order that puts numbers of very different size next to each
-# other, and in one that puts neighbours together.
+# Random rows meet neither ties nor the ends of the range. But there are $2^{16}$ BF16 numbers and a quantiser with a given
+# global scale looks at one block at a time: **all** of them can be tried but NaN, in an order that puts numbers of very
+# different size next to each other, and in one that puts neighbours together.
 
 # %%
 patterns = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
@@ -99,9 +102,9 @@ for order, every in orders.items():
 # %% [markdown]
 # ## 3. Special values
 #
-# Float32 has too many values for that, so the ones that break kernels are chosen: zeros of both signs, the least denormal, numbers at
-# and beside each tie of E2M1 and E4M3, the largest finite ones, infinity, blocks of a single value, and rows of zeros. NaN has no
-# magnitude, so it takes no part in a maximum; its own code is the reference's.
+# Float32 has too many values for that, so the ones that break kernels are chosen: zeros of both signs, the least denormal,
+# numbers at and beside each tie of E2M1 and E4M3, the largest finite ones, infinity, blocks of a single value, and rows of
+# zeros. NaN has no magnitude, so it takes no part in a maximum; its own code is the reference's.
 
 # %%
 ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 17 / 16, 19 / 16, 464.0, 2.0**-10])
@@ -123,9 +126,10 @@ for label, values in {"special values": special, "ties alone": special[2:3], "wi
 # %% [markdown]
 # ## 4. Fused with what comes before
 #
-# RMSNorm and SwiGLU write BF16 that the next quantiser reads again: 4 bytes a value there and back, more than the codes themselves.
-# Fused, the values never leave registers. The reference computes in float64 and rounds to the input's type once, **then** quantises;
-# so does the kernel, which is why it carries sums in more than float32 where a rounding could go the other way.
+# RMSNorm and SwiGLU write BF16 that the next quantiser reads again: 4 bytes a value there and back, more than the codes
+# themselves. Fused, the values never leave registers. The reference computes in float64 and rounds to the input's type once,
+# **then** quantises; so does the kernel, which is why it carries sums in more than float32 where a rounding could go the other
+# way.
 
 # %%
 wide = torch.randn(rows, columns).bfloat16().to(target)
@@ -146,8 +150,8 @@ for name, (kernel, reference, operands, how) in fused.items():
 # %% [markdown]
 # ## 5. Two layouts, one kernel
 #
-# For Blackwell's tensor cores block scales go straight into `atom128x4` tiles (notebook 02), padding included. Called directly, since
-# operators speak of linear scales alone.
+# For Blackwell's tensor cores block scales go straight into `atom128x4` tiles (notebook 02), padding included. Called directly,
+# since operators speak of linear scales alone.
 
 # %%
 host = contextlib.nullcontext() if target.type == "cuda" else running_on(sim.Host(hopper.ARCH))
@@ -162,9 +166,9 @@ lab.check_that("padding is zero", int(tiles.view(torch.uint8).long().sum() - fou
 # %% [markdown]
 # ## 6. Each byte once
 #
-# The floor of a quantiser is traffic: $x$ in, codes and scales out. The log of a simulated launch counts what threads really moved.
-# A global scale of the whole tensor needs the largest value first, hence $x$ twice; that is the price of NVFP4's short range, and why a
-# calibrated or a per-row scale is cheaper.
+# The floor of a quantiser is traffic: $x$ in, codes and scales out. The log of a simulated launch counts what threads really
+# moved. A global scale of the whole tensor needs the largest value first, hence $x$ twice; that is the price of NVFP4's short
+# range, and why a calibrated or a per-row scale is cheaper.
 
 # %%
 plain = torch.randn(64, columns).bfloat16()
@@ -175,6 +179,7 @@ lab.check("x is read: g given; the two launches of g computed", list(read.values
 written = sum(sum(row.by.values()) for row in once.traffic().rows if row.direction == "written")
 lab.check_that("codes and scales written", written, "==", plain.numel() * (1 / 2 + 1 / 16), "bytes")
 viz.plot_traffic(**once.traffic().figure());
+
 
 # %% [markdown]
 # ## 7. What it uses
@@ -200,14 +205,16 @@ viz.plot_resources([one.registers for one in used], [hopper.REGISTERS] * len(use
 # %% [markdown]
 # ## 8. Predicted and measured
 #
-# Predicted: bytes over the bandwidth of a copy, measured in the same run. Rows of a few tokens are bound by the launch, not by bytes.
+# Predicted: bytes over the bandwidth of a copy, measured in the same run. Rows of a few tokens are bound by the launch, not by
+# bytes.
 
 # %%
 print(base)
 for m in sorted({row["m"] for row in base.rows}, reverse=True)[:1]:
     large = [row for row in base.where(m=m) if row["k"] == min(row["k"] for row in base.where(m=m))]
     bound, time = measured.bound_and_time(large, "{shape}")
-    print(hopper.table(measured.summary(large, ("shape", "m", "k", "equal", "registers", "spill_bytes"), ("torch", "torch.compile"))))
+    fields = ("shape", "m", "k", "equal", "registers", "spill_bytes")
+    print(hopper.table(measured.summary(large, fields, ("torch", "torch.compile"))))
     viz.plot_predicted(bound, time, quantity=f"time of {m} x {large[0]['k']} (us)", words=("bound", "measured"))
     lab.record("least share of bytes that equal the reference's on that GPU", min(row["equal"] for row in large))
 
@@ -218,7 +225,8 @@ print(hopper.table(measured.summary(few, ("shape", "m", "k"), ("torch",))) if fe
 # %% [markdown]
 # ## 9. Measured here
 #
-# With `device="cuda"`: the quantisers at a model's width, cold, against copy bandwidth measured in the same minute.
+# With `device="cuda"`: the quantisers at a model's width, cold, against copy bandwidth measured in the same minute. Called from
+# Python and not from a CUDA graph: where a kernel is shorter than its launch, the launch is what is timed.
 
 # %%
 if target.type == "cuda":

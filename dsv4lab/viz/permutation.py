@@ -50,7 +50,7 @@ def plot_permutation(expert: Any, position: Any, tiles: Any, *, ax: Axes | None 
         ax.text(
             (first + end) / 2, y + 0.32, f"tile {number}" if end - first > 2 else str(number), ha="center", va="top", fontsize=8
         )
-    ax.set(xlim=(0, count), ylim=(_SORTED + 2.2, -0.3), xlabel="entry above, sorted row below", ylabel="tokens")
+    ax.set(xlim=(0, count), ylim=(_SORTED + 2.2, -0.3), xlabel="entry above, sorted row below", ylabel="order of entries")
     ax.set_yticks([0.5, _SORTED + 0.5], ["as they come", "by expert"])
     ax.tick_params(axis="y", length=0)
     ax.grid(False)

@@ -27,6 +27,7 @@ def random_weight(fmt: str, *shape: int, seed: int) -> PackedWeight:
         scale = some(0x30, 0x50, n, k // 16)
         scale[..., ::5] = some(0, 9, *scale[..., ::5].shape[-2:])
         scale[..., 0, 0] = 0x7E
+        scale[..., 1, 1] |= 0x80  # a negative scale
         gain = torch.rand(lead, generator=g) + 0.1
         return PackedWeight(NVFP4, some(0, 256, n, k // 2), scale.view(torch.float8_e4m3fn), gain)
     rows, columns = get_format(fmt).scale_shape(n, k) or (0, 0)

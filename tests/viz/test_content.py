@@ -262,3 +262,50 @@ def test_a_barrier_graph_writes_counts_and_marks_open_ends() -> None:
     ax = viz.plot_barrier_graph([("load", "full", 8)], [("full", "math", 32), ("empty", "load", 3)])
     assert {"8", "32", "3"} <= set(texts(ax))
     assert sum(p.get_linestyle() in ("--", "dashed") for p in ax.patches) == 1  # nobody arrives at "empty"
+
+
+def test_margins_are_shares_below_a_size() -> None:
+    ax = viz.plot_margins({"a": np.array([0.0, 0.1, 1.0, 0.01])}, bounds={"error": 0.05})
+    steps = ax.lines[0]
+    np.testing.assert_allclose(steps.get_xdata(), [0.01, 0.1, 1.0])
+    np.testing.assert_allclose(steps.get_ydata(), [50, 75, 100])
+    legend = ax.get_legend()
+    assert legend is not None and [t.get_text() for t in legend.get_texts()] == ["a, 1 of zero", "error: 0.05"]
+    with pytest.raises(ValueError, match="above zero"):
+        viz.plot_margins(np.zeros(3))
+    with pytest.raises(ValueError, match=r"bounds\['b'\] must be > 0"):
+        viz.plot_margins(np.ones(3), bounds={"b": 0.0})
+
+
+def test_a_permutation_draws_an_entry_above_and_in_its_row() -> None:
+    ax = viz.plot_permutation(np.array([[2, 0], [9, 2]]), np.array([1, 0, -1, 2]), np.array([[0, 0, 1, 0], [2, 1, 3, 1]]))
+    boxes = {(round(p.get_x() - 0.04), p.get_y() > 1): p.get_facecolor() for p in ax.patches}
+    assert len(boxes) == 7 and (3, True) not in boxes  # four above, three below: one is dropped
+    assert boxes[0, False] == boxes[1, True] == boxes[3, False] == boxes[2, True] != boxes[0, True]
+    assert [t for t in texts(ax) if not t.startswith("tile")] == ["0", "0", "0", "0", "1", "1", "1", "0", "1"]
+    legend = ax.get_legend()
+    assert legend is not None and [t.get_text() for t in legend.get_texts()] == ["expert 0", "expert 2", "dropped"]
+    with pytest.raises(ValueError, match="tiles must have columns"):
+        viz.plot_permutation(np.array([[0]]), np.array([0]), np.array([[0, 0]]))
+
+
+def test_record_words_stand_bank_by_bank() -> None:
+    group = np.array([0] * 32 + [1, -1])
+    ax = viz.plot_record_words(group, ["w"] * 33 + [""], ["rows 0, 8", "rows 1, 9"], title="words")
+    places = [(p.get_x(), p.get_y()) for p in ax.patches]
+    assert places[31:] == [(31, 0), (0, 1), (1, 1)]
+    assert ax.patches[0].get_facecolor() != ax.patches[32].get_facecolor() != ax.patches[33].get_facecolor()
+    assert len(texts(ax)) == 33
+    with pytest.raises(ValueError, match="groups must be 1 to 8 names, got 9"):
+        viz.plot_record_words(group, [""] * 34, ["x"] * 9)
+
+
+def test_word_bits_begin_with_bit_31() -> None:
+    code, bit = np.full((1, 32), -1), np.full((1, 32), -1)
+    code[0, [31, 0]], bit[0, [31, 0]] = [1, 0], [3, 0]
+    ax = viz.plot_word_bits(code, bit, ["word"], codes=["first", "second"])
+    where = {t.get_text(): t.get_position()[0] for t in ax.texts[:2]}
+    assert where == {"m": 31.5, "s": 0.5}
+    assert [t.get_text() for t in ax.get_xticklabels()][:2] == ["31", "27"]
+    with pytest.raises(ValueError, match="code must lie in"):
+        viz.plot_word_bits(code + 9, bit, ["word"])

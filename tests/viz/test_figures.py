@@ -128,6 +128,22 @@ def cases() -> dict[str, Case]:
             ],
             {},
         ),
+        "margins": (viz.plot_margins, [rng.uniform(0, 1, 61)], {"bounds": {"error of two scores": 0.02}}),
+        "permutation": (
+            viz.plot_permutation,
+            [np.array([[2, 0], [1, 9], [2, 2]]), np.array([2, 0, 1, -1, 3, 4]), np.array([[0, 0, 1], [1, 1, 2], [2, 2, 5]])],
+            {},
+        ),
+        "record_words": (
+            viz.plot_record_words,
+            [np.arange(45) % 9 - 1],
+            {"texts": [f"{i}\n{i}" for i in range(45)], "groups": [f"rows {i}" for i in range(8)], "title": "words"},
+        ),
+        "word_bits": (
+            viz.plot_word_bits,
+            [np.arange(64).reshape(2, 32) // 8 - 1, np.arange(64).reshape(2, 32) % 4],
+            {"rows": ["stored", "shifted"], "codes": [f"row {i}, column 3" for i in range(7)]},
+        ),
         "scale_words": (
             viz.plot_scale_words,
             [

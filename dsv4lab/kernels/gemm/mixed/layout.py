@@ -98,7 +98,7 @@ def prepare(weight: PackedWeight, up: PackedWeight | None = None) -> PreparedWei
         raise TypeError("scale of an fp8_block weight must be float8_e8m0fnu, got float32: powers of two only")
     tops = torch.stack([_largest_exponent(part) for part in parts], dim=1)  # (E, 1 or 2)
     alpha = torch.stack([_alpha(part, tops[:, i]) for i, part in enumerate(parts)], dim=1)
-    codes = _rows(torch.stack([part.codes.view(_WORD[name]) for part in parts], dim=1), first.format.codes_per_byte, k)
+    codes = _rows(torch.stack([_codes(part) for part in parts], dim=1), first.format.codes_per_byte, k)
     scales = _rows(torch.stack([_scales(part, tops[:, i]) for i, part in enumerate(parts)], dim=1), _SCALE_COLUMNS[name], k)
     chunks = zip(codes.split(_ROWS_AT_ONCE), scales.split(_ROWS_AT_ONCE), strict=True)
     records = torch.cat([_records(c, s, name) for c, s in chunks])
@@ -114,6 +114,16 @@ def _stack(weight: PackedWeight) -> PackedWeight:
     if len(weight.shape) == 3:
         return weight
     return PackedWeight(weight.format, **{name: t.unsqueeze(0) for name, t in weight.tensors().items()})
+
+
+def _codes(part: PackedWeight) -> torch.Tensor:
+    """Codes as bytes or halfwords; the sign of an NVFP4 scale, which records have no room for, goes to its codes."""
+    codes = part.codes.view(_WORD[part.format.name])
+    if part.format != NVFP4:
+        return codes
+    assert part.scale is not None
+    signs = (part.scale.view(torch.uint8) >> 7) * 0x88  # of both codes of a byte
+    return codes ^ signs.repeat_interleave(NVFP4.group // 2, dim=-1)
 
 
 # ---- scales ------------------------------------------------------------------------------------------------------------
