@@ -156,6 +156,22 @@ def test_quotients_next_to_ties() -> None:
     assert blocks.float().eq(1.0).all()
 
 
+def test_multiplied_codes_round_like_quotients() -> None:
+    """Scales whose steps are, or nearly are, an 8-bit number over a midpoint; all significands of BF16."""
+    patterns = (torch.arange(128) + 128.0).repeat(7) * 2.0 ** torch.arange(-4, 3).repeat_interleave(128)
+    rows = []
+    for top in torch.linspace(448.0, 800.0, 12).tolist():  # of a block: all significands of block scales
+        block = torch.nn.functional.pad(patterns.clamp(max=top), (0, -patterns.numel() % 15)).view(-1, 15)
+        rows.append(torch.nn.functional.pad(block, (1, 0), value=top).flatten())
+    x = torch.stack(rows).bfloat16()
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % 192)).view(-1, 192).contiguous()
+    for scale in (1.0, 2.0**-3, 0.75, 1.0 / 3, 255 / 896, 129 / 168, 0.7, 1.0000001, 191 / 21, 3.0**-20, 2.0**50):
+        given = torch.tensor(scale)
+        x_scaled = (x.float() * 2.0 ** float(torch.tensor(scale / 2).log2().floor())).bfloat16()
+        got = simulated("sm_90a", api.quantize_nvfp4, x_scaled, given)
+        assert same(got, quant.quantize_nvfp4(x_scaled, global_scale=given)), scale
+
+
 @pytest.mark.parametrize("scale", [1.2e-38, 3e-20, 2.0**60, 1e21])
 def test_extreme_global_scales(scale: float) -> None:
     for dtype in (BF16, F32):

@@ -1,10 +1,14 @@
 """y[p] = x[slots[p] // k]: rows of tokens in sorted order, copied word for word.
 
 A warp copies one piece of one row: its lanes' 16-byte loads are all in flight before the first store. Rows of -1 become zeros.
+All rows' first pieces come first, then all second ones: a token's rows are far apart in sorted order, and x as a whole (67 MB
+for the 8192 tokens below) does not stay in an L2 of 50 MB until the next of them, but one piece of each of its rows does. What
+is written is marked as the first to be evicted, since nothing here reads it.
 
-Bytes: N rows written, and read, at best M of them from memory and the rest from cache. For 8192 tokens of 4096 BF16, 6 slots
-each: 403 MB written, 67 to 403 MB read. Predicted on an H200: at least 80 % of a copy's bandwidth; 2 us for one token (a launch
-and two dependent latencies). sm_90a and sm_100a.
+Bytes: N rows written, M rows read from memory, N from cache. For 8192 tokens of 4096 BF16, 6 slots each: 403 + 67 MB. Row by
+row an H100 took 255 us for them, the time of 806 MB at a copy's bandwidth: L2 kept nothing. Predicted in this order: at least
+85 % of a copy's bandwidth, so 183 us on an H100 and 130 us on an H200; 2 us for one token (a launch and two dependent
+latencies). sm_90a and sm_100a.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -45,10 +49,11 @@ class GatherRows:
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         task = block * plan.warps + cute.arch.make_warp_uniform(thread // WARP)
-        row, first = task // pieces, task % pieces * plan.piece + thread % WARP
+        rows = y.shape[0]
+        row, first = task % rows, task // rows * plan.piece + thread % WARP
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
-        if row < y.shape[0]:
+        if task < rows * pieces:
             slot = slots[row]
             source = cutlass.max(slot, 0) // top_k
             units = y.shape[1] // WORDS
@@ -61,4 +66,10 @@ class GatherRows:
             for u in cutlass.range_constexpr(plan.units):
                 unit = first + u * WARP
                 if unit < units:
-                    cute.autovec_copy(held[None, u], cute.local_tile(y[row, None], (WORDS,), (unit,)))
+                    _store(cute.local_tile(y[row, None], (WORDS,), (unit,)), [held[w, u] for w in range(WORDS)])
+
+
+def _store(target: Any, words: list[Any]) -> None:
+    """16 bytes to memory, evicted from L2 before what other accesses left there."""
+    code = "st.global.cs.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};"
+    cute.arch.inline_ptx(code, read_only_args=[target.iterator.toint(), *words])

@@ -14,8 +14,9 @@ _FEW_ROWS = 1056  # eight a multiprocessor of an H100 or H200: a CTA of four row
 SOURCES = ("x", "norm", "swiglu")
 OUTS = ("nvfp4", "mxfp4", "fp8", "same", "amax")
 ELEMENTS = ("bf16", "f32")
-# Chunks of a thread. Four share the costs of a thread and leave room for 24 warps a multiprocessor (80 registers); what rows
-# have to agree on, or SwiGLU's second input, stays in registers meanwhile, so there are two: four would take 93 to 128.
+# Chunks of a thread. Four share the costs of a thread and leave room for 24 warps a multiprocessor (80 registers). Two where
+# a chunk takes more registers than its words: of float32, decoded values, and of SwiGLU (116 with four) but for NVFP4's, whose
+# kernels are held to 80 (8 bytes spilled), since what a thread prepares is worth sharing (26 instructions a value, not 28).
 _CHUNKS, _CHUNKS_HELD = 4, 2
 _MOST_CHUNKS = 8
 
@@ -107,7 +108,8 @@ def _choose(few: bool, k: int, source: str, element: str, out: str, fields: tupl
         columns = 4 * rest.get("group", CHUNK) // CHUNK
         total = -(-total // columns) * columns
     reduces = source == "norm" or rest.get("scale") == "row"
-    many = _CHUNKS_HELD if reduces or source == "swiglu" or element == "f32" else _CHUNKS
+    held = element == "f32" or rest.get("decoded") or (source == "swiglu" and out != "nvfp4")
+    many = _CHUNKS_HELD if held else _CHUNKS
     least = -(-total // MAX_THREADS)
     splits = []
     for chunks in range(least, max(least, 1 if few else _MOST_CHUNKS) + 1):

@@ -24,6 +24,8 @@ _SIGNS = 0x80008000
 _MAGIC = 1.5 * 2.0**23  # its neighbours are one apart
 _MAGIC_BITS = 0x4B400000
 _MAGIC_NIBBLES = (_MAGIC_BITS * 0x11111111) & 0xFFFFFFFF  # what eight of them leave in a sum of shifted codes
+_MAGIC_PAIR = 0x43404340  # twice 192
+_EXPONENTS = 0x00800080  # one more in both halves' exponents
 _BF16_2_126 = 0x7E807E80  # twice 2^126
 
 
@@ -61,13 +63,26 @@ def _max_u16x2(a: Any, b: Any) -> Any:
     return _packed("max.u16x2", a, b)
 
 
-def _mul_bf16x2(a: Any, b: Any) -> Any:
+def _max_bf16x2(a: Any, b: Any) -> Any:
+    return _packed("max.bf16x2", a, b)
+
+
+def _min_u16x2(a: Any, b: Any) -> Any:
+    return _packed("min.u16x2", a, b)
+
+
+def _fma_bf16x2(a: Any, b: Any, c: Any) -> Any:
+    code = "{ .reg .b32 third; mov.b32 third, {$r2}; fma.rn.bf16x2 {$w0}, {$r0}, {$r1}, third; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a, b, c])
+
+
+def mul_bf16x2(a: Any, b: Any) -> Any:
     return _packed("mul.rn.bf16x2", a, b)
 
 
 def prmt(a: Any, b: Any, selector: int) -> Any:
     """Four bytes of the eight of a (0..3) and b (4..7); selector + 8: the sign of the byte, eight times."""
-    return cute.arch.prmt(a, b, Uint32(selector))
+    return Uint32(cute.arch.prmt(a, b, Uint32(selector)))
 
 
 def pack_bf16(low: Any, high: Any) -> Any:
@@ -129,6 +144,14 @@ def amax_bits(magnitudes: list[Any], element: str) -> Any:
     return max_u32(pair << 16, pair & Uint32(0xFFFF0000))
 
 
+def number_amax_bits(magnitudes: list[Any], element: str) -> Any:
+    """The largest magnitude among numbers, which maxima of floats prefer to NaNs, as bits of a float32; a NaN's if all are."""
+    if element == "bf16":
+        pair = tree(_max_bf16x2, magnitudes)
+        magnitudes = [pair << 16, pair & Uint32(0xFFFF0000)]
+    return tree(cute.arch.fmax, [m.bitcast(Float32) for m in magnitudes]).bitcast(Uint32)
+
+
 # ---- block scales ------------------------------------------------------------------------------------------------------
 def finite(bits: Any) -> Any:
     """The largest finite float32 in place of infinity or NaN."""
@@ -186,6 +209,37 @@ def e2m1_nibbles(magnitudes: list[Any], arch: str) -> Any:
     return word - Uint32(_MAGIC_NIBBLES)
 
 
+def e2m1_count_pairs(magnitudes: list[Any], inverse: Any) -> list[Any]:
+    """E2M1 codes of words of BF16 times a power of two, above 192 in the low bits of both halves.
+
+    One rounding each, since a power of two is a BF16: BF16 from 128 to 256 are one apart.
+    """
+    once = prmt(inverse.bitcast(Uint32), Uint32(0), 0x3232)
+    twice, half = once + Uint32(_EXPONENTS), once - Uint32(_EXPONENTS)
+    found = []
+    for pair in magnitudes:
+        steep, middle, flat = (
+            _fma_bf16x2(pair, factor, Uint32(_MAGIC_PAIR + more * 0x10001))
+            for factor, more in ((twice, 0), (once, 2), (half, 4))
+        )
+        found.append(_min_u16x2(_min_u16x2(steep, middle), flat))
+    return found
+
+
+def nibbles_of_pairs(counts: list[Any], words: list[Any]) -> Any:
+    """Eight codes and the signs of four words of BF16 as a word, the first in the lowest nibble."""
+    mixed = []  # values 0, 2, 1, 3 in the bytes of a word, then 4, 6, 5, 7
+    for i in (0, 2):
+        codes = counts[i] + counts[i + 1] * Uint32(256) - Uint32((_MAGIC_PAIR * 0x101) & 0xFFFFFFFF)
+        mixed.append(codes + (prmt(words[i], words[i + 1], 0xFBD9) & Uint32(0x08080808)))
+    return interleaved(mixed)
+
+
+def interleaved(mixed: list[Any]) -> Any:
+    """Eight nibbles in order, from those of values 0, 2, 1, 3 in the bytes of a word, and 4, 6, 5, 7."""
+    return prmt(mixed[0], mixed[1], 0x5410) + prmt(mixed[0], mixed[1], 0x7632) * Uint32(16)
+
+
 def sign_nibbles(words: list[Any], element: str) -> Any:
     """The signs of eight values (4 words of BF16, 8 of float32) in the top bits of a word's nibbles."""
     if element == "bf16":
@@ -217,7 +271,7 @@ def e4m3_word(values: list[Any]) -> Any:
 def e2m1_pair_times(low: Any, high: Any, signs: Any, scale: Any) -> Any:
     """Two counts with the signs of a word of BF16, times two equal BF16 -> two BF16, exact."""
     fields = low * Uint32(64) + high * Uint32(1 << 22) - Uint32((_MAGIC_BITS << 6) & 0xFFFFFFFF)  # 2^-126 of the codes' values
-    return _mul_bf16x2(_mul_bf16x2(fields | (signs & Uint32(_SIGNS)), Uint32(_BF16_2_126)), scale)
+    return mul_bf16x2(mul_bf16x2(fields | (signs & Uint32(_SIGNS)), Uint32(_BF16_2_126)), scale)
 
 
 def bf16_signs(words: list[Any], element: str) -> list[Any]:

@@ -5,8 +5,9 @@ two float32 of which the sum is good to 2^-48, so that x w / rms = fma(x w, high
 x w exact for BF16. The result differs from the reference's where the exact one lies within 2^-47 of a rounding boundary. Where
 a row is so large or so small that this would over- or underflow, and for float32 rows, products are float64.
 
-SwiGLU is float32: exp within 2^-22, 1 / (1 + exp) within 2^-23, five more roundings: together less than 2^-20 of the value, or
-2^-110 where that underflows, before it is rounded to BF16.
+SwiGLU is float32: exp2 within 2^-22, exp within 2^-21 (its power's rounding is made up for, up to 2^-22 at -88, from ln 2's
+rounding), 1 / (1 + exp) within 2^-23, four more roundings: together less than 2^-20 of the value, or 2^-110 where that
+underflows, before it is rounded to BF16.
 """
 
 from typing import Any
@@ -19,10 +20,9 @@ from dsv4lab.kernels.quant.rows import encode as enc
 from dsv4lab.kernels.quant.rows.config import CHUNK, WARP, RowsConfig
 
 _NEAR = 2.0**80  # mean squares between this and its reciprocal: products of the norm stay normal numbers
-_LOG2_E = 1.4426950216293335  # its float32, and what that lacks
-_LOG2_E_REST = 1.925963033500e-08
+_LOG2_E = 1.4426950408889634
 _LN_2 = 0.6931471805599453
-_FAR = 200.0  # exp(-200) is 0 in float32
+_FAR = 88.0  # exp(88) is a float32; exp(-88) is not above float32's smallest normal number
 
 
 class RowSources:
@@ -52,7 +52,7 @@ class RowSources:
         config = self.config
         held = self._load(x, row, thread)
         if cutlass.const_expr(config.source == "norm"):
-            self._norm(held, other, thread, per_column, eps)
+            self._norm(held, x, other, row, thread, per_column, eps)
         elif cutlass.const_expr(config.source == "swiglu"):
             factor = Float32(1.0)
             if cutlass.const_expr(config.weighted):
@@ -90,41 +90,46 @@ class RowSources:
 
     # ---- norm ------------------------------------------------------------------------------------------------------------
     @cute.jit
-    def _norm(self, held: Any, weight: Any, thread: Any, per_column: Any, eps: Any) -> None:
+    def _norm(self, held: Any, x: Any, weight: Any, row: Any, thread: Any, per_column: Any, eps: Any) -> None:
         config = self.config
-        total = Float64(0.0)
+        strands: list[Any] = []
         for c in cutlass.range_constexpr(config.chunks):
-            sum_ = _sum_of_squares(enc.floats(self._words(held, c), config.element))
-            total = total + (sum_ if self._inside(self._chunk(c, thread)) else Float64(0.0))
-        total = self._over_row_f64(total, thread)
-        square = total * per_column + eps
+            inside = self._inside(self._chunk(c, thread))
+            words = self._words(held, c)
+            if cutlass.const_expr(not config.full):
+                words = [word if inside else Uint32(0) for word in words]
+            strands = _squares(_wide(words, config.element, apart=True), strands)
+        total = (strands[0] + strands[1]) + (strands[2] + strands[3])
+        square = self._over_row_f64(total, thread) * per_column + eps
         near = square >= Float64(1.0 / _NEAR) and square <= Float64(_NEAR)
-        inverse = _rsqrt64(square)
-        size = Float32(1.0)  # a power of two that goes from 1 / rms to x
-        if not near:
+        if cutlass.const_expr(config.element == "f32"):
+            near = Boolean(False)
+        if near:
+            high, low = _split(_rsqrt64(square))
+            for c in cutlass.range_constexpr(config.chunks):
+                w = enc.floats(self._factors(weight, c, thread), config.weight)
+                values = enc.floats(self._words(held, c), config.element)
+                words = enc.words_of([_scaled(values[i], w[i], high, low, config.weight) for i in range(CHUNK)], config.element)
+                for i in cutlass.range_constexpr(config.words):
+                    held[c * config.words + i] = words[i]
+        else:
             inverse = Float64(1.0) / _sqrt64(square)
-            if cutlass.const_expr(config.element == "bf16"):
-                size = _power_of_two(inverse)
-        high, low = _split(inverse / size.to(Float64) if not near else inverse)
-        weight_words = CHUNK // 2 if config.weight == "bf16" else CHUNK
-        for c in cutlass.range_constexpr(config.chunks):
-            factors = cute.make_rmem_tensor((weight_words,), Uint32)
-            self._load_chunk(factors, weight, Int32(0), self._chunk(c, thread), config.weight)
-            w = enc.floats([factors[i] for i in range(weight_words)], config.weight)
-            values = enc.floats(self._words(held, c), config.element)
-            x = cute.make_rmem_tensor((CHUNK,), Float32)
-            for i in cutlass.range_constexpr(CHUNK):
-                x[i] = values[i]
-            if cutlass.const_expr(config.element == "bf16"):
-                if not near:
-                    for i in cutlass.range_constexpr(CHUNK):
-                        x[i] = enc.mul(x[i], size)
-                scaled = [_scaled(x[i], w[i], high, low, config.weight) for i in range(CHUNK)]
-            else:
-                scaled = [(x[i].to(Float64) * inverse * w[i].to(Float64)).to(Float32) for i in range(CHUNK)]
-            words = enc.words_of(scaled, config.element)
-            for i in cutlass.range_constexpr(config.words):
-                held[c * config.words + i] = words[i]
+            for c in cutlass.range_constexpr(config.chunks):
+                mine = cute.make_rmem_tensor((config.words,), Uint32)
+                # Again, or the compiler would do this beside the usual way, and select.
+                self._load_chunk(mine, x, row, self._chunk(c, thread), config.element)
+                w = _wide(self._factors(weight, c, thread), config.weight)
+                values = _wide([mine[i] for i in range(config.words)], config.element)
+                words = enc.words_of([(values[i] * inverse * w[i]).to(Float32) for i in range(CHUNK)], config.element)
+                for i in cutlass.range_constexpr(config.words):
+                    held[c * config.words + i] = words[i]
+
+    def _factors(self, weight: Any, c: int, thread: Any) -> list[Any]:
+        """The words of the weights of a thread's c-th chunk."""
+        words = CHUNK // 2 if self.config.weight == "bf16" else CHUNK
+        held = cute.make_rmem_tensor((words,), Uint32)
+        self._load_chunk(held, weight, Int32(0), self._chunk(c, thread), self.config.weight)
+        return [held[i] for i in range(words)]
 
     # ---- SwiGLU ----------------------------------------------------------------------------------------------------------
     @cute.jit
@@ -218,41 +223,37 @@ def _scaled(x: Any, w: Any, high: Any, low: Any, weight: cutlass.Constexpr) -> A
 
 @cute.jit
 def _sigmoid(x: Any) -> Any:
-    """1 / (1 + exp(-x)), from the exponential that does not overflow."""
-    minus = enc.negative(cute.arch.fmin(_absolute(x), Float32(_FAR), nan=True))
+    """1 / (1 + exp(-x)); 0 below -87.4, where 1 / exp(-x) is no normal number."""
+    minus = enc.negative(cute.arch.fmax(cute.arch.fmin(x, Float32(_FAR)), Float32(-_FAR)))
     power = enc.mul(minus, Float32(_LOG2_E))
-    rest = enc.fma(minus, Float32(_LOG2_E_REST), enc.fma(minus, Float32(_LOG2_E), enc.negative(power)))
     e = cute.arch.inline_ptx("ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[power])
-    e = enc.fma(e, enc.mul(rest, Float32(_LN_2)), e)
-    r = cute.arch.rcp_approx(enc.add(e, Float32(1.0)))
-    return r if x >= 0.0 else enc.mul(e, r)
+    e = enc.fma(e, enc.fma(power, Float32(-_LN_2), minus), e)  # what 2^power lacks, to first order
+    return cute.arch.rcp_approx(enc.add(e, Float32(1.0)))
 
 
-def _sum_of_squares(values: list[Any]) -> Any:
-    """In float64, in four strands."""
-    wide = [value.to(Float64) for value in values]
-    strands = [value * value for value in wide[:4]]
-    for i, value in enumerate(wide[4:]):
-        strands[i % 4] = _fma64(value, value, strands[i % 4])
-    return (strands[0] + strands[1]) + (strands[2] + strands[3])
+def _wide(words: list[Any], element: str, *, apart: bool = False) -> list[Any]:
+    """The values of words as float64; apart: as float32 they are nothing that `encode.floats` gives, too.
+
+    The compiler would keep those in registers, two for each word, from the sum of squares to the products.
+    """
+    if apart and element == "bf16":
+        zero = Uint32(0)
+        values = [enc.prmt(w, zero, half).bitcast(Float32) for w in words for half in (0x1044, 0x3244)]
+    else:
+        values = enc.floats(words, element)
+    return [value.to(Float64) for value in values]
 
 
-@cute.jit
-def _power_of_two(value: Any) -> Any:
-    """The power of two at or below a positive float64, within float32's normal range; 1 for zero, infinity and NaN."""
-    _, high = _halves_of(value)
-    exponent = Int32((high >> 20) & Uint32(0x7FF)) - 1023
-    bounded = cutlass.max(cutlass.min(exponent, 126), -126)
-    result = Uint32((bounded + 127) << 23).bitcast(Float32)
-    return Float32(1.0) if exponent == -1023 or exponent == 1024 else result
+def _squares(wide: list[Any], strands: list[Any]) -> list[Any]:
+    """Four sums with the squares of float64 added."""
+    sums = strands or [value * value for value in wide[:4]]
+    for i in range(0 if strands else 4, len(wide), 4):
+        sums = [_fma64(value, value, sum_) for value, sum_ in zip(wide[i : i + 4], sums, strict=True)]
+    return sums
 
 
 def _fma64(a: Any, b: Any, c: Any) -> Any:
     return cute.arch.inline_ptx("fma.rn.f64 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float64], read_only_args=[a, b, c])
-
-
-def _absolute(a: Any) -> Any:
-    return cute.arch.inline_ptx("abs.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[a])
 
 
 def _sqrt64(a: Any) -> Any:
