@@ -23,7 +23,7 @@ def router_topk(
     x (M, D); gate_weight (E, D); bias (E,) f32 -> weights (M, top_k) f32, expert ids (M, top_k) int64.  Source: spec 5.1.
     """
     scores = router_scores(x, gate_weight)
-    expert_idx = torch.sort(scores + bias.float(), dim=-1, descending=True, stable=True).indices[:, :top_k]
+    expert_idx = torch.sort(scores + bias.float(), dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     return _route_weights(scores, expert_idx, route_scale), expert_idx
 
 

@@ -22,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -183,8 +183,9 @@ def write(path: Path, source: dict[str, Any], compiled: Compiled) -> None:
         "sha256": hashlib.sha256(payload).hexdigest(),
     }
     for litter in path.parent.glob("*.part"):
-        if time.time() - litter.stat().st_mtime > _STALE_S:
-            litter.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process's, which is done with it
+            if time.time() - litter.stat().st_mtime > _STALE_S:
+                litter.unlink()
     handle, scratch = tempfile.mkstemp(suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

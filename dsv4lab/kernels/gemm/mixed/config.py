@@ -186,6 +186,11 @@ def chunks_for(k: int, most: int) -> int:
     return next(c for c in (8, 4, 2, 1) if c <= most and k // TILE % c == 0)
 
 
+def _chunks(tokens: int) -> int:
+    """Tiles along K of a stage, by warpgroups: two where three stages fit (128 tokens: a quarter less time than one)."""
+    return 1 if tokens > 192 else 2
+
+
 def choose(
     fmt: str, out: str, m: int, n: int, k: int, *, paired: bool = False, scaled: str = "no", groups: int = 1
 ) -> MixedConfig:
@@ -195,10 +200,10 @@ def choose(
     """
     tokens = next((t for t in (8, 16, 32) if m <= t), 64)
     if tokens <= FEW:
-        return _few(fmt, out, tokens, n, k, paired, scaled, groups)
+        return _few(fmt, out, m, n, k, paired, scaled, groups)
 
     def plan(tokens: int, slabs: int) -> MixedConfig:
-        chunks = 1 if tokens > 128 else chunks_for(k, 2)
+        chunks = chunks_for(k, _chunks(tokens))
         cluster = _cluster(-(-m // tokens) * -(-n // (slabs * SLAB)) * groups, k // TILE // chunks, 2)
         narrow = _NARROW.get(tokens, ())
         shape = MixedConfig(fmt, out, tokens, slabs, chunks, 2, narrow, cluster=cluster, paired=paired, scaled=scaled)
@@ -217,26 +222,28 @@ def choose(
     return min((plan(*shape) for shape in shapes), key=cost)
 
 
-def _few(fmt: str, out: str, tokens: int, n: int, k: int, paired: bool, scaled: str, groups: int) -> MixedConfig:
+def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, groups: int) -> MixedConfig:
     """Weights at memory speed: eight warps a CTA, and CTAs for all multiprocessors.
 
     Two CTAs share a multiprocessor where there are tiles enough for both (on an H200 a tenth faster than one with twice the
     ring), or next to none: the next kernel's start then overlaps with this one's end. Otherwise two could come to lie on one
-    multiprocessor and leave another idle (measured: a third slower), so a CTA takes all of the memory. From 9 tokens on, tokens
-    cost as much of the L2 cache's bandwidth as weights, so tiles have at least 64 rows, and CTAs share K where those are few.
+    multiprocessor and leave another idle (measured: a third slower), so a CTA takes all of the memory. From 5 tokens on, tokens
+    cost as much of the L2 cache's bandwidth as weights, so tiles rather have 64 rows, and CTAs share K where those are few.
     """
+    tokens = 8 if m <= 8 else 16
     fits = [s for s in (8, 4, 2, 1) if groups == 1 or n % (s * SLAB) == 0]
     most = 4 if n > 3 * SLAB else -(-n // SLAB)  # slabs that a small matrix has
 
     def tiles(slabs: int) -> int:
         return -(-n // (slabs * SLAB)) * groups
 
-    least = 2 if tokens == 8 else 4
-    wanted = [s for s in fits if s >= least and tiles(s) >= _FOR_TWO]
-    wanted += [s for s in fits if s >= least and tiles(s) >= _ENOUGH and tokens == 8]
+    thrifty = m > 4
+    wanted = [s for s in fits if s >= (4 if thrifty else 2) and tiles(s) >= _FOR_TWO]
+    wanted += [s for s in fits if s >= 4 and tiles(s) >= _ENOUGH and thrifty]
+    wanted += [s for s in fits if s >= 2 and tiles(s) >= _ENOUGH and tokens == 8]
     slabs = next(iter(wanted), next(s for s in fits if s <= most))
     cluster = _cluster(tiles(slabs), k // (8 * TILE), 8 if tiles(slabs) < _ENOUGH // 2 else 2)
-    if tokens == 16 and _ENOUGH // 2 <= tiles(slabs) < _FOR_TWO and k >= 32 * TILE:
+    if thrifty and slabs >= 4 and _ENOUGH // 2 <= tiles(slabs) < _FOR_TWO and k >= 32 * TILE:
         cluster = 2
     small = n * groups * k // SLAB // TILE * record_words(fmt) * 4 < _SMALL_BYTES
     half = small or cluster > 1 or (tokens == 8 and tiles(slabs) >= _FOR_TWO)
@@ -298,7 +305,7 @@ def choose_grouped(
     """
     tokens, narrow = grouped_tokens(rows, experts)
     few = tokens <= FEW
-    chunks = chunks_for(k, 8 if few else 1 if tokens > 128 else 2)
+    chunks = chunks_for(k, 8 if few else _chunks(tokens))
     return with_stages(
         MixedConfig(
             fmt,
