@@ -178,7 +178,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     [
         (linear.Shape("plain", 64, 256), "nvfp4"),
         (linear.Shape("pair", 32, 128, paired=True), "mxfp4"),
-        (linear.Shape("groups", 64, 128, groups=2), "fp8_block"),
+        (linear.Shape("groups", 128, 128, groups=2), "fp8_block"),
     ],
     ids=lambda value: getattr(value, "name", value),
 )

@@ -247,7 +247,7 @@ def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, 
         cluster = 2
     small = n * groups * k // SLAB // TILE * record_words(fmt) * 4 < _SMALL_BYTES
     half = small or cluster > 1 or (tokens == 8 and tiles(slabs) >= _FOR_TWO)
-    per_warp = 2 if tokens == 16 and slabs > 1 else 1
+    per_warp = 2 if tokens == 16 and slabs > 1 and not (half and tiles(slabs) >= _ENOUGH) else 1
 
     def shape(chunks: int, limit: int) -> MixedConfig:
         splits = min(8 * per_warp // slabs, chunks)
