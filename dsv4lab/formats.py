@@ -114,6 +114,15 @@ class PackedWeight:
         return {name: t for name, t in parts.items() if t is not None}
 
 
+def weights_of(fmts: str, *parts: list[torch.Tensor]) -> list[PackedWeight]:
+    """Weights from lists of their parts (codes, scales, ...), as operators take them; a missing part is an empty tensor.
+
+    fmts: the formats' names, commas between.
+    """
+    columns = [[t if t.numel() else None for t in part] for part in parts[1:]]
+    return [PackedWeight(get_format(name), parts[0][i], *(c[i] for c in columns)) for i, name in enumerate(fmts.split(","))]
+
+
 # ---- scale layout atom128x4 ------------------------------------------------------------------------------------------
 ATOM_ROWS, ATOM_COLUMNS = 128, 4  # scales of one tile: 128 rows by 4 consecutive K blocks, 512 bytes
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dsv4lab.dispatch import operator
-from dsv4lab.formats import PackedWeight
-from dsv4lab.ops.weights import pack_all, unpack_all
+from dsv4lab.formats import PackedWeight, weights_of
+from dsv4lab.ops.weights import pack_all
 from dsv4lab.reference import moe as _moe
 
 
@@ -63,7 +63,7 @@ def _moe_experts(
     limit: float,
     act: str,
 ) -> Tensor:
-    w1, w3, w2 = unpack_all(fmts, codes, scale, global_scale, input_scale)
+    w1, w3, w2 = weights_of(fmts, codes, scale, global_scale, input_scale)
     return _moe.moe(x, weights, expert_idx, w1, w3, w2, limit=limit, act=act)
 
 
@@ -94,7 +94,7 @@ def _shared_expert(
     limit: float,
     act: str,
 ) -> Tensor:
-    w1, w3, w2 = unpack_all(fmts, codes, scale, global_scale, input_scale)
+    w1, w3, w2 = weights_of(fmts, codes, scale, global_scale, input_scale)
     return _moe.expert(x, w1, w3, w2, limit=limit, act=act)
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from dsv4lab.dispatch import operator
-from dsv4lab.formats import PackedWeight
-from dsv4lab.ops.weights import pack_all, unpack_all
+from dsv4lab.formats import PackedWeight, weights_of
+from dsv4lab.ops.weights import pack_all
 from dsv4lab.reference import head as _head
 from dsv4lab.reference import sampling as _sampling
 
@@ -30,7 +30,7 @@ def _mtp_input(
     eps: float,
     act: str,
 ) -> Tensor:
-    e_proj, h_proj = unpack_all(fmts, codes, scale, global_scale, input_scale)
+    e_proj, h_proj = weights_of(fmts, codes, scale, global_scale, input_scale)
     return _head.mtp_input(embedding, streams, enorm_weight, hnorm_weight, e_proj, h_proj, eps=eps, act=act)
 
 

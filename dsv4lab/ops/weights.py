@@ -25,9 +25,3 @@ def pack_all(*weights: PackedWeight) -> tuple[str, list[Tensor], list[Tensor], l
     parts = [[getattr(w, name) for w in weights] for name in ("codes", "scale", "global_scale", "input_scale")]
     filled = [[empty if t is None else t for t in part] for part in parts]
     return ",".join(w.format.name for w in weights), filled[0], filled[1], filled[2], filled[3]
-
-
-def unpack_all(fmts: str, *parts: list[Tensor]) -> list[PackedWeight]:
-    codes, *rest = parts
-    optional = [[t if t.numel() else None for t in part] for part in rest]
-    return [packed(name, codes[i], *(part[i] for part in optional)) for i, name in enumerate(fmts.split(","))]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dsv4lab.formats import BF16, FP8_BLOCK, NVFP4, PackedWeight, get_format, to_atom128x4
+from dsv4lab.kernels._common.elements import FLOATS
 from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.gemm.mixed.api import linear
 from dsv4lab.kernels.gemm.mixed.layout import GROUP_ROWS, K_PAD, PLANES
@@ -14,7 +15,6 @@ from dsv4lab.kernels.gemm.mixed.prepared import prepared
 from dsv4lab.kernels.gemm.w4a4.api import K_MULTIPLE, N_MULTIPLE, linear_w4a4
 from dsv4lab.kernels.quant.rows.api import activation_values, quantize_nvfp4
 
-FLOATS = (torch.bfloat16, torch.float32)
 _PARTS = 3  # BF16 numbers whose sum is a float32
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from dsv4lab.formats import PackedWeight, get_format
+from dsv4lab.formats import weights_of
+from dsv4lab.kernels._common.elements import FLOATS
 from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.gemm.operators import why_not_mixed
 from dsv4lab.kernels.moe.combine.api import moe_combine
@@ -14,7 +17,6 @@ from dsv4lab.kernels.moe.router.api import router_hash, router_topk
 from dsv4lab.kernels.moe.router.config import MAX_EXPERTS, MAX_TOP_K, STEP
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
-FLOATS = (torch.bfloat16, torch.float32)
 INTEGERS = (torch.int32, torch.int64)
 
 
@@ -56,7 +58,7 @@ def run_experts(
     act: str,
 ) -> torch.Tensor:
     """The operator `moe_experts`."""
-    w1, w3, w2 = _weights(fmts, codes, scale, global_scale, input_scale)
+    w1, w3, w2 = weights_of(fmts, codes, scale, global_scale, input_scale)
     return experts(x, weights, expert_idx, w1, w3, w2, limit=limit, act=act)
 
 
@@ -72,32 +74,12 @@ def run_shared_expert(
     act: str,
 ) -> torch.Tensor:
     """The operator `shared_expert`."""
-    w1, w3, w2 = _weights(fmts, codes, scale, global_scale, input_scale)
+    w1, w3, w2 = weights_of(fmts, codes, scale, global_scale, input_scale)
     return shared_expert(x, w1, w3, w2, limit=limit, act=act)
 
 
-def _weights(fmts: str, *parts: Parts) -> list[PackedWeight]:
-    columns = [[t if t.numel() else None for t in part] for part in parts]
-    return [
-        PackedWeight(get_format(name), *(c[i] for c in columns))  # type: ignore[arg-type]
-        for i, name in enumerate(fmts.split(","))
-    ]
-
-
-def _experts_refuse(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    expert_idx: torch.Tensor,
-    fmts: str,
-    codes: Parts,
-    scale: Parts,
-    global_scale: Parts,
-    input_scale: Parts,
-    *,
-    limit: float,
-    act: str,
-) -> str | None:
-    return _shared_refuses(x, fmts, codes, scale, global_scale, input_scale, limit=limit, act=act)
+def _experts_refuse(x: torch.Tensor, weights: torch.Tensor, expert_idx: torch.Tensor, *parts: Any, **how: Any) -> str | None:
+    return _shared_refuses(x, *parts, **how)
 
 
 def _shared_refuses(

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4lab.kernels._common.elements import FLOATS
 from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.quant.rows import api
-
-FLOATS = (torch.bfloat16, torch.float32)
 
 
 def quantize_nvfp4(x: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

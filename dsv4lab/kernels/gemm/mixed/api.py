@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from dsv4lab.kernels._common import cache
+from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.gemm.mixed.config import MixedConfig, choose, choose_grouped
 from dsv4lab.kernels.gemm.mixed.layout import GROUP_ROWS, K_PAD, SLAB, TILE, PreparedWeight, record_words
-
-_OUT = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def linear(
     scaled = "no" if factor is None else "row"
     rows = n // groups * (2 if weight.paired else 1)  # of a group: a tile must not have rows of two
     if config is None:
-        config = choose(weight.format, _OUT[out_dtype], m, rows, padded, paired=weight.paired, scaled=scaled, groups=groups)
+        config = choose(weight.format, ELEMENT[out_dtype], m, rows, padded, paired=weight.paired, scaled=scaled, groups=groups)
     if groups > 1 and rows % config.rows:
         raise ValueError(f"config must have rows that divide the {rows} of a group, got {config.rows}")
     factor = factor.reshape(-1) if factor is not None else None
@@ -117,7 +116,7 @@ def grouped(
     scaled = "no" if factor is None else factor_of
     config = config or choose_grouped(
         weight.format,
-        _OUT[out_dtype],
+        ELEMENT[out_dtype],
         rows,
         weight.shape[0],
         weight.records.shape[1] * TILE,
@@ -139,7 +138,7 @@ def _check_limit(weight: PreparedWeight, limit: float | None) -> None:
 
 
 def _check_x(x: torch.Tensor, out_dtype: torch.dtype, want: tuple[int, ...]) -> None:
-    if x.dtype != torch.bfloat16 or out_dtype not in _OUT:
+    if x.dtype != torch.bfloat16 or out_dtype not in ELEMENT:
         raise TypeError(f"x must be bfloat16 and out_dtype bfloat16 or float32, got {x.dtype} and {out_dtype}")
     if tuple(x.shape[1:]) != want or not x.is_contiguous():
         raise ValueError(f"x must be contiguous (M, {', '.join(map(str, want))}), got {tuple(x.shape)}, strides {x.stride()}")

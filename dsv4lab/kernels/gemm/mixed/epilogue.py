@@ -56,7 +56,7 @@ class Epilogue:
 
     @cute.jit
     def store(self, total: Any, matrix: Any, row_tile: Any, first: Any, last: Any, turn: Any) -> Any:
-        """A tile's sums to rows `first` to `last` of y; `turn` counts the cluster's uses of the buffer."""
+        """A tile's sums to rows `first` to `last` of y; `turn` counts the uses of the buffers."""
         plan = self.plan
         terms = None
         if cutlass.const_expr(plan.direct and (plan.slotted or plan.scaled != "no")):
@@ -134,7 +134,6 @@ class Epilogue:
         return [_pack(*pair) for pair in values if pair]
 
     # ---- by sums -------------------------------------------------------------------------------------------------------
-
     @cute.jit
     def _store_sums(
         self, total: Any, matrix: Any, row_tile: Any, first: Any, last: Any, turn: Any, s: cutlass.Constexpr

@@ -6,14 +6,28 @@ A prepared weight lives as long as the codes it was made from. It takes as many 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels.gemm.mixed.layout import PreparedWeight, prepare
 
-_known: dict[tuple[int, ...], tuple[tuple[Any, ...], PreparedWeight]] = {}
+
+@dataclass(frozen=True)
+class _Entry:
+    """A prepared weight and what it was made from: the tensors themselves, since an id may come again, as they then were."""
+
+    tensors: list[weakref.ref[torch.Tensor]]
+    states: list[tuple[int, int]]
+    made: PreparedWeight
+
+    def is_of(self, tensors: list[torch.Tensor]) -> bool:
+        same = len(self.tensors) == len(tensors) and all(ref() is t for ref, t in zip(self.tensors, tensors, strict=True))
+        return same and self.states == [_state(t) for t in tensors]
+
+
+_known: dict[tuple[int, ...], _Entry] = {}
 
 
 def prepared(weight: PackedWeight, up: PackedWeight | None = None) -> PreparedWeight:
@@ -23,18 +37,17 @@ def prepared(weight: PackedWeight, up: PackedWeight | None = None) -> PreparedWe
     """
     tensors = [t for w in (weight, up) if w is not None for t in w.tensors().values()]
     key = tuple(id(w.codes) for w in (weight, up) if w is not None)
-    state = tuple((id(t), t.data_ptr(), _version(t)) for t in tensors)
     found = _known.get(key)
-    if found is None or found[0] != state:
+    if found is None or not found.is_of(tensors):
         made = prepare(weight, up)
         if weight.codes.device.type == "cuda":
             torch.cuda.current_stream(weight.codes.device).synchronize()
         if found is None:
             weakref.finalize(weight.codes, _known.pop, key, None)
-        found = _known[key] = (state, made)
-    return found[1]
+        found = _known[key] = _Entry([weakref.ref(t) for t in tensors], [_state(t) for t in tensors], made)
+    return found.made
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """Counts changes in place; tensors made in inference mode have no count and cannot be changed outside of it."""
-    return -1 if tensor.is_inference() else tensor._version
+def _state(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where the memory is, and how often it was changed in place: -1 in inference mode, which does not count."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

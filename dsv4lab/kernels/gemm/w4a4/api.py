@@ -9,12 +9,12 @@ import torch
 
 from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS
 from dsv4lab.kernels._common import cache
+from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.gemm.w4a4.config import SCALE_GROUP, TILE_M, W4A4Config
 
 K_MULTIPLE = 32  # TMA: rows of codes begin at multiples of 16 bytes
 N_MULTIPLE = 8  # TMA: rows of a BF16 output do, too
-_OUT = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 def linear_w4a4(
@@ -43,7 +43,7 @@ def linear_w4a4(
         return out
     if not depth:
         return out.zero_()
-    config = config or W4A4Config(out=_OUT[out_dtype])
+    config = config or W4A4Config(out=ELEMENT[out_dtype])
     runtime = runtime_of(x_codes)
     tiles = -(-rows // TILE_M) * -(-columns // config.tile_n)
     runtime.call(
@@ -102,7 +102,7 @@ def _check(
     out_dtype: torch.dtype,
 ) -> None:
     rows, columns, depth = x_codes.shape[0], w_codes.shape[0], 2 * x_codes.shape[1]
-    if out_dtype not in _OUT:
+    if out_dtype not in ELEMENT:
         raise TypeError(f"out_dtype must be bfloat16 or float32, got {out_dtype}")
     for name, codes in (("x_codes", x_codes), ("w_codes", w_codes)):
         if codes.dtype != torch.uint8:

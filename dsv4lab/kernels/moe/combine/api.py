@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from dsv4lab.kernels._common import cache
+from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.moe.combine.config import DEPTH_MULTIPLE, MAX_ELEMENTS, CombineConfig
-
-_ELEMENT = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 def combine(
@@ -52,7 +51,7 @@ def moe_combine(routed: torch.Tensor, shared: torch.Tensor, *, config: CombineCo
 
 
 def _check_rows(name: str, value: torch.Tensor) -> None:
-    if value.dtype not in _ELEMENT:
+    if value.dtype not in ELEMENT:
         raise TypeError(f"{name} must be bfloat16 or float32, got {value.dtype}")
     if value.dim() != 2 or not value.is_contiguous() or value.shape[1] % DEPTH_MULTIPLE:
         raise ValueError(
@@ -82,7 +81,7 @@ def _launch(
     out = torch.empty(tokens, depth, dtype=dtype, device=y.device)
     if not out.numel():
         return out
-    element, kind = _ELEMENT[y.dtype], None if shared is None else _ELEMENT[shared.dtype]
+    element, kind = ELEMENT[y.dtype], None if shared is None else ELEMENT[shared.dtype]
     config = config or CombineConfig.for_shape(tokens, depth, element, top_k, kind, indexed=indexed)
     config.check()
     if (config.y, config.top_k, config.shared, config.indexed) != (element, top_k, kind, indexed):

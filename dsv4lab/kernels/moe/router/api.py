@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from dsv4lab.kernels._common import cache
+from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.moe.router.config import STEP, RouterConfig, choose
 
-_ELEMENT = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _INTEGER = {torch.int32: "i32", torch.int64: "i64"}
 _arrivals: dict[tuple[torch.device, int], torch.Tensor] = {}
 
@@ -71,7 +71,7 @@ def router_hash(
 
 def _check_matrices(x: torch.Tensor, gate_weight: torch.Tensor) -> tuple[int, int]:
     """(M, E)."""
-    if x.dtype not in _ELEMENT or gate_weight.dtype not in _ELEMENT:
+    if x.dtype not in ELEMENT or gate_weight.dtype not in ELEMENT:
         raise TypeError(f"x and gate_weight must be bfloat16 or float32, got {x.dtype} and {gate_weight.dtype}")
     for name, value in (("x", x), ("gate_weight", gate_weight)):
         if value.dim() != 2 or not value.is_contiguous():
@@ -100,7 +100,7 @@ def _launch(
     if not tokens:
         return weights, ids
     runtime = runtime_of(x)
-    kinds = (_ELEMENT[x.dtype], _ELEMENT[gate_weight.dtype])
+    kinds = (ELEMENT[x.dtype], ELEMENT[gate_weight.dtype])
     integers = dict(table=_INTEGER[table.dtype], token=_INTEGER[token_ids.dtype])
     if config is None:
         config = choose(tokens, x.shape[1], experts, top_k, by, *kinds, runtime.multiprocessors, **integers)

@@ -13,13 +13,13 @@ import torch
 
 from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS
 from dsv4lab.kernels._common import cache
+from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.quant.rows.config import CHUNK, RowsConfig, for_shape
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 LAYOUTS = ("linear", "atom128x4")
 FP8_GROUP = 128  # of `activation_values`, as in `reference.gemm`
-_ELEMENT = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _ALIGN = 16  # bytes of a vector
 _AMAX_CTAS = 4  # of an "amax" launch, a multiprocessor
 _nothing: dict[torch.device, torch.Tensor] = {}
@@ -45,9 +45,9 @@ class Source:
 
     def choices(self) -> dict[str, Any]:
         """Fields of the configuration that follow from the inputs."""
-        found: dict[str, Any] = dict(source=self.kind, element=_ELEMENT[self.x.dtype])
+        found: dict[str, Any] = dict(source=self.kind, element=ELEMENT[self.x.dtype])
         if self.kind == "norm" and self.other is not None:
-            found["weight"] = _ELEMENT[self.other.dtype]
+            found["weight"] = ELEMENT[self.other.dtype]
         return found | dict(weighted=self.row_weight is not None)
 
 
@@ -228,7 +228,7 @@ def _plain(x: torch.Tensor) -> Source:
 
 def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Source:
     _check_rows("x", x)
-    if weight.dtype not in _ELEMENT:
+    if weight.dtype not in ELEMENT:
         raise TypeError(f"weight must be bfloat16 or float32, got {weight.dtype}")
     if weight.shape != x.shape[1:] or not weight.is_contiguous():
         raise ValueError(f"weight must be contiguous ({x.shape[1]},), got {tuple(weight.shape)}, strides {weight.stride()}")
@@ -251,7 +251,7 @@ def _gated(gate: torch.Tensor, up: torch.Tensor, row_weight: torch.Tensor | None
 
 
 def _check_rows(name: str, x: torch.Tensor) -> None:
-    if x.dtype not in _ELEMENT:
+    if x.dtype not in ELEMENT:
         raise TypeError(f"{name} must be bfloat16 or float32, got {x.dtype}")
     if x.ndim != 2 or not x.is_contiguous():
         raise ValueError(f"{name} must be a contiguous matrix, got shape {tuple(x.shape)}, strides {x.stride()}")

@@ -28,13 +28,13 @@ import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Uint8, Uint16, Uint32
 from cutlass.memory import SmemAllocator
 
+from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS, E2M1_MAX, E4M3_MAX
 from dsv4lab.kernels.quant.rows import encode as enc
 from dsv4lab.kernels.quant.rows import table
 from dsv4lab.kernels.quant.rows.config import CHUNK, WARP, RowsConfig
 from dsv4lab.kernels.quant.rows.sources import RowSources, halves
 
-ATOM_ROWS, ATOM_COLUMNS = 128, 4
-E2M1_MAX, RANGE = 6.0, 2688.0  # largest code; largest code times largest block scale
+RANGE = E2M1_MAX * E4M3_MAX  # largest code times largest block scale
 E4M3_MIN = 2.0**-9
 _CARVEOUT = 8  # percent of the L1 for shared memory; named, or compiling with a minimum of CTAs would ask for a device
 _THREADS = 768  # a multiprocessor's, at least, of NVFP4: 80 registers each, 107 to 122 where the compiler is free
