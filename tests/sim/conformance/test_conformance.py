@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +13,8 @@ import pytest
 from dsv4lab import sim
 from tests.sim.conformance import suite
 from tests.sim.conformance.case import Group, digest, problems, run_simulated
-from tests.sim.conformance.table import TARGET, table
+from tests.sim.conformance.table import RECORD, TARGET, recorded, table
 
-RECORD = Path(__file__).with_name("h200.json")
 ASYNCHRONOUS = ("memory", "sync", "bulk", "wgmma")  # families in which effects may come late
 
 
@@ -54,7 +52,7 @@ def test_results_do_not_depend_on_the_schedule(family: str, simulated: Callable[
 @pytest.mark.parametrize("family", suite.FAMILIES)
 def test_bits_are_those_of_the_gpu(family: str, simulated: Callable[[Group], list[np.ndarray]]) -> None:
     """What the record calls equal is so still; forms that the GPU has not run yet are named."""
-    known = {(e["group"], e["form"]): e for e in json.loads(RECORD.read_text())["forms"]}
+    known = {(e["group"], e["form"]): e for e in recorded()["forms"]}
     for group in suite.groups(family):
         if group.arch != "sm_90a":
             continue
@@ -69,11 +67,11 @@ def test_bits_are_those_of_the_gpu(family: str, simulated: Callable[[Group], lis
 def test_on_this_gpu(tmp_path: Path) -> None:
     """All forms natively and simulated: the GPU's results are within the stated bounds."""
     subprocess.run([sys.executable, "-m", "tests.sim.conformance.fidelity", str(tmp_path)], check=True, timeout=280)
-    entries = json.loads((tmp_path / "fidelity.json").read_text())["forms"]
+    entries = recorded(tmp_path / "fidelity.json.gz")["forms"]
     wrong = [f"{e['group']}: {e.get('error') or e['gpu_problem']}" for e in entries if e.get("error") or e.get("gpu_problem")]
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.skipif(not RECORD.exists(), reason="no record of a GPU's results")
 def test_the_table_is_that_of_the_record() -> None:
-    assert TARGET.read_text() == table(json.loads(RECORD.read_text()))
+    assert TARGET.read_text() == table(recorded())
