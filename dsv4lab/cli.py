@@ -1,4 +1,4 @@
-"""The command line: `dsv4lab doctor | run | report | sim | generate | quantize`.
+"""The command line: `dsv4lab doctor | run | report | sim | generate | quantize | bench`.
 
 Heavy imports wait until a command needs them, so that `dsv4lab --help` answers at once. Exit status: 0 done, 1 something
 fell short, 2 the request could not be carried out (one message on stderr; `--debug` shows the traceback), 130 interrupted.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -120,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("dst", type=Path, metavar="DST", help="where to write; must not exist or be empty")
     quantize.add_argument("--layout", choices=("nvfp4", "official", "bf16"), default="nvfp4", help="(default nvfp4)")
     quantize.add_argument("--calibrate", type=Path, metavar="TEXTFILE", help="measure activation ranges on this text (nvfp4)")
+
+    bench = command("bench", _bench, "measure the kernels on this machine's GPU")
+    bench.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="...", help="after --: benchmarks/run.py's own, such as -- --help"
+    )
     return parser
 
 
@@ -251,6 +257,15 @@ def _quantize(options: argparse.Namespace) -> int:
     quantize_checkpoint(options.src, options.dst, layout=options.layout, progress=True, input_amax=input_amax)
     print(f"wrote {options.dst} ({options.layout})")
     return OK
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """In a process of its own, which a broken CUDA context may take with it."""
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "run.py"
+    if not script.is_file():
+        raise CommandError(f"benchmarks are part of a checkout of the repository, got none at {script}")
+    arguments = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
+    return OK if subprocess.run([sys.executable, str(script), *arguments]).returncode == 0 else FELL_SHORT
 
 
 def _calibrate(src: Path, text_file: Path, layout: str) -> dict[str, float]:

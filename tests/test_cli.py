@@ -128,6 +128,14 @@ def test_quantize_writes_calibrated_nvfp4_that_loads(tiny_checkpoint: Path, tmp_
     assert cli.main(["quantize", str(tiny_checkpoint), str(target), "--calibrate", str(text)]) == cli.USAGE
 
 
+def test_bench_runs_the_benchmarks_of_the_checkout(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--", "--list", "--quick", "--only", "quantizers"]) == cli.OK
+    assert "quantizers quantize_nvfp4" in capfd.readouterr().out
+    assert cli.main(["bench", "--", "--only", "nothing"]) == cli.FELL_SHORT
+    monkeypatch.setattr(cli, "__file__", "/nowhere/dsv4lab/cli.py")
+    assert cli.main(["bench"]) == cli.USAGE
+
+
 @pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, cli.INTERRUPTED), (signal.SIGTERM, cli.TERMINATED)])
 def test_interrupted_runs_exit_as_shells_expect(tmp_path: Path, how: signal.Signals, status: int) -> None:
     (tmp_path / "01_hang.ipynb").write_text(
