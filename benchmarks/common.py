@@ -305,6 +305,7 @@ class Bench:
         times |= self.stopwatch.measure(ready)
         times = {key: times[key] for key in candidates}
         row = {"shape": name} | timing_fields(times, bound, which) | {"bound_us": bound, "bytes": nbytes, "flops": flops}
+        row |= bar_fields(row, fields)
         self.write(row | dict(fields))
         print(line_of(row | dict(fields)), flush=True)
         return row
@@ -354,8 +355,23 @@ def timing_fields(times: Mapping[str, Timing | Failure], bound: float, which: st
     return row
 
 
+def bar_fields(row: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """tflops of a row with flops; percent_of_bar: of what the project has set itself, where `fields` say what that is in
+    "bar_us", "bar_tflops" or "bar_percent" (of the bound). 100 is the bar reached, more is better.
+    """
+    us = row["us"]
+    found = {"tflops": row["flops"] / us * 1e-6} if us and row["flops"] else {}
+    if us and "bar_us" in fields:
+        found["percent_of_bar"] = 100 * fields["bar_us"] / us
+    elif "tflops" in found and "bar_tflops" in fields:
+        found["percent_of_bar"] = 100 * found["tflops"] / fields["bar_tflops"]
+    elif us and "bar_percent" in fields:
+        found["percent_of_bar"] = 100 * row["percent_of_bound"] / fields["bar_percent"]
+    return {name: round(value, 1) for name, value in found.items()}
+
+
 def kernel_fields(kernels: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """config, registers and spills: of the one kernel, or the worst of several, which are then listed."""
+    """config, registers and spills: of the one kernel, or the worst of several, which are then listed without theirs."""
     registers = [kernel["registers"] for kernel in kernels if kernel["registers"] is not None]
     spills = [kernel["spill_bytes"] for kernel in kernels if kernel["spill_bytes"] is not None]
     row: dict[str, Any] = {
@@ -363,7 +379,9 @@ def kernel_fields(kernels: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "registers": max(registers, default=None),
         "spill_bytes": max(spills, default=None),
     }
-    return row | ({"kernels": [dict(kernel) for kernel in kernels]} if len(kernels) != 1 else {})
+    if len(kernels) == 1:
+        return row
+    return row | {"kernels": [{key: part for key, part in kernel.items() if key != "config"} for kernel in kernels]}
 
 
 def accuracy_fields(y: torch.Tensor, want: torch.Tensor, cublas: torch.Tensor | None) -> dict[str, Any]:
@@ -377,9 +395,11 @@ def accuracy_fields(y: torch.Tensor, want: torch.Tensor, cublas: torch.Tensor | 
 
 
 def finite(value: Any) -> Any:
-    """For JSON, which has no NaN and no infinity; tuples become lists."""
+    """For JSON, which has no NaN and no infinity; what is measured has six digits at most; tuples become lists."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        if not math.isfinite(value):
+            return None
+        return value if value.is_integer() else float(f"{value:.6g}")
     if isinstance(value, Mapping):
         return {key: finite(part) for key, part in value.items()}
     return [finite(part) for part in value] if isinstance(value, (list, tuple)) else value
@@ -393,6 +413,12 @@ def line_of(row: Mapping[str, Any]) -> str:
         parts.append(f"{row['percent_of_bound']:5.1f}% {row['bound']}")
     for name, peer in row["peers"].items():
         parts.append(f"{name} -" if peer["ratio"] is None else f"{name} {peer['ratio']:.2f}x")
+    if row.get("tflops") is not None:
+        parts.append(f"{row['tflops']:.0f} TFLOP/s")
+    if row.get("percent_of_bar") is not None:
+        parts.append(f"{row['percent_of_bar']:.0f}% of bar")
+    if row.get("worst_row") is not None:
+        parts.append(f"cos {row['cosine']:.6f} worst {row['worst_row']:.5f}")
     if row.get("error_over_cublas") is not None:
         parts.append(f"err {row['relative_error']:.1e} = {row['error_over_cublas']:.2f} cublas")
     if row.get("registers") is not None:

@@ -15,10 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import common, experts, linear, quantizers
+from benchmarks import attention, attention_layer, common, experts, indexer, linear, quantizers, rope_and_cache
 from dsv4lab.kernels._common import cache, launch
 
-SUITES: dict[str, Any] = {"linear": linear, "quantizers": quantizers, "experts": experts}
+SUITES: dict[str, Any] = {
+    "linear": linear,
+    "quantizers": quantizers,
+    "experts": experts,
+    "rope_and_cache": rope_and_cache,
+    "indexer": indexer,
+    "attention": attention,
+    "attention_layer": attention_layer,
+}
 ARCH, MULTIPROCESSORS = "sm_90a", 132  # of an H100 SXM or H200
 
 

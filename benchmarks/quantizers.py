@@ -7,16 +7,15 @@ time. `equal`: the part of our result's bytes that is the reference's.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks import common
+from benchmarks import common, eager
 from benchmarks.common import Bench, Call, Failure
+from benchmarks.eager import EPS, GROUP, LIMIT
 from dsv4lab.kernels._common.launch import runtime_of
 from dsv4lab.kernels.quant.rows import api
 from dsv4lab.reference import gemm, moe, norm, quant
@@ -24,11 +23,6 @@ from dsv4lab.reference import gemm, moe, norm, quant
 SHAPES = ((8192, 4096), (8192, 7168), (16, 4096), (16, 7168), (1, 4096), (1, 7168))
 QUICK_SHAPES = ((8192, 4096), (1, 4096))
 _COMPILED_SHAPE = (8192, 4096)
-_COMPILE_S = 60  # that torch.compile may take for one operation
-EPS, LIMIT, GROUP = 1e-6, 10.0, 128
-_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-_GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_constants: dict[str, torch.Tensor] = {}  # on the device, since a CUDA graph takes no copy from the host
 
 Operands = tuple[torch.Tensor, ...]
 Result = Any  # a tensor or a tuple of them
@@ -49,63 +43,6 @@ class Operation:
     reads: int = 1
 
 
-# ---- what a user would write -------------------------------------------------------------------------------------------
-def _eager_e2m1(x: torch.Tensor) -> torch.Tensor:
-    codes = torch.bucketize(x.abs(), _constants["edges"], out_int32=True).to(torch.uint8) | ((x < 0).to(torch.uint8) << 3)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
-
-
-def _eager_nvfp4(x: torch.Tensor, scale: torch.Tensor) -> Result:
-    blocks = x.float().unflatten(-1, (-1, 16))
-    block_scale = (blocks.abs().amax(-1) / (6.0 * scale)).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
-    return _eager_e2m1(blocks / (block_scale.float() * scale)[..., None]).flatten(-2), block_scale
-
-
-def _eager_global_scale(x: torch.Tensor) -> torch.Tensor:
-    return x.abs().amax().float() / 2688.0
-
-
-def _eager_exponent(amax: torch.Tensor, largest: float) -> torch.Tensor:
-    return torch.ceil(torch.log2(amax.clamp(min=1e-4) / largest))
-
-
-def _eager_mxfp4(x: torch.Tensor) -> Result:
-    blocks = x.float().unflatten(-1, (-1, 32))
-    exponent = _eager_exponent(blocks.abs().amax(-1), 6.0)
-    return _eager_e2m1(blocks * torch.exp2(-exponent)[..., None]).flatten(-2), (exponent + 127).to(torch.uint8)
-
-
-def _eager_fp8(x: torch.Tensor) -> Result:
-    blocks = x.float().unflatten(-1, (-1, GROUP))
-    exponent = _eager_exponent(blocks.abs().amax(-1), 448.0)
-    codes = (blocks * torch.exp2(-exponent)[..., None]).to(torch.float8_e4m3fn)
-    return codes.flatten(-2), (exponent + 127).to(torch.uint8)
-
-
-def _eager_rmsnorm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, EPS)
-
-
-def _eager_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.silu(gate.clamp(max=LIMIT)) * up.clamp(-LIMIT, LIMIT)
-
-
-def _eager_fp8_values(x: torch.Tensor) -> torch.Tensor:
-    blocks = x.float().unflatten(-1, (-1, GROUP))
-    scale = torch.exp2(_eager_exponent(blocks.abs().amax(-1, keepdim=True), 448.0))
-    return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2).bfloat16()
-
-
-def _eager_nvfp4_values(x: torch.Tensor) -> Result:
-    row = x.abs().amax(-1, keepdim=True).float() / 2688.0
-    blocks = x.float().unflatten(-1, (-1, 16))
-    block_scale = (blocks.abs().amax(-1) / (6.0 * row)).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn).float()
-    scaled = blocks / (block_scale * row)[..., None]
-    codes = torch.bucketize(scaled.abs(), _constants["edges"], out_int32=True)
-    values = _constants["grid"][codes].copysign(scaled) * block_scale[..., None]
-    return values.flatten(-2).bfloat16(), row
-
-
 # ---- operations --------------------------------------------------------------------------------------------------------
 def _oracle_fp8_values(x: torch.Tensor) -> torch.Tensor:
     return gemm.quantize_activation(x, "fp8")
@@ -124,14 +61,14 @@ OPERATIONS = (
         "",
         lambda x, _, s: api.quantize_nvfp4(x, s)[:2],
         lambda x, _, s: quant.quantize_nvfp4(x, global_scale=s)[:2],
-        lambda x, _, s: _eager_nvfp4(x, s),
+        lambda x, _, s: eager.nvfp4(x, s),
     ),
     Operation(
         "quantize_nvfp4, scale computed",
         "",
         lambda x, _, s: api.quantize_nvfp4(x),
         lambda x, _, s: quant.quantize_nvfp4(x),
-        lambda x, _, s: _eager_nvfp4(x, _eager_global_scale(x)),
+        lambda x, _, s: eager.nvfp4(x, eager.global_scale(x)),
         reads=2,
     ),
     Operation(
@@ -139,63 +76,63 @@ OPERATIONS = (
         "",
         lambda x, _, s: api.quantize_mxfp4(x),
         lambda x, _, s: quant.quantize_mxfp4(x),
-        lambda x, _, s: _eager_mxfp4(x),
+        lambda x, _, s: eager.mxfp4(x),
     ),
     Operation(
         "quantize_fp8_rows",
         "",
         lambda x, _, s: api.quantize_fp8_rows(x, GROUP),
         lambda x, _, s: quant.quantize_fp8_rows(x, group=GROUP),
-        lambda x, _, s: _eager_fp8(x),
+        lambda x, _, s: eager.fp8(x),
     ),
     Operation(
         "rmsnorm_nvfp4",
         "weight",
         lambda x, w, s: api.rmsnorm_nvfp4(x, w, EPS, s)[:2],
         lambda x, w, s: norm.rmsnorm_nvfp4(x, w, eps=EPS, global_scale=s)[:2],
-        lambda x, w, s: _eager_nvfp4(_eager_rmsnorm(x, w), s),
+        lambda x, w, s: eager.nvfp4(eager.rmsnorm(x, w), s),
     ),
     Operation(
         "rmsnorm_fp8",
         "weight",
         lambda x, w, s: api.rmsnorm_fp8(x, w, eps=EPS, group=GROUP),
         lambda x, w, s: norm.rmsnorm_fp8(x, w, eps=EPS, group=GROUP),
-        lambda x, w, s: _eager_fp8(_eager_rmsnorm(x, w)),
+        lambda x, w, s: eager.fp8(eager.rmsnorm(x, w)),
     ),
     Operation(
         "swiglu_nvfp4",
         "up",
         lambda x, u, s: api.swiglu_nvfp4(x, u, None, s, limit=LIMIT)[:2],
         lambda x, u, s: moe.swiglu_nvfp4(x, u, None, s, limit=LIMIT)[:2],
-        lambda x, u, s: _eager_nvfp4(_eager_swiglu(x, u), s),
+        lambda x, u, s: eager.nvfp4(eager.swiglu(x, u), s),
     ),
     Operation(
         "swiglu_fp8",
         "up",
         lambda x, u, s: api.swiglu_fp8(x, u, limit=LIMIT, group=GROUP),
         lambda x, u, s: moe.swiglu_fp8(x, u, limit=LIMIT, group=GROUP),
-        lambda x, u, s: _eager_fp8(_eager_swiglu(x, u)),
+        lambda x, u, s: eager.fp8(eager.swiglu(x, u)),
     ),
     Operation(
         "activation_values fp8",
         "",
         lambda x, _, s: api.activation_values(x, "fp8")[0],
         lambda x, _, s: _oracle_fp8_values(x),
-        lambda x, _, s: _eager_fp8_values(x),
+        lambda x, _, s: eager.fp8_values(x),
     ),
     Operation(
         "activation_values nvfp4",
         "",
         lambda x, _, s: api.activation_values(x, "nvfp4"),
         lambda x, _, s: gemm.quantize_activation(x, "nvfp4"),
-        lambda x, _, s: _eager_nvfp4_values(x),
+        lambda x, _, s: eager.nvfp4_values(x),
     ),
 )
 
 
 def operands(operation: Operation, m: int, k: int, device: str) -> Operands:
     """(x, other, scale)."""
-    _constants.update(edges=torch.tensor(_MIDPOINTS, device=device), grid=torch.tensor(_GRID, device=device))
+    eager.prepare_constants(device)
     x = torch.randn(m, k, device=device).bfloat16()
     scale = torch.full((), 6.0 / 2688.0, device=device)
     if operation.other == "weight":
@@ -247,7 +184,7 @@ def measure(bench: Bench, operation: Operation, m: int, k: int, device: str = "c
     if (m, k) != _COMPILED_SHAPE or bench.quick:
         candidates["torch.compile"] = Failure(f"compiled at {_COMPILED_SHAPE} only, to save time")
     else:
-        compiled = compiled_for(operation, first)
+        compiled = eager.compiled(operation.eager, *first)
         candidates["torch.compile"] = compiled if isinstance(compiled, Failure) else calls(compiled)
     bench.measure(operation.name, fields, candidates, nbytes=nbytes, flops=0.0)
 
@@ -272,31 +209,3 @@ def equal_part(got: Result, want: Result) -> float:
         left, right = a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
         same, total = same + int((left == right).sum()), total + left.numel()
     return same / total
-
-
-def compiled_for(operation: Operation, inputs: Operands) -> Callable[..., Result] | Failure:
-    """torch.compile of the peer, run once; it may lack a compiler, or take too long."""
-    try:
-        with alarm(_COMPILE_S):
-            torch._dynamo.reset()
-            compiled = torch.compile(operation.eager, dynamic=False)
-            compiled(*inputs)
-            return compiled
-    except Exception as error:
-        return Failure(common.reason_of(error))
-
-
-@contextmanager
-def alarm(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError inside after so many seconds."""
-
-    def ring(*_: object) -> None:
-        raise TimeoutError(f"took more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)

@@ -11,26 +11,34 @@ from dataclasses import dataclass
 
 import torch
 
+from dsv4lab.formats import NVFP4
+
 NOPE_GROUP = 64  # E4M3 codes of the non-rotary part that share a power-of-two scale (spec 8.3)
 INDEX_FP4_GROUP = 32  # E2M1 codes of an index key that share a scale (spec 8.3)
 PAGE_ALIGN_BYTES = 576  # page sizes are padded to this multiple (spec 12.2)
+NVFP4_PAGE_ALIGN_BYTES = 128  # of `nvfp4` pages: whole lines of memory
 _SCALE_PAD = 8  # bytes: the scale part of an fp8 record is padded to whole 8-byte words
+_NVFP4_SCALE_PAD = 16  # bytes: that of an nvfp4 record to whole 16-byte vectors
 
-KV_RECORDS = ("plain", "fp8")
+KV_RECORDS = ("plain", "fp8", "nvfp4")
 INDEX_RECORDS = ("plain", "fp8", "fp4")
 
 
 @dataclass(frozen=True)
 class Record:
-    """Byte layout of one packed record: `data_bytes` in the first part of a page, `scale_bytes` in the second."""
+    """Byte layout of one packed record: `data_bytes` in the first part of a page, `scale_bytes` in the second.
+
+    page_align: pages are padded to a multiple of this many bytes.
+    """
 
     data_bytes: int
     scale_bytes: int
+    page_align: int = PAGE_ALIGN_BYTES
 
     def page_bytes(self, page_size: int) -> int:
         """Stored bytes of a page of `page_size` records, padding included."""
         raw = page_size * (self.data_bytes + self.scale_bytes)
-        return -(-raw // PAGE_ALIGN_BYTES) * PAGE_ALIGN_BYTES
+        return -(-raw // self.page_align) * self.page_align
 
     def parts(self, pages: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of a page pool (P, page_bytes) u8: data (P, page_size, data_bytes), scales (P, page_size, scale_bytes)."""
@@ -40,11 +48,26 @@ class Record:
         return data, pages[:, split:end].unflatten(1, (page_size, self.scale_bytes))
 
 
-def kv_record(dim: int, rope_dim: int) -> Record:
-    """The `fp8` key record: (dim - rope_dim) E4M3 codes and rope_dim bf16, then E8M0 scales per 64 (584 bytes at 512 / 64)."""
+def kv_record(dim: int, rope_dim: int, record: str = "fp8") -> Record:
+    """A packed key record; 512 dims of which 64 are rotary take 584 bytes as `fp8` and 384 as `nvfp4`.
+
+    `fp8`: (dim - rope_dim) E4M3 codes and rope_dim bf16, then E8M0 scales per 64. `nvfp4`: (dim - rope_dim) / 2 bytes of E2M1
+    codes (the even dim in the low nibble) and rope_dim bf16; then an E4M3 block scale per 16, one byte with the record's E8M0
+    global scale, and zeros. Raises ValueError on the name, and on dims that nvfp4's blocks do not divide.
+    """
     nope = dim - rope_dim
-    groups = -(-nope // NOPE_GROUP)
-    return Record(data_bytes=nope + 2 * rope_dim, scale_bytes=-(-groups // _SCALE_PAD) * _SCALE_PAD)
+    if record == "fp8":
+        groups = -(-nope // NOPE_GROUP)
+        return Record(data_bytes=nope + 2 * rope_dim, scale_bytes=-(-groups // _SCALE_PAD) * _SCALE_PAD)
+    if record == "nvfp4":
+        if nope <= 0 or nope % NVFP4.group:
+            raise ValueError(
+                f"dim - rope_dim must be a positive multiple of {NVFP4.group} for nvfp4 keys, got {dim} - {rope_dim}"
+            )
+        scale_bytes = nope // NVFP4.group + 1
+        scale_bytes = -(-scale_bytes // _NVFP4_SCALE_PAD) * _NVFP4_SCALE_PAD
+        return Record(nope // 2 + 2 * rope_dim, scale_bytes, NVFP4_PAGE_ALIGN_BYTES)
+    raise ValueError(f"packed key record must be one of {KV_RECORDS[1:]}, got {record!r}")
 
 
 def index_record(record: str, dim: int) -> Record:
@@ -57,11 +80,11 @@ def index_record(record: str, dim: int) -> Record:
 def allocate_kv_pages(
     record: str, *, num_pages: int, page_size: int, dim: int, rope_dim: int, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
-    """A zeroed key page pool: `plain` (P, page_size, dim) of dtype, `fp8` (P, page_bytes) u8. Raises ValueError on the name."""
+    """A zeroed key page pool: `plain` (P, page_size, dim) of dtype, else (P, page_bytes) u8. Raises ValueError on the name."""
     if record == "plain":
         return torch.zeros(num_pages, page_size, dim, dtype=dtype, device=device)
-    if record == "fp8":
-        size = kv_record(dim, rope_dim).page_bytes(page_size)
+    if record in KV_RECORDS:
+        size = kv_record(dim, rope_dim, record).page_bytes(page_size)
         return torch.zeros(num_pages, size, dtype=torch.uint8, device=device)
     raise ValueError(f"key record must be one of {KV_RECORDS}, got {record!r}")
 

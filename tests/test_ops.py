@@ -33,11 +33,11 @@ class Case:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     operator: str  # the torch.library name underneath
-    written: int | None = None  # the argument it writes into
+    written: tuple[int, ...] = ()  # the arguments it writes into
 
     def fresh(self) -> tuple[Any, ...]:
         """The arguments, with a copy of what is written into."""
-        return tuple(a.clone() if i == self.written else a for i, a in enumerate(self.args))
+        return tuple(a.clone() if i in self.written else a for i, a in enumerate(self.args))
 
 
 def cases() -> list[Case]:
@@ -50,7 +50,7 @@ def cases() -> list[Case]:
     found: list[Case] = []
 
     def add(
-        public: str, reference: Callable[..., Any], *args: Any, operator: str = "", written: int | None = None, **kw: Any
+        public: str, reference: Callable[..., Any], *args: Any, operator: str = "", written: tuple[int, ...] = (), **kw: Any
     ) -> None:
         found.append(Case(public, reference, args, kw, operator or public, written))
 
@@ -89,32 +89,40 @@ def cases() -> list[Case]:
     slots = torch.tensor([0, 1, -1, 8, 9])
     table = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32)
     topk = torch.tensor([[-1, -1], [0, -1], [0, 1], [-1, -1], [0, -1]], dtype=torch.int32)
-    for record in ("plain", "fp8"):
+    for record in ("plain", "fp8", "nvfp4"):
         pages = allocate_kv_pages(record, **window)
         knobs = dict(record=record, page_size=4)
-        add("cache_write", cache.cache_write, heads[:, 0], rand(96), positions, freq, pages, slots, written=4, **eps, **knobs)
+        add(
+            "cache_write", cache.cache_write, heads[:, 0], rand(96), positions, freq, pages, slots, written=(4,), **eps, **knobs
+        )
         cache.cache_write(heads[:, 0], rand(96), positions, freq, pages, slots, **eps, **knobs)
         add("cache_read", cache.cache_read, pages, slots, **knobs, dim=96, rope_dim=32)
         where = dict(window=2, ring_len=8, scale=0.1, record=record, window_page=4, entry_page=4, rope_dim=32)
         for entry_pages, chosen, ratio in ((None, None, 0), (pages, None, 2), (pages, topk, 2)):
             args = (heads, rand(3), pages, entry_pages, table, positions, seq_idx, chosen)
             add("attention", attention.attention, *args, ratio=ratio, **where)
-    first_row, last_position = torch.tensor([0, 0, 0, 3, 3]), torch.tensor([2, 2, 2, 1, 1])
-    for overlap, width in ((True, 12), (False, 6)):
-        ape, state = rand(2, width), rand(2, 5, 2, width)
-        values, scores = rand(TOKENS, width), rand(TOKENS, width)
-        args = (values, scores, ape, state, positions, seq_idx)
-        ends = torch.tensor([1, 4])
-        add("compressor_pool", compressor.compressor_pool, *args, first_row, ends, ratio=2, overlap=overlap)
-        add("compressor_state_update", compressor.compressor_state_update, *args, last_position, written=3)
+    where = (torch.tensor([2, 3, 4, 7, 8]), seq_idx, torch.tensor([0, 0, 0, 3, 3]), torch.tensor([4, 4, 4, 8, 8]), table)
+    for key, record, overlap, rounded in (
+        ("kv", "plain", True, False),
+        ("kv", "fp8", False, True),
+        ("kv", "nvfp4", False, False),
+        ("index", "plain", False, True),
+        ("index", "fp8", True, True),
+        ("index", "fp4", True, False),
+    ):
+        dim = 96 if key == "kv" else 64
+        width = 2 * dim if overlap else dim
+        pooled = (rand(TOKENS, width), rand(TOKENS, width), rand(2, width), rand(2, 5, 2, width), rand(dim), freq)
+        pool = dict(num_pages=4, page_size=4, dim=dim, dtype=torch.float32, device="cpu")
+        pages = allocate_kv_pages(record, rope_dim=32, **pool) if key == "kv" else allocate_index_pages(record, **pool)
+        knobs = dict(record=record, page_size=4, ratio=2, overlap=overlap, key=key, rounded=rounded)
+        add("compress", compressor.compress, *pooled, pages, *where, written=(3, 6), **eps, **knobs)
     visible = torch.tensor([0, 3, 7, 1, 2])
     for record in ("plain", "fp8", "fp4"):
         add("index_query", indexer.index_query, rand(TOKENS, 3, 64), positions, freq, record=record)
         pages = allocate_index_pages(record, num_pages=4, page_size=4, dim=64, dtype=torch.float32, device="cpu")
         knobs = dict(record=record, page_size=4)
-        args = (rand(TOKENS, 64), rand(64), positions, freq, pages, slots)
-        add("index_key_write", indexer.index_key_write, *args[:4], pages.clone(), slots, written=4, **eps, **knobs)
-        indexer.index_key_write(*args, **eps, **knobs)
+        indexer.index_key_write(rand(TOKENS, 64), rand(64), positions, freq, pages, slots, **eps, **knobs)
         query = (rand(TOKENS, 3, 64), rand(TOKENS, 3), pages, table, seq_idx, visible)
         add("index_scores", indexer.index_scores, *query, max_entries=7, **knobs)
     for k in (3, 12):
@@ -213,12 +221,12 @@ def test_result_is_the_reference(case: Case) -> None:
     expected = case.reference(*expected_args, **case.kwargs)
     assert call.name == case.operator
     assert same(result, expected) and same(call.output, result)
-    if case.written is not None:
+    for written in case.written:
         assert result is None
-        assert same(args[case.written], expected_args[case.written])
-        assert not same(args[case.written], case.args[case.written]), "it writes something"
+        assert same(args[written], expected_args[written])
+        assert not same(args[written], case.args[written]), "it writes something"
     # inputs stay as they are, and no output shares memory with one
-    untouched = [i for i in range(len(args)) if i != case.written]
+    untouched = [i for i in range(len(args)) if i not in case.written]
     assert same([parts(args[i]) for i in untouched], [before[i] for i in untouched])
     given = {t.untyped_storage().data_ptr() for a in args for t in parts(a) if t.numel()}
     assert not [t for t in parts(result) if t.untyped_storage().data_ptr() in given]
@@ -230,9 +238,9 @@ def test_operator_passes_torch_library_checks(case: Case) -> None:
     call, _, _ = observed(case)
     op = getattr(torch.ops.dsv4lab, case.operator).default
     by_name = dict(call.inputs)
-    if case.written is not None:  # give it the state before the call
-        written = next(a.name for a in op._schema.arguments if a.alias_info is not None)
-        by_name[written] = case.args[case.written].clone()
+    names = [a.name for a in op._schema.arguments if a.alias_info is not None]
+    for name, written in zip(names, case.written, strict=True):  # give it the state before the call
+        by_name[name] = case.args[written].clone()
     positional = tuple(by_name.pop(a.name) for a in op._schema.arguments if not a.kwarg_only)
     # Torch's schema check multiplies its inputs, which float8 cannot; `test_result_is_the_reference` looks at the same things.
     narrow = any(t.dtype in FLOAT8 for t in pytree.tree_leaves((positional, by_name)) if isinstance(t, torch.Tensor))

@@ -15,6 +15,9 @@ def test_byte_counts_of_the_specification(config: ModelConfig) -> None:
     key = kv_record(config.head_dim, config.qk_rope_head_dim)
     assert (key.data_bytes, key.scale_bytes) == (576, 8)
     assert (key.page_bytes(64), key.page_bytes(2)) == (37_440, 1_728)
+    four_bit = kv_record(config.head_dim, config.qk_rope_head_dim, "nvfp4")  # ours, not the specification's
+    assert (four_bit.data_bytes, four_bit.scale_bytes) == (352, 32)
+    assert [four_bit.page_bytes(n) for n in (64, 32, 2, 1)] == [24_576, 12_288, 768, 384]
     for name, record_bytes, page_bytes in [("fp8", 132, 8_640), ("fp4", 68, 4_608)]:
         index = index_record(name, config.index_head_dim)
         assert index.data_bytes + index.scale_bytes == record_bytes
@@ -26,6 +29,14 @@ def test_byte_counts_of_the_specification(config: ModelConfig) -> None:
 )
 def test_key_records_of_other_sizes(dim: int, rope_dim: int, data: int, scales: int) -> None:
     assert kv_record(dim, rope_dim) == Record(data_bytes=data, scale_bytes=scales)
+
+
+@pytest.mark.parametrize(
+    ("dim", "rope_dim", "data", "scales"), [(96, 32, 96, 16), (320, 64, 256, 32), (304, 64, 248, 16), (128, 16, 88, 16)]
+)
+def test_nvfp4_key_records_of_other_sizes(dim: int, rope_dim: int, data: int, scales: int) -> None:
+    """A scale part ends with the global scale, and is whole 16-byte vectors."""
+    assert kv_record(dim, rope_dim, "nvfp4") == Record(data_bytes=data, scale_bytes=scales, page_align=128)
 
 
 def test_parts_are_views_of_the_page() -> None:
@@ -52,14 +63,25 @@ def test_pools_are_zeroed_and_shaped() -> None:
     packed = allocate_kv_pages("fp8", dim=96, rope_dim=32, **common)
     assert (plain.shape, plain.dtype) == ((3, 4, 96), torch.bfloat16)
     assert (packed.shape, packed.dtype) == ((3, 576), torch.uint8)
+    four_bit = allocate_kv_pages("nvfp4", dim=96, rope_dim=32, **common)
+    assert (four_bit.shape, four_bit.dtype) == ((3, 512), torch.uint8)
     index = {name: allocate_index_pages(name, dim=128, **common) for name in ("plain", "fp8", "fp4")}
     assert [tuple(t.shape) for t in index.values()] == [(3, 4, 128), (3, 576), (3, 576)]
-    assert not any(t.any() for t in (plain, packed, *index.values()))
+    assert not any(t.any() for t in (plain, packed, four_bit, *index.values()))
 
 
 def test_unknown_records_are_named() -> None:
     common = dict(num_pages=1, page_size=1, dim=128, dtype=torch.float32, device="cpu")
-    with pytest.raises(ValueError, match=r"key record must be one of \('plain', 'fp8'\), got 'fp4'"):
+    with pytest.raises(ValueError, match=r"key record must be one of \('plain', 'fp8', 'nvfp4'\), got 'fp4'"):
         allocate_kv_pages("fp4", rope_dim=64, **common)
+    with pytest.raises(ValueError, match=r"packed key record must be one of \('fp8', 'nvfp4'\), got 'plain'"):
+        kv_record(512, 64, "plain")
     with pytest.raises(ValueError, match=r"index record must be one of \('plain', 'fp8', 'fp4'\), got 'bf16'"):
         allocate_index_pages("bf16", **common)
+
+
+@pytest.mark.parametrize(("dim", "rope_dim"), [(168, 64), (64, 64), (32, 64)])
+def test_nvfp4_keys_need_whole_blocks(dim: int, rope_dim: int) -> None:
+    message = f"dim - rope_dim must be a positive multiple of 16 for nvfp4 keys, got {dim} - {rope_dim}"
+    with pytest.raises(ValueError, match=message):
+        kv_record(dim, rope_dim, "nvfp4")

@@ -14,11 +14,14 @@ from dsv4lab.reference.rope import rope_frequencies
 
 
 class Compressor(nn.Module):
-    """Projections and pooling of one compressor: tokens in, completed entries out, state carried in a ring."""
+    """One compressor: tokens in, completed entries stored as keys, state carried in a ring."""
 
-    def __init__(self, config: ModelConfig, kind: str, dim: int, numerics: Numerics) -> None:
+    def __init__(self, config: ModelConfig, kind: str, dim: int, numerics: Numerics, *, key: str) -> None:
+        """key: what its entries become, "kv" or "index"."""
         super().__init__()
-        self.ratio, self.overlap, self.eps = config.ratio(kind), kind == CSA, config.rms_norm_eps
+        self.kind, self.key, self.ratio, self.overlap = kind, key, config.ratio(kind), kind == CSA
+        self.eps = config.rms_norm_eps
+        self.record = numerics.kv_record if key == "kv" else numerics.index_record
         width = dim * (2 if self.overlap else 1)
         self.wkv = Linear(width, config.hidden_size, numerics)
         self.wgate = Linear(width, config.hidden_size, numerics)
@@ -29,17 +32,29 @@ class Compressor(nn.Module):
         """Take `ape` (ratio, width), kept in float32."""
         setattr(self, leaf, value.float())
 
-    def forward(self, x: torch.Tensor, batch: Batch, kind: str, state: torch.Tensor) -> torch.Tensor:
-        """x (M, D) -> pooled entries (E, dim) of x.dtype; moves this step's tokens into the ring."""
-        values = self.wkv(x, out_dtype=torch.float32)
-        scores = self.wgate(x, out_dtype=torch.float32)
-        where = (batch.positions, batch.seq_idx)
-        plan = batch.entries[kind]
-        pooled = ops.compressor_pool(
-            values, scores, self.ape, state, *where, batch.first_row, plan.last_row, ratio=self.ratio, overlap=self.overlap
+    def forward(self, x: torch.Tensor, batch: Batch, inv_freq: torch.Tensor, state: torch.Tensor, pages: torch.Tensor) -> None:
+        """x (M, D): pools the entries that the step completes, writes them to `pages`, moves the tokens into the ring."""
+        ops.compress(
+            self.wkv(x, out_dtype=torch.float32),
+            self.wgate(x, out_dtype=torch.float32),
+            self.ape,
+            state,
+            self.norm.weight,
+            inv_freq,
+            pages,
+            batch.positions,
+            batch.seq_idx,
+            batch.first_row,
+            batch.last_position,
+            batch.cache.block_table,
+            ratio=self.ratio,
+            overlap=self.overlap,
+            eps=self.eps,
+            record=self.record,
+            page_size=batch.cache.page_size(self.kind),
+            key=self.key,
+            rounded=x.dtype == torch.bfloat16,
         )
-        ops.compressor_state_update(values, scores, self.ape, state, *where, batch.last_position)
-        return pooled.to(x.dtype)
 
 
 class Indexer(nn.Module):
@@ -50,26 +65,16 @@ class Indexer(nn.Module):
         self.config, self.record = config, numerics.index_record
         self.wq_b = Linear(config.index_n_heads * config.index_head_dim, config.q_lora_rank, numerics)
         self.weights_proj = Linear(config.index_n_heads, config.hidden_size, numerics)
-        self.compressor = Compressor(config, CSA, config.index_head_dim, numerics)
+        self.compressor = Compressor(config, CSA, config.index_head_dim, numerics, key="index")
         self.scale = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
 
     def forward(
         self, x: torch.Tensor, qr: torch.Tensor, batch: Batch, cache: LayerCache, inv_freq: torch.Tensor
     ) -> torch.Tensor | None:
         """x (M, D), qr (M, Rq) -> (M, index_topk) int32 entries, -1 = empty; None where every query sees all it may."""
-        plan, page_size = batch.entries[CSA], batch.cache.page_size(CSA)
-        entries = self.compressor(x, batch, CSA, cache.index_state)
-        ops.index_key_write(
-            entries,
-            self.compressor.norm.weight,
-            plan.positions,
-            inv_freq,
-            cache.index_pages,
-            plan.slots,
-            eps=self.config.rms_norm_eps,
-            record=self.record,
-            page_size=page_size,
-        )
+        plan = batch.entries[CSA]
+        assert cache.index_state is not None and cache.index_pages is not None
+        self.compressor(x, batch, inv_freq, cache.index_state, cache.index_pages)
         if plan.max_visible <= self.config.index_topk:
             return None
         q = self.wq_b(qr).view(-1, self.config.index_n_heads, self.config.index_head_dim)
@@ -83,7 +88,7 @@ class Indexer(nn.Module):
             batch.seq_idx,
             plan.num_visible,
             record=self.record,
-            page_size=page_size,
+            page_size=batch.cache.page_size(CSA),
             max_entries=plan.max_visible,
         )
         return ops.index_topk(scores, plan.num_visible, k=self.config.index_topk)
@@ -108,7 +113,7 @@ class Attention(nn.Module):
         theta, scaling = (c.rope_theta, None) if kind == SWA else (c.compress_rope_theta, c.rope_scaling)
         self.register_buffer("inv_freq", rope_frequencies(rope_dim=c.qk_rope_head_dim, theta=theta, scaling=scaling))
         if kind != SWA:
-            self.compressor = Compressor(c, kind, c.head_dim, numerics)
+            self.compressor = Compressor(c, kind, c.head_dim, numerics, key="kv")
         if kind == CSA:
             self.indexer = Indexer(c, numerics)
 
@@ -122,14 +127,21 @@ class Attention(nn.Module):
         qr = ops.rmsnorm(self.wq_a(x), self.q_norm.weight, eps=c.rms_norm_eps)
         q = self.wq_b(qr).view(-1, c.num_attention_heads, c.head_dim)
         q = ops.q_norm_rope(q, batch.positions, self.inv_freq, eps=c.rms_norm_eps)
-        self._write(self.wkv(x), self.kv_norm, batch.positions, cache.window_pages, batch.window_slots, WINDOW_PAGE)
+        ops.cache_write(
+            self.wkv(x),
+            self.kv_norm.weight,
+            batch.positions,
+            self.inv_freq,
+            cache.window_pages,
+            batch.window_slots,
+            eps=c.rms_norm_eps,
+            record=self.numerics.kv_record,
+            page_size=WINDOW_PAGE,
+        )
         topk = None
         if self.kind != SWA:
-            plan = batch.entries[self.kind]
-            entries = self.compressor(x, batch, self.kind, cache.state)
-            page_size = batch.cache.page_size(self.kind)
-            assert cache.entry_pages is not None
-            self._write(entries, self.compressor.norm, plan.positions, cache.entry_pages, plan.slots, page_size)
+            assert cache.state is not None and cache.entry_pages is not None
+            self.compressor(x, batch, self.inv_freq, cache.state, cache.entry_pages)
         if self.kind == CSA:
             topk = self.indexer(x, qr, batch, cache, self.inv_freq)
         out = ops.attention(
@@ -153,18 +165,3 @@ class Attention(nn.Module):
         out = ops.inverse_rope(out, batch.positions, self.inv_freq)
         low = self.wo_a(out.view(x.shape[0], c.o_groups, -1))
         return self.wo_b(low.flatten(1))
-
-    def _write(
-        self, x: torch.Tensor, norm: Weight, positions: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, size: int
-    ) -> None:
-        ops.cache_write(
-            x,
-            norm.weight,
-            positions,
-            self.inv_freq,
-            pages,
-            slots,
-            eps=self.config.rms_norm_eps,
-            record=self.numerics.kv_record,
-            page_size=size,
-        )

@@ -193,22 +193,14 @@ class Cache:
     def window_slot(self, seq: int, position: int) -> int:
         return seq * self.ring_len + position % self.ring_len
 
-    def entry_slot(self, seq: int, entry: int, kind: str) -> int:
-        size = self.page_size(kind)
-        return self._blocks[seq][entry // size] * size + entry % size
-
 
 @dataclass(frozen=True)
 class EntryPlan:
-    """The compressed entries of one ratio that a step completes: one row an entry, E of them.
+    """What a step's tokens may see of the compressed entries of one ratio.
 
-    last_row: row of the token that completes it; positions: the entry's first token; slots: where it is stored;
     num_visible (M,): entries each token of the step may attend to; max_visible: the largest of them.
     """
 
-    last_row: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
     num_visible: torch.Tensor
     max_visible: int
 
@@ -231,11 +223,14 @@ class Batch:
     cache: Cache
 
     @classmethod
-    def plan(cls, cache: Cache, steps: list[tuple[int, list[int]]], *, starts: list[int] | None = None) -> Batch:
+    def plan(
+        cls, cache: Cache, steps: list[tuple[int, list[int]]], *, starts: list[int] | None = None, fixed: bool = False
+    ) -> Batch:
         """Lay out (sequence, token ids) pairs, each sequence once, its blocks reserved.
 
         `starts`: first positions, the sequences' lengths if absent. With them the step is the prediction block's, which runs
-        at places of its own and has a window only: no entries are planned.
+        at places of its own and has a window only: no entries are planned. `fixed`: for a CUDA graph, what is launched must
+        not depend on positions, so queries are said to see as many entries as the block table has places for; see `copy_`.
         """
         seqs = [seq for seq, _ in steps]
         if len(set(seqs)) != len(seqs):
@@ -266,15 +261,9 @@ class Batch:
         for kind in (CSA, HCA):
             if compressed and kind in cache.config.layer_kinds:
                 ratio = cache.config.ratio(kind)
-                done = [row for row, p in enumerate(positions) if (p + 1) % ratio == 0]
                 visible = [(p + 1) // ratio for p in positions]
-                entries[kind] = EntryPlan(
-                    last_row=tensor(done),
-                    positions=tensor([positions[row] + 1 - ratio for row in done]),
-                    slots=tensor([cache.entry_slot(seq_idx[row], positions[row] // ratio, kind) for row in done]),
-                    num_visible=tensor(visible),
-                    max_visible=max(visible),
-                )
+                most = cache.num_blocks * cache.page_size(kind) if fixed else max(visible)
+                entries[kind] = EntryPlan(num_visible=tensor(visible), max_visible=most)
         return cls(
             token_ids=tensor(token_ids),
             positions=tensor(positions),
@@ -286,3 +275,23 @@ class Batch:
             entries=entries,
             cache=cache,
         )
+
+    def copy_(self, other: Batch) -> None:
+        """Take another step's values, in place: a CUDA graph captured with this batch runs that step next.
+
+        Raises ValueError, and changes nothing, where the steps differ in shape, or the other sees more entries than this may.
+        """
+        mine, theirs = self._tensors(), other._tensors()
+        shapes, wanted = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (theirs, mine))
+        if shapes != wanted:
+            raise ValueError(f"a batch to copy must have the shapes {wanted}, got {shapes}")
+        for kind, plan in self.entries.items():
+            if other.entries[kind].max_visible > plan.max_visible:
+                most = other.entries[kind].max_visible
+                raise ValueError(f"a batch to copy must have max_visible <= {plan.max_visible} for {kind}, got {most}")
+        for name, tensor in mine.items():
+            tensor.copy_(theirs[name])
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        found = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return found | {kind: plan.num_visible for kind, plan in self.entries.items()}

@@ -26,11 +26,11 @@ from dsv4lab.dispatch import (
     scope,
 )
 from dsv4lab.kernels.registry import KERNELS
-from dsv4lab.ops.cache import cache_read, cache_write, compressor_pool, compressor_state_update
+from dsv4lab.ops.cache import cache_read, cache_write, compress
 from dsv4lab.ops.experts import moe, moe_combine, router_hash, router_topk, shared_expert, swiglu, swiglu_fp8, swiglu_nvfp4
 from dsv4lab.ops.gemm import grouped_linear, linear, lm_head
 from dsv4lab.ops.head import accept_drafts, mtp_input, probabilities, sample
-from dsv4lab.ops.indexing import attention, index_key_write, index_query, index_scores, index_topk
+from dsv4lab.ops.indexing import attention, index_query, index_scores, index_topk
 from dsv4lab.ops.mhc import embed_streams, mhc_head, mhc_post, mhc_post_pre, mhc_pre
 from dsv4lab.ops.norm import (
     inverse_rope,
@@ -54,13 +54,11 @@ __all__ = [
     "backend",
     "cache_read",
     "cache_write",
-    "compressor_pool",
-    "compressor_state_update",
+    "compress",
     "dequantize",
     "embed_streams",
     "grouped_linear",
     "implementations",
-    "index_key_write",
     "index_query",
     "index_scores",
     "index_topk",

@@ -38,29 +38,48 @@ def cache_read(pages: Tensor, slots: Tensor, *, record: str, page_size: int, dim
     return _cache.cache_read(pages, slots, record=record, page_size=page_size, dim=dim, rope_dim=rope_dim)
 
 
-@operator()
-def compressor_pool(
+@operator(mutates=("state", "pages"), fake=_nothing)
+def compress(
     values: Tensor,
     scores: Tensor,
     ape: Tensor,
     state: Tensor,
+    norm_weight: Tensor,
+    inv_freq: Tensor,
+    pages: Tensor,
     positions: Tensor,
     seq_idx: Tensor,
     first_row: Tensor,
-    last_row: Tensor,
+    last_position: Tensor,
+    block_table: Tensor,
     *,
     ratio: int,
     overlap: bool,
-) -> Tensor:
-    """See `reference.compressor.compressor_pool`."""
-    return _compressor.compressor_pool(
-        values, scores, ape, state, positions, seq_idx, first_row, last_row, ratio=ratio, overlap=overlap
-    )
-
-
-@operator(mutates=("state",), fake=_nothing)
-def compressor_state_update(
-    values: Tensor, scores: Tensor, ape: Tensor, state: Tensor, positions: Tensor, seq_idx: Tensor, last_position: Tensor
+    eps: float,
+    record: str,
+    page_size: int,
+    key: str,
+    rounded: bool,
 ) -> None:
-    """See `reference.compressor.compressor_state_update`."""
-    _compressor.compressor_state_update(values, scores, ape, state, positions, seq_idx, last_position)
+    """See `reference.compressor.compress`."""
+    _compressor.compress(
+        values,
+        scores,
+        ape,
+        state,
+        norm_weight,
+        inv_freq,
+        pages,
+        positions,
+        seq_idx,
+        first_row,
+        last_position,
+        block_table,
+        ratio=ratio,
+        overlap=overlap,
+        eps=eps,
+        record=record,
+        page_size=page_size,
+        key=key,
+        rounded=rounded,
+    )

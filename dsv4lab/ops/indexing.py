@@ -1,7 +1,7 @@
 """The indexer and attention."""
 
 # No `from __future__ import annotations`: torch.library reads the schema from the annotations themselves.
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -11,31 +11,10 @@ from dsv4lab.reference import attention as _attention
 from dsv4lab.reference import indexer as _indexer
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Shape function of operations that only write into their arguments."""
-
-
 @operator(fake=lambda q, *_, **__: q.new_empty(q.shape))  # tracing Hadamard's loop with symbolic sizes takes minutes
 def index_query(q: Tensor, positions: Tensor, inv_freq: Tensor, *, record: str) -> Tensor:
     """See `reference.indexer.index_query`."""
     return _indexer.index_query(q, positions, inv_freq, record=record)
-
-
-@operator(mutates=("pages",), fake=_nothing)
-def index_key_write(
-    x: Tensor,
-    norm_weight: Tensor,
-    positions: Tensor,
-    inv_freq: Tensor,
-    pages: Tensor,
-    slots: Tensor,
-    *,
-    eps: float,
-    record: str,
-    page_size: int,
-) -> None:
-    """See `reference.indexer.index_key_write`."""
-    _indexer.index_key_write(x, norm_weight, positions, inv_freq, pages, slots, eps=eps, record=record, page_size=page_size)
 
 
 @operator(fake=lambda q, *_, max_entries, **__: q.new_empty((q.shape[0], max_entries), dtype=torch.float32))

@@ -107,7 +107,7 @@ def attention(
     q (M, H, c) rotated; sinks (H,) f32 logits after scaling; window_pages: pool whose sequence s keeps position p in slot
     s * ring_len + p mod ring_len; entry_pages: pool of compressed entries or None (SWA); block_table (num_seqs, nb) int: the
     page of entries [b * entry_page, (b + 1) * entry_page); positions, seq_idx (M,) int64; topk_indices (M, k) int32, -1 =
-    empty, or None = every visible entry; ratio: tokens per entry; record: "plain" or "fp8"
+    empty, or None = every visible entry; ratio: tokens per entry; record: of the keys, "plain", "fp8" or "nvfp4"
     -> (M, H, c) of q.dtype, values still carrying the key rotation (see `inverse_rope`).
     """
     out = torch.empty_like(q)

@@ -10,6 +10,54 @@ from __future__ import annotations
 
 import torch
 
+from dsv4lab.reference.cache import cache_write
+from dsv4lab.reference.indexer import index_key_write
+
+KEYS = ("kv", "index")  # what entries become: keys of the attention or of the indexer
+
+
+def compress(
+    values: torch.Tensor,
+    scores: torch.Tensor,
+    ape: torch.Tensor,
+    state: torch.Tensor,
+    norm_weight: torch.Tensor,
+    inv_freq: torch.Tensor,
+    pages: torch.Tensor,
+    positions: torch.Tensor,
+    seq_idx: torch.Tensor,
+    first_row: torch.Tensor,
+    last_position: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    ratio: int,
+    overlap: bool,
+    eps: float,
+    record: str,
+    page_size: int,
+    key: str,
+    rounded: bool,
+) -> None:
+    """One step of a compressor: pool the entries that the tokens complete, store them as keys, move the tokens into the ring.
+
+    norm_weight (d,); inv_freq (rd/2,) f32; pages: a pool of `record`, of keys ("kv") or of index keys ("index"), into which
+    block_table (num_seqs, nb) int leads: entry j of sequence s is place j mod page_size of page block_table[s, j / page_size],
+    -1: not stored. rounded: to BF16, the pooled sum and all that comes after it. The others as in `compressor_pool` and
+    `compressor_state_update`. Writes pages and state, in place. Raises ValueError on the names of key and record.
+    """
+    if key not in KEYS:
+        raise ValueError(f"key must be one of {KEYS}, got {key!r}")
+    last_row = ((positions + 1) % ratio == 0).nonzero(as_tuple=True)[0]
+    pooled = compressor_pool(
+        values, scores, ape, state, positions, seq_idx, first_row, last_row, ratio=ratio, overlap=overlap
+    ).to(torch.bfloat16 if rounded else torch.float32)
+    entry = positions[last_row] // ratio
+    page = block_table[seq_idx[last_row], entry // page_size].long()
+    slots = torch.where(page >= 0, page * page_size + entry % page_size, -1)
+    write = cache_write if key == "kv" else index_key_write
+    write(pooled, norm_weight, entry * ratio, inv_freq, pages, slots, eps=eps, record=record, page_size=page_size)
+    compressor_state_update(values, scores, ape, state, positions, seq_idx, last_position)
+
 
 def compressor_pool(
     values: torch.Tensor,

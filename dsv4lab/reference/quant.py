@@ -116,6 +116,17 @@ def nvfp4_row_scale(x: torch.Tensor) -> torch.Tensor:
     return nvfp4_global_scale(x.float().abs().nan_to_num(nan=0.0, posinf=_F32_MAX).amax(-1))
 
 
+def nvfp4_power_scale(x: torch.Tensor) -> torch.Tensor:
+    """A global scale for each row in one byte: the smallest power of two at or above amax / 2688, at least 2^-117.
+
+    x (..., K) float -> (...) float8_e8m0fnu; 1 where amax is 0. NaNs do not count. From 2^-117 on, the product with a block
+    scale is a normal float32, too.
+    """
+    amax = x.float().abs().nan_to_num(nan=0.0, posinf=_F32_MAX).amax(-1)
+    power = encode_e8m0_ceil(amax.clamp(min=NVFP4_RANGE * _F32_TINY / E4M3_MIN), NVFP4_RANGE)
+    return torch.where(amax == 0, E8M0_BIAS, power.view(torch.uint8)).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
 def quantize_nvfp4(
     x: torch.Tensor, *, global_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,12 +13,14 @@ import torch
 from benchmarks import common, compiling, experts, linear, quantizers, runner
 from benchmarks.common import Bench, Call, Ceilings, Failure, Timing
 from dsv4lab import sim
+from dsv4lab.dispatch import implementations
 from dsv4lab.formats import BF16, FORMATS, PackedWeight
 from dsv4lab.kernels._common import cache, launch
 from dsv4lab.kernels.gemm.mixed.layout import prepare
 from dsv4lab.reference import quant
 
 CEILINGS = Ceilings(copy=4e12, bf16=8e14)
+LEAST_KERNELS = {"indexer": 5, "attention": 4}  # that a suite asks for; others ask for more than twenty
 
 
 class Watch:
@@ -48,9 +50,12 @@ def rows_of(path: Path) -> list[dict]:
 def test_every_case_asks_for_kernels_that_can_be(suite: str) -> None:
     pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")
     jobs, failures = compiling.plan([suite], quick=False)
-    assert not failures and len({job.name for job in jobs}) == len(jobs) > 20
-    quick, _ = compiling.plan([suite], quick=True)
-    assert 0 < len(quick) < len(jobs)
+    lacking = [f"{name} has no kernel for sm_90a" for name, where in implementations().items() if "sm_90a" not in where]
+    assert not [failure for failure in failures if not any(reason in failure for reason in lacking)]
+    assert len({job.name for job in jobs}) == len(jobs)
+    if not failures:
+        quick, _ = compiling.plan([suite], quick=True)
+        assert len(jobs) >= LEAST_KERNELS.get(suite, 21) and 0 < len(quick) < len(jobs)
     assert cache.kernel.__name__ == "kernel" and cache._link.__name__ == "_link", "what the plan replaced is back"
 
 
@@ -145,7 +150,7 @@ def test_a_run_replaces_the_rows_of_its_suites_only(tmp_path: Path) -> None:
 
 
 def test_rejects_suites_that_are_not() -> None:
-    with pytest.raises(SystemExit, match="--only must name some of linear, quantizers, experts, got nothing"):
+    with pytest.raises(SystemExit, match=r"--only must name some of linear, quantizers, experts, rope_and_cache.* got nothing"):
         runner.main(["x.jsonl", "--only", "nothing"])
 
 

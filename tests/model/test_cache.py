@@ -119,9 +119,35 @@ def test_plan_addresses() -> None:
     assert plan.positions.tolist() == [*range(64, 128), *range(5)]
     assert plan.last_rows.tolist() == [63, 68] and plan.first_row.tolist() == [0] * 64 + [64] * 5
     csa, hca = plan.entries[CSA], plan.entries[HCA]
-    assert csa.last_row.tolist() == [*range(3, 64, 4), 67] and hca.last_row.tolist() == [63]
-    assert csa.positions.tolist() == [*range(64, 128, 4), 0] and hca.positions.tolist() == [0]
-    first, second = cache.blocks(a)[0], cache.blocks(b)[0]
-    assert csa.slots.tolist() == [*range(first * 32 + 16, first * 32 + 32), second * 32] and hca.slots.tolist() == [first]
+    assert hca.num_visible.tolist() == [0] * 63 + [1] + [0] * 5 and hca.max_visible == 1
     assert csa.num_visible.tolist()[-5:] == [0, 0, 0, 1, 1] and csa.max_visible == 32
     assert plan.window_slots[0] == a * cache.ring_len + 64
+
+
+def test_a_fixed_plan_takes_the_values_of_later_steps() -> None:
+    cache = make()
+    seqs = [cache.open(), cache.open()]
+
+    def step(*counts: int, fixed: bool = False) -> Batch:
+        for seq, count in zip(seqs, counts, strict=True):
+            cache.reserve(seq, count)
+        batch = Batch.plan(cache, [(seq, [1 + seq] * count) for seq, count in zip(seqs, counts, strict=True)], fixed=fixed)
+        for seq, count in zip(seqs, counts, strict=True):
+            cache.advance(seq, count)
+        return batch
+
+    step(7, 60)
+    static = step(1, 2, fixed=True)
+    assert static.entries[CSA].max_visible == cache.num_blocks * cache.page_size(CSA)
+    assert static.entries[CSA].num_visible.tolist() == [2, 15, 15]
+    address = static.positions.data_ptr()
+    later = step(1, 2)
+    static.copy_(later)
+    assert static.positions.data_ptr() == address
+    for name, tensor in later._tensors().items():
+        assert torch.equal(static._tensors()[name], tensor), name
+    with pytest.raises(ValueError, match="must have the shapes"):
+        static.copy_(step(2, 2))
+    with pytest.raises(ValueError, match="max_visible <= 16 for CSA, got 17"):
+        later.copy_(step(1, 2))
+    assert torch.equal(static.positions, later.positions)  # as it was

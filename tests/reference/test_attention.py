@@ -119,7 +119,7 @@ def queries(count: int, heads: int, dim: int, seed: int = 1) -> tuple[torch.Tens
 
 
 # ---- the formula -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("record", ["plain", "fp8"])
+@pytest.mark.parametrize("record", ["plain", "fp8", "nvfp4"])
 @pytest.mark.parametrize(("ratio", "entry_page"), [(0, 1), (4, 32), (4, 3), (128, 1)])
 def test_attention_is_the_formula(ratio: int, entry_page: int, record: str) -> None:
     scene = Scene([300, 1, 131], ratio, entry_page=entry_page, record=record, seed=ratio)
@@ -237,7 +237,7 @@ def test_a_list_of_all_entries_equals_no_list() -> None:
     assert torch.equal(scene.attend(q, sinks, at, topk), scene.attend(q, sinks, at))
 
 
-@pytest.mark.parametrize("record", ["plain", "fp8"])
+@pytest.mark.parametrize("record", ["plain", "fp8", "nvfp4"])
 def test_only_the_chosen_entries_count(record: str) -> None:
     scene = Scene([203, 90], 4, ring=203, record=record)
     at = [(0, 100), (0, 202), (1, 89), (1, 2), (1, 70)]

@@ -10,12 +10,13 @@ import torch
 
 from dsv4lab.config import ModelConfig
 from dsv4lab.records import allocate_kv_pages, kv_record
-from dsv4lab.reference.cache import cache_read, cache_write, kv_norm_rope
+from dsv4lab.reference.cache import _from_nvfp4, _to_nvfp4, cache_read, cache_write, kv_norm_rope
 from dsv4lab.reference.rope import rope_frequencies
 
 EPS = 1e-6
 FILL = 0xAB  # what a pool holds before a test writes into it
 _NORMAL = [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)]
+E2M1_GRID = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 E4M3_GRID = np.array([m / 8 * 2.0**-6 for m in range(8)] + _NORMAL[:-1])  # the last code is NaN
 
 
@@ -47,6 +48,27 @@ def record_by_hand(key: list[float], nope: int) -> tuple[bytes, bytes]:
         scales.append(exponent + 127)
         codes += bytes(e4m3_code(v / 2.0**exponent) for v in group)
     return bytes(codes) + b"".join(bf16_bytes(v) for v in key[nope:]), bytes(scales).ljust(-(-len(scales) // 8) * 8, b"\0")
+
+
+def nvfp4_record_by_hand(key: list[float], nope: int) -> tuple[bytes, bytes]:
+    """E2M1 codes and bf16 rotary part; an E4M3 scale per 16, then the global power of two, padded to 16 bytes."""
+    amax = max(abs(v) for v in key[:nope])
+    exponent = -117 if amax else 0
+    while 2688 * 2.0**exponent < amax:
+        exponent += 1
+    nibbles, scales = [], bytearray()
+    for start in range(0, nope, 16):
+        block = key[start : start + 16]
+        ratio = float(np.float32(max(abs(v) for v in block)) / np.float32(6 * 2.0**exponent)) or 1.0
+        scales.append(e4m3_code(max(ratio, 2.0**-9)))
+        step = E4M3_GRID[scales[-1]] * 2.0**exponent
+        for v in block:
+            distance = [abs(abs(v) / step - g) for g in E2M1_GRID]
+            code = min((i for i in range(8) if distance[i] == min(distance)), key=lambda i: i % 2)
+            nibbles.append(code | (8 if math.copysign(1, v) < 0 else 0))
+    codes = bytes(low | high << 4 for low, high in zip(nibbles[::2], nibbles[1::2], strict=True))
+    scales.append(exponent + 127)
+    return codes + b"".join(bf16_bytes(v) for v in key[nope:]), bytes(scales).ljust(-(-len(scales) // 16) * 16, b"\0")
 
 
 def key_by_hand(x: torch.Tensor, weight: torch.Tensor, positions: list[int], freq: torch.Tensor) -> torch.Tensor:
@@ -96,19 +118,55 @@ def test_a_page_of_584_byte_records(page_size: int, page_bytes: int) -> None:
     assert np.array_equal(pages.numpy(), want)
 
 
+@pytest.mark.parametrize(("page_size", "page_bytes"), [(64, 24_576), (3, 1_152)])
+def test_a_page_of_384_byte_records(page_size: int, page_bytes: int) -> None:
+    """The same of four-bit keys: small, large, vanishing and zero rows, a block of zeros, one whose scale is the smallest."""
+    torch.manual_seed(page_size)
+    x, weight = torch.randn(6, 512), torch.randn(512).bfloat16()
+    x *= torch.tensor([1e-3, 1.0, 300.0, 1.0, 0.0, 1e-37])[:, None]
+    x[1, 64:80] = 0
+    x[3, 16:32] *= 1e-5
+    x[3, 32:48], x[3, 40] = 0, 1e-5
+    x = x.bfloat16()
+    positions, freq = [0, 131, 1_000_000, 77, 5, 6], table(64)
+    slots = torch.tensor([page_size + 1, 0, 2 * page_size - 1, 3 * page_size, 2 * page_size + 1, 2 * page_size])
+    pages = pool("nvfp4", 4, page_size, 512, 64, torch.bfloat16)
+    assert pages.dtype == torch.uint8 and pages.shape == (4, page_bytes)
+    cache_write(x, weight, torch.tensor(positions), freq, pages, slots, eps=EPS, record="nvfp4", page_size=page_size)
+
+    want = np.full((4, page_bytes), FILL, dtype=np.uint8)
+    for key, slot in zip(key_by_hand(x, weight, positions, freq).tolist(), slots.tolist(), strict=True):
+        data, scales = nvfp4_record_by_hand(key, 448)
+        assert (len(data), len(scales)) == (352, 32) and not any(scales[29:])
+        page, place = divmod(slot, page_size)
+        want[page, place * 352 : (place + 1) * 352] = np.frombuffer(data, np.uint8)
+        start = page_size * 352 + place * 32
+        want[page, start : start + 32] = np.frombuffer(scales, np.uint8)
+    assert want[2, page_size * 352 + 32 + 28] == 127  # a record of zeros has the global scale 1
+    assert want[2, page_size * 352 + 28] == 10  # and one of next to nothing the smallest, 2^-117
+    assert np.array_equal(pages.numpy(), want)
+
+
 @pytest.mark.parametrize(("dim", "rope_dim", "page_size"), [(96, 32, 3), (160, 64, 5), (128, 16, 1), (64, 64, 2)])
-def test_other_dimensions_lie_the_same_way(dim: int, rope_dim: int, page_size: int) -> None:
-    """Partial groups, and heads without a non-rotary part."""
+@pytest.mark.parametrize("record", ["fp8", "nvfp4"])
+def test_other_dimensions_lie_the_same_way(dim: int, rope_dim: int, page_size: int, record: str) -> None:
+    """Partial groups, and heads without a non-rotary part, which nvfp4 records do not have."""
+    if record == "nvfp4" and dim == rope_dim:
+        with pytest.raises(ValueError, match="must be a positive multiple of 16"):
+            pool(record, 4, page_size, dim, rope_dim, torch.bfloat16)
+        return
     torch.manual_seed(dim)
-    layout = kv_record(dim, rope_dim)
+    layout = kv_record(dim, rope_dim, record)
     x, weight, positions = torch.randn(4, dim).bfloat16(), torch.randn(dim).bfloat16(), [4, 5, 900, 7]
     slots = torch.tensor([3 * page_size - 1, 0, page_size, 4 * page_size - 1])
-    pages = pool("fp8", 4, page_size, dim, rope_dim, torch.bfloat16)
-    where = dict(eps=EPS, record="fp8", page_size=page_size)
+    pages = pool(record, 4, page_size, dim, rope_dim, torch.bfloat16)
+    where = dict(eps=EPS, record=record, page_size=page_size)
     cache_write(x, weight, torch.tensor(positions), table(rope_dim), pages, slots, **where)
-    assert pages.shape[1] % 576 == 0 and pages.shape[1] >= page_size * (layout.data_bytes + layout.scale_bytes)
+    assert pages.shape[1] % (576 if record == "fp8" else 128) == 0 and pages.shape[1] >= page_size * (
+        layout.data_bytes + layout.scale_bytes
+    )
     for key, slot in zip(key_by_hand(x, weight, positions, table(rope_dim)).tolist(), slots.tolist(), strict=True):
-        data, scales = record_by_hand(key, dim - rope_dim)
+        data, scales = (record_by_hand if record == "fp8" else nvfp4_record_by_hand)(key, dim - rope_dim)
         raw, (page, place) = pages.numpy(), divmod(slot, page_size)
         assert raw[page, place * len(data) : (place + 1) * len(data)].tobytes() == data
         start = page_size * len(data) + place * len(scales)
@@ -139,7 +197,7 @@ def test_key_is_norm_then_rotation() -> None:
 
 
 # ---- slots -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("record", ["plain", "fp8"])
+@pytest.mark.parametrize("record", ["plain", "fp8", "nvfp4"])
 def test_slot_minus_one_stores_nothing_and_reads_zeros(record: str) -> None:
     torch.manual_seed(3)
     x, weight, positions = torch.randn(4, 128), torch.ones(128), torch.arange(4)
@@ -156,7 +214,7 @@ def test_slot_minus_one_stores_nothing_and_reads_zeros(record: str) -> None:
     cache_write(x[:0], weight, nothing, table(64), pages, nothing, eps=EPS, **knobs)
 
 
-@pytest.mark.parametrize("record", ["plain", "fp8"])
+@pytest.mark.parametrize("record", ["plain", "fp8", "nvfp4"])
 def test_sequences_share_pages(record: str) -> None:
     """Rings of 96 slots over pages of 64: the second page belongs to two sequences. The oldest positions are overwritten."""
     torch.manual_seed(4)
@@ -174,8 +232,12 @@ def test_sequences_share_pages(record: str) -> None:
         positions = torch.arange(max(n - ring, 0), n)
         got = cache_read(pages, s * ring + positions % ring, dim=128, rope_dim=64, **knobs)
         want = key_by_hand(x[s][positions], weight, positions.tolist(), table(64))
-        # E4M3 under a power-of-two scale: half a step is at most 1/16 of the value, and 2^-10 of the scale of its group
-        bound = want.abs() / 16 + 0.01 if record == "fp8" else torch.full_like(want, 2e-6)
+        bound = torch.full_like(want, 2e-6)
+        if record == "fp8":  # half a step is at most 1/16 of the value, and 2^-10 of the scale of its group
+            bound = want.abs() / 16 + 0.01
+        if record == "nvfp4":  # half the widest step: a sixth of the block's largest value; its scale is up to 1/16 too small
+            amax = want[:, :64].abs().unflatten(1, (4, 16)).amax(-1)
+            bound = torch.cat(((amax * (1 / 6 + 1 / 16)).repeat_interleave(16, dim=1), want[:, 64:].abs() / 256 + 1e-6), dim=1)
         assert ((got - want).abs() <= bound).all()
 
 
@@ -197,11 +259,75 @@ def test_reading_decodes_the_bytes() -> None:
         assert torch.equal(got[row, 448:].nan_to_num(), rotary.nan_to_num())
 
 
-def test_a_token_does_not_depend_on_its_batch() -> None:
+def test_reading_decodes_four_bit_bytes() -> None:
+    """code * block scale * global scale, with scales of all sizes; the first of two codes lies in the low nibble."""
+    rng = np.random.default_rng(6)
+    raw = rng.integers(0, 256, (2, 1_152), dtype=np.uint8)
+    scales = raw[:, 1_056:1_152].reshape(2, 3, 32)  # a view
+    scales[..., :28] &= 0x7F
+    scales[scales == 0x7F] = 0
+    scales[..., 28] = rng.integers(60, 160, (2, 3))
+    slots = [5, 0, -1, 2]
+    knobs = dict(record="nvfp4", page_size=3, dim=512, rope_dim=64)
+    got = cache_read(torch.from_numpy(raw.copy()), torch.tensor(slots), **knobs)
+    for row, slot in enumerate(slots):
+        page, place = divmod(slot, 3)
+        data = raw[page, place * 352 : (place + 1) * 352]
+        codes = [nibble for byte in data[:224].tolist() for nibble in (byte & 15, byte >> 4)]
+        value = [(-1 if c & 8 else 1) * E2M1_GRID[c & 7] for c in codes]
+        size, factor = [E4M3_GRID[b] for b in scales[page, place, :28]], 2.0 ** (int(scales[page, place, 28]) - 127)
+        rotary = torch.from_numpy(data[224:].copy()).view(torch.bfloat16).float()
+        if slot < 0:
+            assert not got[row].any()
+            continue
+        assert got[row, :448].tolist() == [v * size[i // 16] * factor for i, v in enumerate(value)]
+        assert torch.equal(got[row, 448:].nan_to_num(), rotary.nan_to_num())
+
+
+@pytest.mark.parametrize(("record", "least"), [("plain", None), ("fp8", 0.9995), ("nvfp4", 0.994)])
+def test_keys_survive_the_round_trip(record: str, least: float | None) -> None:
+    """The cosine of every key with itself, read back; keys of very different sizes, as layers have them."""
+    torch.manual_seed(8)
+    x = torch.randn(96, 512) * torch.logspace(-3, 3, 96)[:, None]
+    weight, positions = torch.rand(512) + 0.5, torch.arange(96) * 7
+    pages = pool(record, 2, 64, 512, 64, torch.float32)
+    cache_write(x, weight, positions, table(64), pages, torch.arange(96), eps=EPS, record=record, page_size=64)
+    got = cache_read(pages, torch.arange(96), record=record, page_size=64, dim=512, rope_dim=64).double()
+    want = kv_norm_rope(x, weight, positions, table(64), eps=EPS)
+    if least is None:
+        assert torch.equal(got.float(), want)
+    else:
+        assert torch.cosine_similarity(got, want.double(), dim=1).min() >= least
+
+
+def test_damage_stays_in_its_block() -> None:
+    """A NaN turns its own block of 16 into NaNs; beside an infinity all else is nothing."""
+    key = torch.randn(2, 448)
+    key[0, 20], key[1, 40] = torch.nan, -torch.inf
+    got = _from_nvfp4(*_to_nvfp4(key))
+    assert got[0, 16:32].isnan().all() and got[0, :16].isfinite().all() and got[0, 32:].isfinite().all()
+    assert torch.cosine_similarity(got[0, 32:], key[0, 32:], dim=0) > 0.99
+    assert got[1, 40] < -(2.0**126) and not got[1].isnan().any() and got[1, :32].isfinite().all()
+
+
+@pytest.mark.parametrize("call", ["write", "read", "allocate"])
+def test_unknown_records_are_named(call: str) -> None:
+    x, slots = torch.zeros(1, 96), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"key record must be one of \('plain', 'fp8', 'nvfp4'\), got 'fp4'"):
+        if call == "write":
+            cache_write(x, x[0], slots, table(32), x[None], slots, eps=EPS, record="fp4", page_size=1)
+        elif call == "read":
+            cache_read(x[None], slots, record="fp4", page_size=1, dim=96, rope_dim=32)
+        else:
+            pool("fp4", 1, 1, 96, 32, torch.float32)
+
+
+@pytest.mark.parametrize("record", ["fp8", "nvfp4"])
+def test_a_token_does_not_depend_on_its_batch(record: str) -> None:
     torch.manual_seed(7)
     x, weight, positions = torch.randn(19, 512).bfloat16(), torch.randn(512).bfloat16(), torch.arange(19) * 1_000
-    knobs = dict(eps=EPS, record="fp8", page_size=64)
-    together, alone = (pool("fp8", 1, 64, 512, 64, torch.bfloat16) for _ in range(2))
+    knobs = dict(eps=EPS, record=record, page_size=64)
+    together, alone = (pool(record, 1, 64, 512, 64, torch.bfloat16) for _ in range(2))
     cache_write(x, weight, positions, table(64), together, torch.arange(19), **knobs)
     for i in range(19):
         one = slice(i, i + 1)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dsv4lab.config import ModelConfig
-from dsv4lab.reference.compressor import compressor_pool, compressor_state_update
+from dsv4lab.records import allocate_index_pages, allocate_kv_pages
+from dsv4lab.reference.compressor import compress, compressor_pool, compressor_state_update
 from dsv4lab.reference.norm import rmsnorm
 from dsv4lab.reference.rope import rope, rope_frequencies
 
@@ -189,6 +190,46 @@ def test_no_entry_and_no_token() -> None:
     assert pooled.shape == (0, 6)
     compressor_state_update(empty, empty, torch.zeros(4, 12), state, none, none, none)
     assert torch.equal(state, new_state(2, 8, 12))
+
+
+# ---- the whole step ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize(
+    ("key", "ratio", "overlap", "dim"), [("kv", 4, True, 96), ("kv", 128, False, 96), ("index", 4, True, 64)]
+)
+def test_a_step_stores_what_pooling_gives(key: str, ratio: int, overlap: bool, dim: int, rounded: bool) -> None:
+    """Entry j at place j mod 2 of page table[s, j / 2], rotated by j * ratio, a missing page left out; the ring moved on."""
+    lengths, cuts = [3 * ratio + 2, 2 * ratio], ([ratio + 1, 2 * ratio - 1], [2 * ratio + 1, 1])
+    values, scores, ape = material(lengths, ratio, dim * (2 if overlap else 1), seed=15)
+    pooled, state = run(values, scores, ape, [[(0, cuts[0][0]), (1, cuts[0][1])], [(1, 1), (0, cuts[1][0])]], overlap=overlap)
+    dtype = torch.bfloat16 if rounded else torch.float32
+    weight, freq = torch.rand(dim) + 0.5, rope_frequencies(rope_dim=32, theta=1e4, scaling=None)
+    table = torch.tensor([[3, 1], [0, -1]], dtype=torch.int32)
+    shape = dict(num_pages=4, page_size=2, dim=dim, dtype=dtype, device="cpu")
+    pages = allocate_kv_pages("plain", rope_dim=32, **shape) if key == "kv" else allocate_index_pages("plain", **shape)
+    got = new_state(2, state.shape[1], state.shape[3])
+    length = [0, 0]
+    knobs = dict(ratio=ratio, overlap=overlap, eps=1e-6, record="plain", page_size=2, key=key, rounded=rounded)
+    for step in ([(0, cuts[0][0]), (1, cuts[0][1])], [(1, 1), (0, cuts[1][0])]):
+        rows = [(s, length[s] + i, n) for s, n in step for i in range(n)]
+        first = {step[0][0]: 0, step[1][0]: step[0][1]}
+        a, z = (torch.stack([source[s][p] for s, p, _ in rows]) for source in (values, scores))
+        plan = ([p for _, p, _ in rows], [s for s, _, _ in rows], [first[s] for s, _, _ in rows])
+        where = (*map(torch.tensor, plan), torch.tensor([length[s] + n - 1 for s, _, n in rows]), table)
+        compress(a, z, ape, got, weight, freq, pages, *where, **knobs)
+        for s, n in step:
+            length[s] += n
+    assert torch.equal(got, state)
+    want = torch.zeros_like(pages)
+    for s in range(2):
+        keys = rmsnorm(pooled[s].to(dtype), weight, eps=1e-6)
+        keys = rope(keys, torch.arange(len(keys)) * ratio, freq)
+        for j, entry in enumerate(keys):
+            if table[s, j // 2] >= 0:
+                want[table[s, j // 2], j % 2] = entry
+    assert torch.equal(pages, want) and len(pooled[0]) == 3 and len(pooled[1]) == 2
+    with pytest.raises(ValueError, match=r"key must be one of \('kv', 'index'\), got 'keys'"):
+        compress(a, z, ape, got, weight, freq, pages, *where, **(knobs | dict(key="keys")))
 
 
 # ---- Transformers ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,194 @@
+"""Core attention on any architecture that has a kernel for it: checks, plan, launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dsv4lab.kernels._common import cache
+from dsv4lab.kernels._common.launch import Runtime, runtime_of
+from dsv4lab.kernels.attention.core.config import DIM, AttentionConfig, CombineConfig, capacity, divide
+
+ARCHITECTURES = ("sm_90a",)
+_LOG2_E = 1.4426950408889634
+_MODULES = "dsv4lab.kernels.attention.core"
+
+
+def attention(
+    q: torch.Tensor,
+    sinks: torch.Tensor,
+    window_pages: torch.Tensor,
+    entry_pages: torch.Tensor | None,
+    block_table: torch.Tensor,
+    positions: torch.Tensor,
+    seq_idx: torch.Tensor,
+    topk_indices: torch.Tensor | None,
+    *,
+    window: int,
+    ring_len: int,
+    ratio: int,
+    scale: float,
+    record: str,
+    window_page: int,
+    entry_page: int,
+    parts: int | None = None,
+) -> torch.Tensor:
+    """Attend from every query to its window and its compressed entries: see `reference.attention.attention`.
+
+    q (M, H, 512) bf16; sinks (H,) f32; pages: pools of `record`, plain ones in bf16; block_table (sequences, pages) and
+    topk_indices (M, k) i32, no entry twice; positions, seq_idx (M,) i64; all contiguous; scale positive -> (M, H, 512) bf16.
+
+    Scores and sums are float32, probabilities BF16 when they meet the values. parts: CTAs among which a query's keys are
+    divided, by default `config.divide`'s; the result depends on it as on any order of summation, and on nothing else.
+    Raises ValueError on shapes, TypeError on dtypes.
+    """
+    m, heads = q.shape[:2]
+    kind = "window" if entry_pages is None else "visible" if topk_indices is None else "chosen"
+    _check(q, sinks, block_table, positions, seq_idx, topk_indices)
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    out = torch.empty_like(q)
+    if not out.numel():
+        return out
+    runtime = runtime_of(q)
+    entries = topk_indices.shape[1] if topk_indices is not None else block_table.shape[1] * entry_page
+    if kind != "window" and not entries:
+        kind, entry_pages, topk_indices = "window", None, None
+    division = divide(m, heads, capacity(kind, window, entries), runtime.multiprocessors)
+    count = division.parts if parts is None else parts
+    if count < 1:
+        raise ValueError(f"parts must be at least 1, got {parts}")
+    config = AttentionConfig(record, kind, window, window_page, entry_page if kind != "window" else 1)
+    config.check()
+    rows = m * heads
+    nothing = positions.view(torch.int32)
+    flat = out.view(rows, DIM)
+    partial = sinks.new_empty(count, rows, DIM) if count > 1 else sinks.new_empty(1, 1, DIM)
+    lse = sinks.new_empty(count, rows) if count > 1 else sinks.view(1, -1)
+    pools = _bytes("window_pages", window_pages, config, window_page)
+    items = division.queries * division.head_tiles * count
+    runtime.call(
+        _compiled(config, runtime),
+        q.view(rows, DIM),
+        sinks,
+        pools,
+        pools if entry_pages is None else _bytes("entry_pages", entry_pages, config, entry_page),
+        block_table if kind != "window" else nothing.view(1, -1),
+        positions,
+        seq_idx,
+        topk_indices if topk_indices is not None else nothing.view(1, -1),
+        flat,
+        partial,
+        lse,
+        scale * _LOG2_E,
+        ring_len,
+        ratio,
+        count,
+        division.head_tiles,
+        items,
+        min(items, runtime.multiprocessors),
+    )
+    if count > 1:
+        runtime.call(_compiled_combine(runtime), partial, lse, sinks, flat)
+    return out
+
+
+def _check(
+    q: torch.Tensor,
+    sinks: torch.Tensor,
+    block_table: torch.Tensor,
+    positions: torch.Tensor,
+    seq_idx: torch.Tensor,
+    topk_indices: torch.Tensor | None,
+) -> None:
+    if q.dtype != torch.bfloat16 or sinks.dtype != torch.float32:
+        raise TypeError(f"q must be bfloat16 and sinks float32, got {q.dtype} and {sinks.dtype}")
+    if q.dim() != 3 or q.shape[2] != DIM or not q.is_contiguous():
+        raise ValueError(f"q must be contiguous (M, H, {DIM}), got {tuple(q.shape)}, strides {q.stride()}")
+    m, heads = q.shape[:2]
+    for name, value, dtype, shape in (
+        ("sinks", sinks, torch.float32, (heads,)),
+        ("positions", positions, torch.int64, (m,)),
+        ("seq_idx", seq_idx, torch.int64, (m,)),
+        ("block_table", block_table, torch.int32, (*block_table.shape[:2],)),
+        ("topk_indices", topk_indices, torch.int32, None if topk_indices is None else (m, topk_indices.shape[-1])),
+    ):
+        if value is None:
+            continue
+        if value.dtype != dtype:
+            raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
+        if tuple(value.shape) != shape or not value.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {shape}, got {tuple(value.shape)}, strides {value.stride()}")
+
+
+def _bytes(name: str, pages: torch.Tensor, config: AttentionConfig, page_size: int) -> torch.Tensor:
+    """A pool as (P, bytes) u8."""
+    dtype = torch.bfloat16 if config.record == "plain" else torch.uint8
+    if pages.dtype != dtype:
+        raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')} for {config.record} records, got {pages.dtype}")
+    size = config.page_bytes(page_size)
+    if not pages.is_contiguous() or pages.nbytes != pages.shape[0] * size or not pages.shape[0]:
+        raise ValueError(
+            f"{name} must be contiguous pages of {size} bytes, got {tuple(pages.shape)} {pages.dtype}, strides {pages.stride()}"
+        )
+    return pages.view(pages.shape[0], -1).view(torch.uint8)
+
+
+def _compiled(config: AttentionConfig, runtime: Runtime) -> Callable[..., Any]:
+    """The host function, with all sizes left open. Raises ValueError for an architecture without a class."""
+    if runtime.arch not in ARCHITECTURES:
+        raise ValueError(f"attention needs {' or '.join(ARCHITECTURES)}, got {runtime.arch}")
+
+    def build() -> tuple[Any, tuple[Any, ...]]:
+        import cutlass
+        import cutlass.cute as cute
+
+        from dsv4lab.kernels._common.fakes import fake, fake_stream
+        from dsv4lab.kernels.attention.core.sm90 import AttentionSm90
+
+        i32, i64, f32, free = cutlass.Int32, cutlass.Int64, cutlass.Float32, cute.sym_int
+        examples = (
+            fake(cutlass.BFloat16, free(), DIM),
+            fake(f32, free(), align=4),
+            fake(cutlass.Uint8, free(), config.page_bytes(config.window_page)),
+            fake(cutlass.Uint8, free(), free(divisibility=16)),
+            fake(i32, free(), free(), align=4),
+            fake(i64, free(), align=8),
+            fake(i64, free(), align=8),
+            fake(i32, free(), free(), align=4),
+            fake(cutlass.BFloat16, free(), DIM),
+            fake(f32, free(), free(), DIM),
+            fake(f32, free(), free(), align=4),
+            f32(1.0),
+            *(i32(1) for _ in range(6)),
+            fake_stream(),
+        )
+        return AttentionSm90(config), examples
+
+    return cache.kernel(f"{_MODULES}.sm90", config, build, runtime)
+
+
+def _compiled_combine(runtime: Runtime) -> Callable[..., Any]:
+    """The host function that combines parts."""
+
+    def build() -> tuple[Any, tuple[Any, ...]]:
+        import cutlass
+        import cutlass.cute as cute
+
+        from dsv4lab.kernels._common.fakes import fake, fake_stream
+        from dsv4lab.kernels.attention.core.combine import Combine
+
+        f32, free = cutlass.Float32, cute.sym_int
+        parts, rows = free(), free()
+        examples = (
+            fake(f32, parts, rows, DIM),
+            fake(f32, parts, rows, align=4),
+            fake(f32, free(), align=4),
+            fake(cutlass.BFloat16, rows, DIM),
+            fake_stream(),
+        )
+        return Combine(CombineConfig()), examples
+
+    return cache.kernel(f"{_MODULES}.combine", CombineConfig(), build, runtime)

@@ -1,0 +1,111 @@
+"""Compile-time choices of the attention kernel, and how a call is divided among multiprocessors. Imports no CuTeDSL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv4lab.records import KV_RECORDS, kv_record
+
+DIM, ROPE_DIM = 512, 64  # of a head, and of its rotated part: what the tiles are made for
+ROWS = 64  # query heads of a tile: rows of one `wgmma`
+KEYS = 64  # of a block
+TILE = 64  # dims of a column tile: a row of the 128-byte swizzle in BF16
+TILES = DIM // TILE
+HALVES = 2  # of the dims: one a multiplying warpgroup, and the unit in which a stage is filled and freed
+STAGES = 2  # blocks of keys in shared memory, one a multiplying warpgroup
+WARPGROUP = 128
+GATHER_WARPS = 8  # two on each scheduler: one would not issue fast enough
+THREADS = 4 * WARPGROUP  # two warpgroups multiply, two gather
+KINDS = ("window", "visible", "chosen")
+# What `divide` weighs, in microseconds: a block of keys; an item's start and end; leaving a part in float32 and its share of
+# the kernel that combines; that kernel's launch. Estimates from cycle counts, for an H200.
+_BLOCK_US, _ITEM_US, _PART_US, _COMBINE_US = 1.25, 2.0, 1.1, 2.5
+_PART_READ_US = ROWS * DIM * 4 / 4.0e6  # of 64 heads at 4 TB/s
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """record: of the keys, "plain" (BF16), "fp8" or "nvfp4". kind: entries attended besides the window, none ("window"), every
+    "visible" one, or those "chosen" by index. window: tokens. window_page, entry_page: records of a page.
+    """
+
+    record: str
+    kind: str
+    window: int = 128
+    window_page: int = 64
+    entry_page: int = 1
+
+    @property
+    def data_bytes(self) -> int:
+        """Of a record's first part in a page."""
+        return 2 * DIM if self.record == "plain" else kv_record(DIM, ROPE_DIM, self.record).data_bytes
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of a record's second part."""
+        return 0 if self.record == "plain" else kv_record(DIM, ROPE_DIM, self.record).scale_bytes
+
+    def page_bytes(self, page_size: int) -> int:
+        """Of a page in its pool."""
+        return 2 * DIM * page_size if self.record == "plain" else kv_record(DIM, ROPE_DIM, self.record).page_bytes(page_size)
+
+    def check(self) -> None:
+        """Raises ValueError naming the choice that cannot be."""
+        if self.record not in KV_RECORDS:
+            raise ValueError(f"record must be one of {', '.join(KV_RECORDS)}, got {self.record!r}")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        for name, value in (("window", self.window), ("window_page", self.window_page), ("entry_page", self.entry_page)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class CombineConfig:
+    """The kernel that combines parts has no choices."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a call's work is cut: queries x head_tiles x parts items, each for one CTA at a time; ctas of them at once."""
+
+    queries: int
+    head_tiles: int
+    parts: int
+    ctas: int
+
+    @property
+    def items(self) -> int:
+        return self.queries * self.head_tiles * self.parts
+
+
+def block_range(total: int, parts: int, part: int) -> tuple[int, int]:
+    """The key blocks [first, end) that a part has of `total`, as the kernel divides them: see `work` for of how many."""
+    return part * total // parts, (part + 1) * total // parts
+
+
+def capacity(kind: str, window: int, entries: int) -> int:
+    """Most keys a query may attend to, whatever its position: entries are the k chosen or what the block table holds."""
+    return window + (0 if kind == "window" else entries)
+
+
+def divide(queries: int, heads: int, keys: int, multiprocessors: int) -> Division:
+    """The number of parts that ends first, of those that fit: known from sizes alone, never from positions.
+
+    keys: `capacity`. A CTA works through one item after another; all take as long as ceil(blocks / parts) and a start. More
+    parts than one need a second kernel, that reads them: it pays where multiprocessors would be idle.
+    """
+    head_tiles = -(-heads // ROWS)
+    blocks = -(-keys // KEYS)
+    items = queries * head_tiles
+
+    def cost(parts: int) -> float:
+        waves = -(-items * parts // multiprocessors)
+        if parts == 1:
+            return waves * (blocks * _BLOCK_US + _ITEM_US)
+        whole = waves * (-(-blocks // parts) * _BLOCK_US + _ITEM_US + _PART_US)
+        return whole + _COMBINE_US + items * parts * _PART_READ_US
+
+    most = max(min(blocks, 2 * multiprocessors // max(items, 1)), 1)
+    parts = min(range(1, most + 1), key=lambda n: (cost(n), n))
+    return Division(queries, head_tiles, parts, min(items * parts, multiprocessors))

@@ -1,0 +1,349 @@
+"""The two multiplying warpgroups: S = Q K^T, softmax, O += P V, for 64 query heads.
+
+A warpgroup keeps half of O's dims, 64 x 256 sums in float32, 128 registers a thread. The scores of a block are computed once:
+warpgroup 0 has those of even blocks, 1 of odd ones. Each multiplies its own probabilities from registers and the other's from
+shared memory, so that every block is seen by both, in order:
+
+    warpgroup 0    S0 | softmax 0 | P0 V0 | P1 V1 | S2 ..          warpgroup 1    S1 | P0 V0 while softmax 1 | P1 V1 | S3 ..
+
+S2 and S3 are under way on the tensor cores while the other warpgroup is at its exponentials. Probabilities go with the row's
+maximum up to their block; O is scaled only where that grew by more than 2^8 (probabilities then stay below 2^8, exact enough in
+BF16, whose precision does not depend on size), which is rare after the first block.
+
+    probable[s]   named barriers: probabilities and maxima of stage s are in shared memory
+    scored        the item's first scores are done
+    summed        both warpgroups' sums of probabilities are in shared memory
+    empty         half h of a stage is free when warpgroup h has multiplied it: the other has needed it for scores before that.
+                  So a stage that is filled again says, too, that its probabilities have been read.
+
+Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hopper
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint32
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+
+from dsv4lab.kernels.attention.core import ptx
+from dsv4lab.kernels.attention.core.config import DIM, HALVES, KEYS, ROWS, TILES, WARPGROUP
+
+LOG2_E = 1.4426950408889634
+_PROBABLE, _SUMMED, _SCORED = 1, 3, 4  # named barriers: 1 and 2, one a stage; an item's end; its first scores
+_LOWEST = -1e30  # a maximum before the first key: its distance to anything is a number
+_SLACK = 8.0  # by which scores may exceed the maximum they are taken against, as a power of two
+_HALF = DIM // HALVES
+_WIDTH = 128  # of a product of probabilities and values: with 256 ptxas asks for more registers than 512 threads start with
+_HALF_TILES = TILES // HALVES
+_GROUPS = KEYS // 8  # column groups of the scores, four values of a thread each
+_STEPS = KEYS // 16  # of a `wgmma` along the keys
+
+
+def score_product() -> Any:
+    """Q K^T of a block: both from shared memory."""
+    k = OperandMajorMode.K
+    return hopper.make_trivial_tiled_mma(BFloat16, BFloat16, k, k, Float32, (1, 1, 1), (ROWS, KEYS))
+
+
+def sum_product(*, registers: bool) -> Any:
+    """P V of a block, half the dims: P from registers or from shared memory."""
+    source = warpgroup.OperandSource.RMEM if registers else warpgroup.OperandSource.SMEM
+    k, mn = OperandMajorMode.K, OperandMajorMode.MN
+    product = hopper.make_trivial_tiled_mma(BFloat16, BFloat16, k, mn, Float32, (1, 1, 1), (ROWS, _WIDTH), source)
+    product.set(warpgroup.Field.ACCUMULATE, True)
+    return product
+
+
+@dataclass(frozen=True)
+class Consume:
+    """Operands and barriers.
+
+    tiles (of queries), keys, values, probabilities: tensors of shared memory; maxima (2, 64), sums (2, 2, 64) f32; masks: an
+    address; queries: barriers full and empty; counts (1,): blocks of the item whose queries are there.
+    """
+
+    work: Any
+    tiles: Any
+    keys: Any
+    values: Any
+    probabilities: Any
+    maxima: Any
+    sums: Any
+    masks: Any
+    full: Any
+    empty: Any
+    queries: Any
+    counts: Any
+    factor: Any  # of scores, to base 2
+    sinks: Any
+    out: Any
+    partial: Any
+    lse: Any
+
+    @cute.jit
+    def run(self, me: cutlass.Constexpr, thread: Any, first: Any, items: Any, stride: Any) -> None:
+        """Items first, first + stride, .. by warpgroup `me`."""
+        lane, warp = thread % 32, thread // 32
+        score, own, other = score_product(), sum_product(registers=True), sum_product(registers=False)
+        part_s, part_o = score.get_slice(thread), own.get_slice(thread)
+        part_x = other.get_slice(thread)
+        q = score.make_fragment_A(part_s.partition_A(self.tiles))
+        k = score.make_fragment_B(part_s.partition_B(self.keys))
+        p = other.make_fragment_A(part_x.partition_A(self.probabilities))
+        v = own.make_fragment_B(part_o.partition_B(self.values))
+        scores = cute.make_rmem_tensor(part_s.partition_shape_C((ROWS, KEYS)), Float32)
+        output = cute.make_rmem_tensor(part_o.partition_shape_C((ROWS, _HALF)), Float32)
+        mine = own.make_fragment_A(part_o.partition_shape_A((ROWS, KEYS)))
+        words = cute.recast_tensor(mine, Uint32)
+        high, total = cute.make_rmem_tensor((2,), Float32), cute.make_rmem_tensor((2,), Float32)  # of rows g, g + 8
+        shrink = cute.make_rmem_tensor((2,), Float32)
+        phase, turn = Int32(0), Int32(0)  # of the stage that this warpgroup scores; of the items
+        for item in cutlass.range(first, items, stride, unroll=1):
+            output.fill(0.0)
+            high.fill(_LOWEST)
+            total.fill(0.0)
+            cute.arch.mbarrier_wait(self.queries, turn)
+            blocks = self.counts[0]
+            if blocks <= me and lane == 0:
+                cute.arch.mbarrier_arrive(self.queries + 1)  # has no need of them
+            # First and last blocks apart: products under way must be the same wherever a turn of a loop comes from, or ptxas
+            # waits for every one of them.
+            if cutlass.const_expr(me == 0):
+                if blocks > 0:
+                    self._score(me, q, k, scores, phase)
+                    phase = phase ^ 1
+                    warpgroup.wait_group(0)
+                    if blocks > 1:
+                        cute.arch.barrier_arrive(barrier_id=_SCORED, number_of_threads=2 * WARPGROUP)
+                    if blocks <= 2 and lane == 0:
+                        cute.arch.mbarrier_arrive(self.queries + 1)
+                    self._probabilities(me, lane, warp, scores, words, high, total, shrink)
+                    self._add(output, own, [mine[None, None, j] for j in range(_STEPS)], v, 0)
+                    warpgroup.wait_group(0)
+                    self._release(lane, 0, 0)
+                for i in cutlass.range((blocks - 1) // 2, unroll=1):
+                    self._follow(1, lane, warp, high, total, shrink)
+                    self._rescale(output, shrink)
+                    self._add(output, other, [p[None, None, j, 1] for j in range(_STEPS)], v, HALVES)
+                    self._score(me, q, k, scores, phase)
+                    phase = phase ^ 1
+                    warpgroup.wait_group(1)
+                    self._release(lane, 1, 0)
+                    warpgroup.wait_group(0)
+                    if 2 * i + 4 >= blocks and lane == 0:
+                        cute.arch.mbarrier_arrive(self.queries + 1)
+                    self._probabilities(me, lane, warp, scores, words, high, total, shrink)
+                    self._rescale(output, shrink)
+                    self._add(output, own, [mine[None, None, j] for j in range(_STEPS)], v, 0)
+                    warpgroup.wait_group(0)
+                    self._release(lane, 0, 0)
+                if blocks > 0 and blocks % 2 == 0:
+                    self._follow(1, lane, warp, high, total, shrink)
+                    self._rescale(output, shrink)
+                    self._add(output, other, [p[None, None, j, 1] for j in range(_STEPS)], v, HALVES)
+                    warpgroup.wait_group(0)
+                    self._release(lane, 1, 0)
+            else:
+                if blocks > 1:  # not beside the other's first scores, which all wait for, but beside its softmax
+                    cute.arch.barrier(barrier_id=_SCORED, number_of_threads=2 * WARPGROUP)
+                for i in cutlass.range(blocks // 2, unroll=1):
+                    self._score(me, q, k, scores, phase)
+                    phase = phase ^ 1
+                    self._follow(0, lane, warp, high, total, shrink)
+                    self._rescale(output, shrink)
+                    self._add(output, other, [p[None, None, j, 0] for j in range(_STEPS)], v, 1)
+                    warpgroup.wait_group(1)
+                    if 2 * i + 3 >= blocks and lane == 0:
+                        cute.arch.mbarrier_arrive(self.queries + 1)
+                    self._probabilities(me, lane, warp, scores, words, high, total, shrink)
+                    warpgroup.wait_group(0)
+                    self._release(lane, 0, 1)
+                    self._rescale(output, shrink)
+                    self._add(output, own, [mine[None, None, j] for j in range(_STEPS)], v, HALVES + 1)
+                    warpgroup.wait_group(0)
+                    self._release(lane, 1, 1)
+                if blocks % 2 == 1:
+                    self._follow(0, lane, warp, high, total, shrink)
+                    self._rescale(output, shrink)
+                    self._add(output, other, [p[None, None, j, 0] for j in range(_STEPS)], v, 1)
+                    warpgroup.wait_group(0)
+                    self._release(lane, 0, 1)
+            warpgroup.wait_group(0)  # of nothing, which ptxas does not know
+            self._finish(me, lane, warp, self.work.item(item), output, high, total, turn)
+            turn = turn ^ 1
+
+    # ---- products ------------------------------------------------------------------------------------------------------
+    @cute.jit
+    def _score(self, me: cutlass.Constexpr, q: Any, k: Any, scores: Any, phase: Any) -> None:
+        """S of this warpgroup's stage, half by half as it comes; not waited for."""
+        score = score_product()
+        score.set(warpgroup.Field.ACCUMULATE, False)
+        for h in cutlass.range_constexpr(HALVES):
+            cute.arch.mbarrier_wait(self.full + 2 * me + h, phase)
+            self._see()
+            warpgroup.fence()
+            for t in cutlass.range_constexpr(_HALF_TILES * h, _HALF_TILES * (h + 1)):
+                for j in cutlass.range_constexpr(4):
+                    cute.gemm(score, scores, q[None, None, j, t], k[None, None, j, me * TILES + t], scores)
+                    score.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+
+    def _see(self) -> None:
+        """Plain keys were written by `cp.async`, whose writers do not fence them for the tensor cores."""
+        if self.work.plan.record == "plain":
+            cute.arch.fence_view_async_shared()
+
+    @cute.jit
+    def _add(self, output: Any, product: Any, p: Any, v: Any, place: cutlass.Constexpr) -> None:
+        """O += P V, of half a stage's dims; not waited for."""
+        warpgroup.fence()
+        for j in cutlass.range_constexpr(_STEPS):
+            cute.gemm(product, output, p[j], v[None, None, j, place], output)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def _release(self, lane: Any, stage: cutlass.Constexpr, half: cutlass.Constexpr) -> None:
+        if lane == 0:
+            cute.arch.mbarrier_arrive(self.empty + 2 * stage + half)
+
+    @cute.jit
+    def _rescale(self, output: Any, shrink: Any) -> None:
+        """O to the new maxima, where they changed."""
+        if cute.arch.vote_any_sync(Boolean(shrink[0] != 1.0 or shrink[1] != 1.0)):
+            for j in cutlass.range_constexpr(_HALF // 8):
+                for i in cutlass.range_constexpr(4):
+                    output[4 * j + i] = output[4 * j + i] * shrink[i // 2]
+
+    # ---- softmax -------------------------------------------------------------------------------------------------------
+    @cute.jit
+    def _probabilities(
+        self,
+        me: cutlass.Constexpr,
+        lane: Any,
+        warp: Any,
+        scores: Any,
+        words: Any,
+        high: Any,
+        total: Any,
+        shrink: Any,
+    ) -> None:
+        """P of this warpgroup's block, in registers and in shared memory, with the rows' maxima."""
+        mask = ptx.load_pair(self.masks + me * 8)
+        if (mask[0] & mask[1]) != Uint32(0xFFFFFFFF):
+            for j in cutlass.range_constexpr(_GROUPS):
+                bits = mask[j // 4] >> (8 * (j % 4) + 2 * (lane % 4))
+                for e in cutlass.range_constexpr(2):
+                    for r in cutlass.range_constexpr(2):
+                        at = 4 * j + 2 * r + e
+                        scores[at] = scores[at] if bits & Uint32(1 << e) != 0 else Float32(-Float32.inf)
+        for r in cutlass.range_constexpr(2):
+            found = Float32(-Float32.inf)
+            for j in cutlass.range_constexpr(_GROUPS):
+                for e in cutlass.range_constexpr(2):
+                    found = cute.arch.fmax(found, scores[4 * j + 2 * r + e])
+            for offset in (1, 2):
+                found = cute.arch.fmax(found, cute.arch.shuffle_sync_bfly(found, offset))
+            found = found * self.factor
+            now = high[r]
+            now = found if found > now + _SLACK else now
+            shrink[r] = ptx.exp2(high[r] - now)
+            high[r] = now
+            if lane % 4 == 0:
+                self.maxima[me, warp * 16 + lane // 4 + 8 * r] = now
+        for r in cutlass.range_constexpr(2):
+            share = Float32(0.0)
+            for j in cutlass.range_constexpr(_GROUPS):
+                low = ptx.exp2(scores[4 * j + 2 * r] * self.factor - high[r])
+                up = ptx.exp2(scores[4 * j + 2 * r + 1] * self.factor - high[r])
+                share = share + (low + up)
+                words[2 * j + r] = ptx.pack(low, up)
+            total[r] = total[r] * shrink[r] + share
+        # Rows of 128 bytes in the 128-byte swizzle; lane l has row l % 16 of its warp's 16, and one of a step's two chunks.
+        base = self.probabilities.iterator.toint() + me * (ROWS * KEYS * 2) + (warp * 16 + lane % 16) * (KEYS * 2)
+        for j in cutlass.range_constexpr(_STEPS):
+            ptx.store_matrices(base + ((2 * j + lane // 16) ^ (lane % 8)) * 16, [words[4 * j + i] for i in range(4)])
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier_arrive(barrier_id=_PROBABLE + me, number_of_threads=2 * WARPGROUP)
+
+    @cute.jit
+    def _follow(self, stage: cutlass.Constexpr, lane: Any, warp: Any, high: Any, total: Any, shrink: Any) -> None:
+        """Wait for the other warpgroup's block, and take its maxima."""
+        cute.arch.barrier(barrier_id=_PROBABLE + stage, number_of_threads=2 * WARPGROUP)
+        self._see()
+        for r in cutlass.range_constexpr(2):
+            now = self.maxima[stage, warp * 16 + lane // 4 + 8 * r]
+            shrink[r] = ptx.exp2(high[r] - now)
+            total[r] = total[r] * shrink[r]
+            high[r] = now
+
+    # ---- results -------------------------------------------------------------------------------------------------------
+    @cute.jit
+    def _finish(
+        self, me: cutlass.Constexpr, lane: Any, warp: Any, where: Any, output: Any, high: Any, total: Any, turn: Any
+    ) -> None:
+        """O over the sum of both warpgroups' probabilities, and of the sink's, to memory."""
+        query, tile, part = where
+        heads = self.sinks.shape[0]
+        for r in cutlass.range_constexpr(2):
+            for offset in (1, 2):
+                total[r] = total[r] + cute.arch.shuffle_sync_bfly(total[r], offset)
+            if lane % 4 == 0:
+                self.sums[turn, me, warp * 16 + lane // 4 + 8 * r] = total[r]
+        cute.arch.barrier(barrier_id=_SUMMED, number_of_threads=2 * WARPGROUP)
+        for r in cutlass.range_constexpr(2):
+            row = warp * 16 + lane // 4 + 8 * r
+            head = tile * ROWS + row
+            whole = total[r] + self.sums[turn, 1 - me, row]
+            if self.work.parts > 1:
+                self._store_part(me, lane, r, (part, query * heads + head), head < heads, output, high[r], whole)
+            else:
+                sink = self.sinks[cutlass.min(head, heads - 1)] * LOG2_E
+                weight = 1.0 / (whole + ptx.exp2(sink - high[r]))
+                self._store(me, lane, r, query * heads + head, head < heads, output, weight)
+
+    @cute.jit
+    def _store(
+        self, me: cutlass.Constexpr, lane: Any, r: cutlass.Constexpr, row: Any, inside: Any, output: Any, weight: Any
+    ) -> None:
+        """A thread's dims of a head in BF16: 8 bytes at a time, 32 next to each other by its four lanes."""
+        odd = lane % 2
+        column = me * _HALF + odd * 8 + lane % 4 // 2 * 4
+        base = self.out.iterator.toint() + (Int64(row) * DIM + column) * 2
+        for j in cutlass.range_constexpr(0, _HALF // 8, 2):
+            at = [4 * (j + i) + 2 * r for i in range(2)]
+            words = _exchange(odd == 1, [ptx.pack(output[i] * weight, output[i + 1] * weight) for i in at])
+            if inside:
+                ptx.store_global(base + j * 16, words)
+
+    @cute.jit
+    def _store_part(
+        self,
+        me: cutlass.Constexpr,
+        lane: Any,
+        r: cutlass.Constexpr,
+        where: Any,
+        inside: Any,
+        output: Any,
+        high: Any,
+        whole: Any,
+    ) -> None:
+        """A thread's dims of a head in float32, over the part's sum, and the logarithm of that; where: (part, row)."""
+        part, row = where
+        if inside and whole > 0.0:
+            weight = 1.0 / whole
+            place = Int64(part) * self.partial.shape[1] + row
+            base = self.partial.iterator.toint() + (place * DIM + me * _HALF + lane % 4 * 2) * 4
+            for j in cutlass.range_constexpr(_HALF // 8):
+                at = 4 * j + 2 * r
+                ptx.store_global(base + j * 32, [output[at] * weight, output[at + 1] * weight])
+        if inside and lane % 4 == 0 and me == 0:
+            self.lse[part, row] = high + ptx.log2(whole)
+
+
+def _exchange(odd: Any, words: list[Any]) -> list[Any]:
+    """Two neighbouring lanes' columns of two groups of eight -> of the first lane's group four, or of the second's."""
+    given = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, words[0], words[1]), 1)
+    return [cutlass.select_(odd, given, words[0]), cutlass.select_(odd, words[1], given)]

@@ -1,0 +1,82 @@
+"""Single instructions that CuTeDSL has no name for. Addresses of shared memory are 32 bits wide, others 64."""
+
+from typing import Any
+
+import cutlass.cute as cute
+from cutlass import Float32, Uint32
+
+
+def load_or_zeros(address: Any, wanted: Any, words: int) -> tuple[Any, ...]:
+    """2 or 4 words of global memory that no running kernel writes, past the first-level cache; zeros where not wanted."""
+    targets = ", ".join(f"{{$w{i}}}" for i in range(words))
+    zeros = " ".join(f"mov.b32 {{$w{i}}}, 0;" for i in range(words))
+    code = (
+        f"{{ .reg .pred wanted; setp.ne.b32 wanted, {{$r1}}, 0; {zeros} "
+        f"@wanted ld.global.L1::no_allocate.v{words}.b32 {{{targets}}}, [{{$r0}}]; }}"
+    )
+    found: tuple[Any, ...] = cute.arch.inline_ptx(code, write_only_types=[Uint32] * words, read_only_args=[address, wanted])
+    return found
+
+
+def copy_or_zeros(target: Any, source: Any, size: Any) -> None:
+    """16 bytes, asynchronously, from global to shared memory; of these `size`, 16 or 0, are read and the rest are zeros."""
+    code = "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};"
+    cute.arch.inline_ptx(code, read_only_args=[target, source, size])
+
+
+def store_words(address: Any, words: Any) -> None:
+    """Four words to shared memory."""
+    code = "st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};"
+    cute.arch.inline_ptx(code, read_only_args=[address, *words])
+
+
+def store_byte(address: Any, value: Any) -> None:
+    """The low byte of a word to shared memory."""
+    code = "{ .reg .b16 low; cvt.u16.u32 low, {$r1}; st.shared.u8 [{$r0}], low; }"
+    cute.arch.inline_ptx(code, read_only_args=[address, value])
+
+
+def store_matrices(address: Any, words: Any) -> None:
+    """Four 8 x 8 matrices of BF16; lane l gives the address of row l % 8 of matrix l / 8."""
+    code = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};"
+    cute.arch.inline_ptx(code, read_only_args=[address, *words])
+
+
+def store_global(address: Any, words: Any) -> None:
+    """Two words to global memory."""
+    cute.arch.inline_ptx("st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, *words])
+
+
+def load_pair(address: Any) -> tuple[Any, Any]:
+    """Two words of shared memory."""
+    code = "ld.shared.v2.b32 {{$w0}, {$w1}}, [{$r0}];"
+    low, high = cute.arch.inline_ptx(code, write_only_types=[Uint32] * 2, read_only_args=[address])
+    return low, high
+
+
+def pack(low: Any, high: Any) -> Any:
+    """Two float32 as BF16, `low` in the low half."""
+    code = "cvt.rn.bf16x2.f32 {$w0}, {$r0}, {$r1};"
+    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[high, low])
+
+
+def permute(a: Any, b: Any, selector: Any) -> Any:
+    """Bytes of a (0 to 3) and b (4 to 7) by the selector's nibbles; a nibble's top bit spreads the byte's sign."""
+    code = "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};"
+    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a, b, Uint32(selector)])
+
+
+def mul_bf16x2(a: Any, b: Any) -> Any:
+    return cute.arch.inline_ptx("mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
+
+
+def min_u32(a: Any, b: Any) -> Any:
+    return cute.arch.inline_ptx("min.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
+
+
+def log2(a: Any) -> Any:
+    return cute.arch.inline_ptx("lg2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[a])
+
+
+def exp2(a: Any) -> Any:
+    return cute.arch.inline_ptx("ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[a])

@@ -1,0 +1,245 @@
+"""Attention over window and compressed entries on Hopper: 64 query heads of one token at a time, one 512-wide K = V head.
+
+    o[h] = sum_n exp(s[h, n] - M) k[n] / (sum_n exp(s[h, n] - M) + exp(sink[h] - M)),   s[h, n] = scale q[h] . k[n]
+
+A CTA is persistent and goes through items (query, tile of 64 heads, part of the keys), see `work`:
+
+    gather  (warpgroups 2, 3)    Q by TMA; blocks of 64 keys by index, decoded to BF16 (`gather`), two stages of 64 KB
+    consume (warpgroups 0, 1)    scores, softmax, sums; each half of the output's dims (`consume`)
+
+    queries   gather -> consume    full: the bytes have arrived, and with them the item's number of blocks, in shared memory
+                                   empty: the item's last scores are done
+    halves    gather -> consume    full: written by every warp      empty: multiplied, see `consume`
+
+With several parts for a query, each leaves O / sum and log2(sum) + M in float32, which `combine` puts together.
+
+Cost of a block, 64 heads x 64 keys: 8.4 MFLOP, 2048 cycles of a multiprocessor's tensor cores (4096 FLOP a cycle). Shared
+memory, 128 bytes a cycle: Q and K for the scores 1024 cycles, K again and the half of the probabilities that another warpgroup
+has for the sums 640, the gathered keys written 512: 2176, which is the bound, 94 % of the matrix rate. Issue slots, of 2048 a
+scheduler: decoding FP8 about 1000 (two warps), softmax 250, a new maximum 256, products 300. Bytes: 584 a key as FP8, 384 as
+NVFP4: a block in 1.1 us is 34 GB/s a multiprocessor, 4.4 TB/s in all, of which the second tile of 128 heads and neighbouring
+queries find most in L2. So prefill and large batches are bound by shared memory and tensor cores, small batches by latency:
+launch, three dependent reads (position and index, page, record), Q K^T, P V.
+
+Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
+"""
+
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hopper
+from cutlass import BFloat16, Float32, Int32, Int64, Uint64
+from cutlass.cute.nvgpu import cpasync
+from cutlass.memory import SmemAllocator
+from cutlass.tensor_utils import LayoutEnum
+
+from dsv4lab.kernels.attention.core.config import (
+    DIM,
+    HALVES,
+    KEYS,
+    ROWS,
+    STAGES,
+    THREADS,
+    TILE,
+    TILES,
+    WARPGROUP,
+    AttentionConfig,
+)
+from dsv4lab.kernels.attention.core.consume import Consume
+from dsv4lab.kernels.attention.core.gather import Gather
+from dsv4lab.kernels.attention.core.work import Work
+
+_CONSUME_REGISTERS, _GATHER_REGISTERS = 192, 64  # of a thread; it is launched with 128
+_CONSUME_WARPS = 8
+_HALF = DIM // HALVES
+
+
+class AttentionSm90:
+    """The kernel for one `AttentionConfig`; sizes are the call's."""
+
+    def __init__(self, config: AttentionConfig) -> None:
+        config.check()
+        self.plan = config
+
+    @cute.jit
+    def __call__(
+        self,
+        q: Any,
+        sinks: Any,
+        window_pages: Any,
+        entry_pages: Any,
+        table: Any,
+        positions: Any,
+        seq_idx: Any,
+        chosen: Any,
+        out: Any,
+        partial: Any,
+        lse: Any,
+        factor: Float32,
+        ring_len: Int32,
+        ratio: Int32,
+        parts: Int32,
+        head_tiles: Int32,
+        items: Int32,
+        ctas: Int32,
+        stream: Any,
+    ) -> None:
+        """q (M H, 512) bf16; sinks (H,) f32; pages (P, bytes) u8; table (sequences, pages) i32; positions, seq_idx (M,) i64;
+        chosen (M, k) i32 -> out (M H, 512) bf16, or partial (parts, M H, 512) and lse (parts, M H) f32. factor: scale times
+        log2 e. What the configuration does not read may be anything.
+        """
+        layout = hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (ROWS, KEYS, TILE), BFloat16, TILES)
+        box = cute.slice_(layout, (None, None, 0))
+        load_q, tma_q = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), q, box, (ROWS, TILE))
+        self.kernel(
+            load_q,
+            tma_q,
+            sinks,
+            window_pages,
+            entry_pages,
+            table,
+            positions,
+            seq_idx,
+            chosen,
+            out,
+            partial,
+            lse,
+            factor,
+            ring_len,
+            ratio,
+            parts,
+            head_tiles,
+            items,
+        ).launch(grid=[ctas, 1, 1], block=[THREADS, 1, 1], min_blocks_per_mp=1, stream=stream, use_pdl=True)
+
+    @cute.kernel
+    def kernel(
+        self,
+        load_q: Any,
+        q: Any,
+        sinks: Any,
+        window_pages: Any,
+        entry_pages: Any,
+        table: Any,
+        positions: Any,
+        seq_idx: Any,
+        chosen: Any,
+        out: Any,
+        partial: Any,
+        lse: Any,
+        factor: Float32,
+        ring_len: Int32,
+        ratio: Int32,
+        parts: Int32,
+        head_tiles: Int32,
+        items: Int32,
+    ) -> None:
+        plan = self.plan
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        memory = SmemAllocator()
+        full = memory.allocate_array(Int64, STAGES * HALVES)
+        empty = memory.allocate_array(Int64, STAGES * HALVES)
+        queries = memory.allocate_array(Int64, 2)  # full, empty
+        masks = memory.allocate_array(Uint64, STAGES)
+        counts = memory.allocate_tensor(Int32, cute.make_layout(1))
+        maxima = memory.allocate_tensor(Float32, cute.make_layout((STAGES, ROWS), stride=(ROWS, 1)))
+        sums = memory.allocate_tensor(Float32, cute.make_layout((2, 2, ROWS), stride=(2 * ROWS, ROWS, 1)))
+        tiles = [
+            hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (ROWS, KEYS, TILE), BFloat16, count)
+            for count in (TILES, STAGES * TILES, STAGES)
+        ]
+        shared_q, shared_k, shared_p = (
+            memory.allocate_tensor(BFloat16, tile.outer, byte_alignment=1024, swizzle=tile.inner) for tile in tiles
+        )
+        # The same keys with dims as the product's N: (dim, key, half of a stage), eight keys of 64 dims in 1024 bytes.
+        shape = ((TILE, _HALF // TILE), (8, KEYS // 8), STAGES * HALVES)
+        stride = ((1, KEYS * TILE), (TILE, 8 * TILE), KEYS * _HALF)
+        shared_v = cute.make_tensor(shared_k.iterator, cute.make_layout(shape, stride=stride))
+
+        work = Work(plan, window_pages, entry_pages, table, positions, seq_idx, chosen, ring_len, ratio, parts, head_tiles)
+        gather = Gather(work, shared_k.iterator.toint(), masks.toint(), full, empty)
+        if warp == 0:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_init(queries, 1)
+                cute.arch.mbarrier_init(queries + 1, _CONSUME_WARPS)
+                for i in cutlass.range_constexpr(STAGES * HALVES):
+                    cute.arch.mbarrier_init(full + i, gather.arrivals)
+                    cute.arch.mbarrier_init(empty + i, _CONSUME_WARPS // 2)
+            cute.arch.mbarrier_init_fence()
+        elif warp == _CONSUME_WARPS:
+            cpasync.prefetch_descriptor(load_q)
+        cute.arch.barrier(barrier_id=0, number_of_threads=THREADS)
+        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
+
+        if warp >= _CONSUME_WARPS:
+            cute.arch.setmaxregister_decrease(_GATHER_REGISTERS)
+            self._gather(
+                gather, load_q, q, shared_q, queries, counts, sinks.shape[0], warp - _CONSUME_WARPS, block, grid, items
+            )
+        else:
+            cute.arch.setmaxregister_increase(_CONSUME_REGISTERS)
+            consume = Consume(
+                work,
+                shared_q,
+                shared_k,
+                shared_v,
+                shared_p,
+                maxima,
+                sums,
+                masks.toint(),
+                full,
+                empty,
+                queries,
+                counts,
+                factor,
+                sinks,
+                out,
+                partial,
+                lse,
+            )
+            if warp < _CONSUME_WARPS // 2:
+                consume.run(0, thread, block, items, grid)
+            else:
+                consume.run(1, thread - WARPGROUP, block, items, grid)
+
+    @cute.jit
+    def _gather(
+        self,
+        gather: Any,
+        load_q: Any,
+        q: Any,
+        shared_q: Any,
+        queries: Any,
+        counts: Any,
+        heads: Any,
+        warp: Any,
+        block: Any,
+        grid: Any,
+        items: Any,
+    ) -> None:
+        """Keys of all items; the first warp asks for queries, too."""
+        phases, phase = Int32(0), Int32(1)
+        for item in cutlass.range(block, items, grid, unroll=1):
+            query, tile, part = gather.work.item(item)
+            index = gather.ahead(query, part, warp)
+            span = gather.work.span(query, part)
+            if warp == 0:
+                cute.arch.mbarrier_wait(queries + 1, phase)
+                source = cute.local_tile(cute.domain_offset((query * heads + tile * ROWS, 0), q), (ROWS, TILE), (0, None))
+                target, source = cpasync.tma_partition(
+                    load_q, 0, cute.make_layout(1), cute.group_modes(shared_q, 0, 2), cute.group_modes(source, 0, 2)
+                )
+                size = Int32(ROWS * DIM * 2) if span[5] > 0 else Int32(0)
+                with cute.arch.elect_one():
+                    counts[0] = span[5]
+                    cute.arch.mbarrier_arrive_and_expect_tx(queries, size)
+                if size > 0:
+                    for t in cutlass.range_constexpr(TILES):
+                        cute.copy(load_q, source[None, t], target[None, t], tma_bar_ptr=queries)
+            phase = phase ^ 1
+            phases = gather.item(query, span, index, warp, phases)

@@ -1,0 +1,119 @@
+"""The key writer on any architecture: checks, plan, launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dsv4lab.kernels._common import cache
+from dsv4lab.kernels._common.elements import ELEMENT
+from dsv4lab.kernels._common.launch import Runtime, runtime_of
+from dsv4lab.kernels.cache.plan import ROPE_DIM, WARP
+from dsv4lab.kernels.cache.pool import PAGE_ALIGN, bytes_of, plan_of
+from dsv4lab.kernels.cache.write.config import WriteConfig
+
+MAX_ELEMENTS = 2**31  # of x: indices are 32 bits wide
+_ALIGN = 16  # bytes: of the first row, for vectors
+
+
+def write_keys(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    positions: torch.Tensor,
+    inv_freq: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    eps: float,
+    record: str,
+    page_size: int,
+    kind: str,
+    config: WriteConfig | None = None,
+) -> None:
+    """Normalise, rotate, quantise and store keys, in place.
+
+    x (M, c) and norm_weight (c,) bf16 or f32; positions (M,) i64 up to 2^20; inv_freq (32,) f32, at most 1; slots (M,) i64
+    below P * page_size, -1 (or any down to -2^31) = do not store, no slot twice; pages: a contiguous pool of P pages.
+    kind "kv": c a multiple of 16 from 80 to 512, record "plain", "fp8" or "nvfp4"; "index": c = 128, record "plain", "fp8" or
+    "fp4". A slot beyond the pool is not looked for: what lies behind the pool is overwritten. Stored bytes are the reference's
+    wherever float32 sums and rotations round to the same `x.dtype` as the reference's float64 ones.
+    Raises ValueError on shapes, names and page sizes, TypeError on dtypes.  Source: `reference.cache.cache_write`,
+    `reference.indexer.index_key_write`.
+    """
+    _check_rows(x, norm_weight, positions, inv_freq, slots)
+    elements = dict(element=ELEMENT[x.dtype], weight=ELEMENT[norm_weight.dtype])
+    key = plan_of(pages, kind=kind, record=record, page_size=page_size, dim=x.shape[1], **elements)
+    rows = x.shape[0]
+    if x.numel() >= MAX_ELEMENTS:
+        raise ValueError(f"x must have less than 2^31 elements, got {tuple(x.shape)}")
+    if not rows:
+        return
+    config = config or WriteConfig.for_shape(rows, key)
+    config.check()
+    if config.key != key:
+        raise ValueError(f"config must be for {key}, got {config.key}")
+    runtime = runtime_of(x)
+    runtime.call(
+        _compiled(config, runtime),
+        _aligned(x).view(torch.uint32),
+        _aligned(norm_weight).view(torch.uint32),
+        positions,
+        inv_freq,
+        bytes_of(pages),
+        slots,
+        eps,
+    )
+
+
+def _check_rows(
+    x: torch.Tensor, norm_weight: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, slots: torch.Tensor
+) -> None:
+    for name, value in (("x", x), ("norm_weight", norm_weight)):
+        if value.dtype not in ELEMENT:
+            raise TypeError(f"{name} must be bfloat16 or float32, got {value.dtype}")
+    if x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(f"x must be contiguous (M, c), got {tuple(x.shape)}, strides {x.stride()}")
+    if norm_weight.shape != x.shape[1:] or not norm_weight.is_contiguous():
+        raise ValueError(f"norm_weight must be contiguous ({x.shape[1]},), got {tuple(norm_weight.shape)}")
+    for name, value in (("positions", positions), ("slots", slots)):
+        if value.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {value.dtype}")
+        if value.shape != x.shape[:1] or not value.is_contiguous():
+            raise ValueError(f"{name} must be contiguous ({x.shape[0]},), got {tuple(value.shape)}")
+    if inv_freq.dtype != torch.float32:
+        raise TypeError(f"inv_freq must be float32, got {inv_freq.dtype}")
+    if inv_freq.shape != (ROPE_DIM // 2,) or not inv_freq.is_contiguous():
+        raise ValueError(f"inv_freq must be contiguous ({ROPE_DIM // 2},), got {tuple(inv_freq.shape)}")
+
+
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    return rows.clone() if rows.data_ptr() % _ALIGN else rows
+
+
+def _compiled(config: WriteConfig, runtime: Runtime) -> Callable[..., Any]:
+    """The host function, with M and P left open."""
+
+    def build() -> tuple[Any, tuple[Any, ...]]:
+        import cutlass
+        import cutlass.cute as cute
+
+        from dsv4lab.kernels._common.fakes import fake, fake_stream
+        from dsv4lab.kernels.cache.write.kernel import WriteKeys
+
+        key, rows = config.key, cute.sym_int()
+        words = {"bf16": key.dim // 2, "f32": key.dim}
+        examples = (
+            fake(cutlass.Uint32, rows, words[key.element]),
+            fake(cutlass.Uint32, words[key.weight]),
+            fake(cutlass.Int64, rows, align=8),
+            fake(cutlass.Float32, WARP, align=4),
+            fake(cutlass.Uint8, cute.sym_int(), key.page_bytes, align=PAGE_ALIGN),
+            fake(cutlass.Int64, rows, align=8),
+            cutlass.Float32(0.0),
+            fake_stream(),
+        )
+        return WriteKeys(config), examples
+
+    return cache.kernel("dsv4lab.kernels.cache.write.kernel", config, build, runtime)

@@ -1,0 +1,149 @@
+"""Compile-time choices of the compressor kernel, and which to take for a size. Imports no CuTeDSL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dsv4lab.kernels.cache.plan import WARP, KeyPlan
+
+LANE = 4  # channels of a lane: 16 bytes of float32
+GROUP = WARP * LANE  # channels of a warp
+TOKENS = 8  # that a lane holds together: 16 loads of 16 bytes
+MAX_ELEMENTS = 2**31  # rows and ring places are 32 bits wide
+_MAX_WARPS = 32
+_MULTIPROCESSORS = 132
+_SHARED_BYTES = 228 * 1024  # the most of a multiprocessor, 1 KiB for each CTA among them
+_POOLERS = 8  # warps that share an entry of many tokens
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """ratio: tokens of a block. overlap: an entry pools the block before its own, too. keys: what becomes of an entry.
+
+    rows: of the step, that a cluster looks through. warps: of a CTA. cluster: CTAs that share an entry's channels. resident:
+    CTAs that a multiprocessor's registers are to hold. ahead: L2 fetches a cluster's rows before it knows what they complete.
+    """
+
+    ratio: int
+    overlap: bool
+    keys: KeyPlan
+    rows: int = 4
+    warps: int = 4
+    cluster: int = 1
+    resident: int = 4
+    ahead: bool = False
+
+    @property
+    def width(self) -> int:
+        """Channels of a token: o * d."""
+        return self.keys.dim * (2 if self.overlap else 1)
+
+    @property
+    def span(self) -> int:
+        """Tokens that an entry pools."""
+        return self.ratio * (2 if self.overlap else 1)
+
+    @property
+    def groups(self) -> int:
+        """Warps side by side along a CTA's channels of an entry."""
+        return self.keys.dim // GROUP // self.cluster
+
+    @property
+    def slices(self) -> int:
+        """Warps that share an entry's tokens."""
+        return min(self.span // TOKENS, self.warps // self.groups)
+
+    @property
+    def rounds(self) -> int:
+        """Times that a warp takes `TOKENS` tokens of an entry."""
+        return self.span // TOKENS // self.slices
+
+    @property
+    def teams(self) -> int:
+        """Entries that a CTA pools side by side."""
+        return self.warps // (self.groups * self.slices)
+
+    @property
+    def threads(self) -> int:
+        return self.warps * WARP
+
+    @property
+    def moved(self) -> int:
+        """Rows that a CTA moves into the ring, at most."""
+        return -(-self.rows // self.cluster)
+
+    @property
+    def masks(self) -> int:
+        """Words with a bit for each row that a cluster looks through."""
+        return -(-self.rows // WARP)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a CTA, all but exact."""
+        described = 32 * (self.rows + self.moved) + 4 * self.masks
+        pooled = 0 if self.teams > 1 else (1 if self.cluster > 1 else 2) * 4 * self.keys.dim
+        parts = 0 if self.slices == 1 else 2 * 4 * 3 * self.groups * GROUP * self.slices
+        return described + pooled + parts + 64
+
+    @property
+    def carveout(self) -> int:
+        """Percent of L1 for shared memory: what is left keeps `ape`."""
+        return -(-100 * self.resident * (self.shared_bytes + 1024) // _SHARED_BYTES)
+
+    @property
+    def batch(self) -> int:
+        """Rows that a thread moves together."""
+        return min(self.moved, 4)
+
+    @property
+    def units(self) -> int:
+        """Vectors of a token's values and scores that a thread moves into the ring."""
+        return 2 * self.width // LANE // self.threads
+
+    def check(self) -> None:
+        """Raises ValueError naming the choice that cannot be."""
+        self.keys.check()
+        if self.ratio < TOKENS // 2 or self.ratio & (self.ratio - 1) or self.span % TOKENS:
+            raise ValueError(f"ratio must be a power of two with a span of {TOKENS} tokens or more, got {self.ratio}")
+        if self.overlap and self.span != TOKENS:
+            raise ValueError(f"ratio must be {TOKENS // 2} with overlap, got {self.ratio}")
+        if self.keys.dim not in (128, 512) or self.cluster not in (1, 2, 4) or self.keys.dim % (self.cluster * GROUP):
+            raise ValueError(f"dim must be 128 or 512, {GROUP} for each of the cluster's CTAs at least, got {self}")
+        if not 1 <= self.warps <= _MAX_WARPS or self.warps % self.groups:
+            raise ValueError(f"warps must be a multiple of {self.groups} up to {_MAX_WARPS}, got {self.warps}")
+        if self.span % (self.slices * TOKENS) or self.warps % (self.groups * self.slices):
+            raise ValueError(f"warps must share {self.span} tokens equally, got {self.warps}")
+        if self.teams > 1 and self.keys.dim != GROUP:
+            raise ValueError(f"warps must all pool one entry of {self.keys.dim} channels, got {self.warps}")
+        if self.rows < 1 or self.moved > WARP or self.rows + self.moved > self.threads:
+            raise ValueError(f"rows must be at least 1 and at most {self.threads} with those moved, got {self.rows}")
+        if self.cluster > 1 and self.slices == 1:
+            raise ValueError(f"cluster must be 1 where a warp pools all tokens of an entry, got {self.cluster}")
+        if self.resident * self.threads > 2048 or self.carveout > 100:
+            raise ValueError(f"resident must be what a multiprocessor has threads and memory for, got {self.resident}")
+        if not self.units or 2 * self.width // LANE % self.threads:
+            raise ValueError(f"warps must share the {2 * self.width} numbers of a token equally, got {self.warps}")
+
+    @classmethod
+    def for_shape(cls, tokens: int, ratio: int, keys: KeyPlan, *, overlap: bool) -> CompressConfig:
+        """A step's rows in pieces that complete one entry each where they are one sequence's; fewer rows of short steps.
+
+        In a long prefill every CTA then has the same work. In a decode step neighbouring rows may all complete entries, which
+        a CTA would make one after another, so rows are spread over all multiprocessors. Raises ValueError.
+        """
+        config = cls(ratio, overlap, keys)
+        config.check()
+        if config.span > TOKENS:
+            # Eight warps share the many tokens and four CTAs the channels: 64 entries, 8192 tokens of HCA, take two CTAs a
+            # multiprocessor, all at once.
+            config = replace(config, rows=1, warps=_POOLERS, cluster=keys.dim // GROUP, resident=2)
+        rows = _pieces(tokens, config.resident * _MULTIPROCESSORS // config.cluster, ratio)
+        return replace(config, rows=rows * config.teams, ahead=rows == ratio)
+
+
+def _pieces(tokens: int, enough: int, most: int) -> int:
+    """Rows of a piece, a power of two up to `most`: the fewest that make no more than `enough` pieces."""
+    rows = 1
+    while rows < most and tokens > rows * enough:
+        rows *= 2
+    return rows

@@ -1,0 +1,449 @@
+"""A compressor's step in one launch: pool the entries that tokens complete, make keys of them, move the tokens into the ring.
+
+    e[i] = sum_p softmax_p(z_p[i]) a_p[i]  over the tokens p of an entry, for each channel i;  key = quantise(RoPE(norm(e)))
+
+Entry j pools tokens [j m, (j + 1) m), m = ratio; with overlap the second half of their channels, and the first half of the
+block before. So every number of a step belongs to one entry, and is read once from memory, by the warp that pools it. A warp
+holds 128 channels of 8 tokens: all of an index entry (128 channels, 4 + 4 tokens), a quarter of a CSA entry (512 channels), or
+a piece of an HCA entry (512 channels, 128 tokens: 4 CTAs of a cluster take 128 channels each, 8 warps of a CTA 16 tokens each).
+Parts of a softmax meet in shared memory, the pooled channels of a cluster's CTAs in that of the CTA whose turn it is, where one
+warp finishes the key (`kernels.cache.key`); meanwhile the others may be at the next entry.
+
+Sizes depend on M alone: a cluster looks through `rows` rows of the step and pools what they complete, mostly one entry or none.
+
+The ring holds token p at p mod R. A step that writes it also reads it, where an entry began in an earlier step. Let p0 be a
+sequence's first token in this step. What is in the ring before it are tokens p0 - R .. p0 - 1, and a number of those is read by
+one entry only, so by one thread only. That thread then puts the newer token in its place, if there is one in this step; all
+other tokens' numbers are nobody's in this step and go into the ring at any time. Who does what follows from positions alone
+(`_kinds`), so no thread waits for another.
+
+Bytes: 8 width a token once, keys once; the tokens of the ring again from L2, 8 width more to write each. 8192 tokens of Flash:
+CSA 67 + 1.2 MB, index 16.8 + 0.3 MB, HCA 33.5 MB. `ape` comes from L1 and L2: half as much again for HCA. Predicted on an H200,
+of a copy's bandwidth: 85 % for CSA, 75 % for HCA; 3 to 4 us for a decode step, 5 where an HCA entry of 128 tokens completes.
+sm_90a and sm_100a.
+
+Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
+"""
+
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, Uint32
+from cutlass.memory import SmemAllocator
+
+from dsv4lab.kernels.cache.key import KeyRow
+from dsv4lab.kernels.cache.plan import WARP
+from dsv4lab.kernels.compressor import pool
+from dsv4lab.kernels.compressor.config import GROUP, LANE, TOKENS, CompressConfig
+
+_ONCE = ".L1::no_allocate"  # what is read once leaves room in L1 for `ape`
+_FIELDS = 8  # of a row's description
+_ROW, _START, _POSITION, _LAST, _RING, _PLACE, _SEQ, _KINDS = range(_FIELDS)
+_FIRST_HALF, _SECOND_HALF = 1, 2
+
+
+class Compress:
+    """The kernel of one `CompressConfig`; numbers of tokens, sequences, ring places and pages are the call's."""
+
+    def __init__(self, config: CompressConfig) -> None:
+        config.check()
+        self.plan = config
+        self.key = KeyRow(config.keys)
+
+    @cute.jit
+    def __call__(
+        self,
+        values: Any,
+        scores: Any,
+        ape: Any,
+        state: Any,
+        weight: Any,
+        inv_freq: Any,
+        pages: Any,
+        positions: Any,
+        seq_idx: Any,
+        first_row: Any,
+        last_position: Any,
+        block_table: Any,
+        eps: Float32,
+        stream: Any,
+    ) -> None:
+        """values, scores (M, width) f32 with rows apart as they are; ape (ratio, width) f32; state (num_seqs, R, 2, width) f32;
+        weight (dim,) u32 words; inv_freq (32,) f32; pages (P, page_bytes) u8; positions, seq_idx, first_row, last_position (M,)
+        i64; block_table (num_seqs, blocks) i32. M > 0.
+        """
+        plan = self.plan
+        self.kernel(
+            values,
+            scores,
+            ape,
+            state,
+            weight,
+            inv_freq,
+            pages,
+            positions,
+            seq_idx,
+            first_row,
+            last_position,
+            block_table,
+            eps,
+        ).launch(
+            grid=[cute.ceil_div(positions.shape[0], plan.rows) * plan.cluster, 1, 1],
+            block=[plan.threads, 1, 1],
+            cluster=[plan.cluster, 1, 1] if plan.cluster > 1 else None,
+            min_blocks_per_mp=plan.resident,
+            preferred_smem_carveout=plan.carveout,
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        values: Any,
+        scores: Any,
+        ape: Any,
+        state: Any,
+        weight: Any,
+        inv_freq: Any,
+        pages: Any,
+        positions: Any,
+        seq_idx: Any,
+        first_row: Any,
+        last_position: Any,
+        block_table: Any,
+        eps: Float32,
+    ) -> None:
+        plan = self.plan
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        warp, lane = cute.arch.make_warp_uniform(thread // WARP), thread % WARP
+        rank = block % plan.cluster
+        cute.arch.griddepcontrol_launch_dependents()
+        memory = SmemAllocator()
+        described = memory.allocate_tensor(
+            Int32, cute.make_layout((plan.rows + plan.moved, _FIELDS), stride=(_FIELDS, 1)), byte_alignment=16
+        )
+        masks = memory.allocate_tensor(Uint32, cute.make_layout(plan.masks))
+        pooled: Any = None
+        parts: Any = None
+        arrived: Any = None
+        if cutlass.const_expr(plan.teams == 1):
+            shape = (plan.keys.dim, 1 if plan.cluster > 1 else 2)
+            pooled = memory.allocate_tensor(Float32, cute.make_layout(shape), byte_alignment=16)
+            if cutlass.const_expr(plan.slices > 1):
+                layout = cute.make_layout((plan.groups * GROUP, 3, plan.slices, 2))
+                parts = memory.allocate_tensor(Float32, layout, byte_alignment=16)
+        if cutlass.const_expr(plan.cluster > 1):
+            arrived = memory.allocate_array(Int64, 1)  # all pooled channels are here
+            if warp == 0:
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_init(arrived, 1)
+                cute.arch.mbarrier_init_fence()
+            cute.arch.cluster_arrive_relaxed()
+        self.values, self.scores = values.iterator.toint(), scores.iterator.toint()
+        self.value_stride, self.score_stride = Int64(values.stride[0]), Int64(scores.stride[0])
+        self.ape, self.state, self.ring = ape.iterator.toint(), state.iterator.toint(), Int32(state.shape[1])
+        self.weight, self.inv_freq, self.pages, self.block_table, self.eps = weight, inv_freq, pages, block_table, eps
+        self.described, self.pooled, self.parts, self.arrived = described, pooled, parts, arrived
+        self.thread, self.warp, self.lane, self.rank = thread, warp, lane, rank
+
+        cute.arch.griddepcontrol_wait()
+        if cutlass.const_expr(plan.ahead):
+            self._ask(block // plan.cluster * plan.rows, Int32(positions.shape[0]))
+        self._describe(positions, seq_idx, first_row, last_position, masks, block, grid)
+        cute.arch.barrier()
+        self._move()
+        if cutlass.const_expr(plan.cluster > 1):
+            cute.arch.cluster_wait()  # all CTAs are there, and their barriers
+        turn = Int32(0)
+        for m in cutlass.range(plan.masks, unroll=1):
+            left = masks[m]
+            while left != Uint32(0):
+                at = m * WARP + _lowest(left)
+                left = left & (left - 1)
+                if cutlass.const_expr(plan.teams == 1):
+                    self._entry(at, turn)
+                else:
+                    if turn % plan.teams == warp:
+                        self._entry(at, turn)
+                turn = turn + 1
+
+    # ---- rows ------------------------------------------------------------------------------------------------------------
+    @cute.jit
+    def _ask(self, first: Any, count: Any) -> None:
+        """Have L2 fetch the rows that this CTA will mostly pool, each warp's first, while it reads whose tokens they are."""
+        plan = self.plan
+        size = 4 * plan.width // plan.cluster
+        for i in cutlass.range(self.thread, plan.rows // plan.rounds * 2, plan.threads, unroll=1):
+            row = first + i // 2 // TOKENS * (TOKENS * plan.rounds) + i // 2 % TOKENS
+            if cutlass.const_expr(plan.rounds == 1):
+                row = first + i // 2
+            stride = self.score_stride if i % 2 == 0 else self.value_stride
+            start = self.scores if i % 2 == 0 else self.values
+            if row < count:
+                pool.prefetch(start + Int64(row) * stride * 4 + self.rank * size, size)
+
+    @cute.jit
+    def _describe(
+        self, positions: Any, seq_idx: Any, first_row: Any, last_position: Any, masks: Any, block: Any, grid: Any
+    ) -> None:
+        """A thread a row: those that this cluster looks through, then those that this CTA moves, spread over the grid."""
+        plan = self.plan
+        thread, described, count = self.thread, self.described, Int32(positions.shape[0])
+        row = block // plan.cluster * plan.rows + thread
+        if thread >= plan.rows:
+            row = (thread - plan.rows) * grid + block
+        inside = row < count and thread < plan.rows + plan.moved
+        completes = Boolean(False)
+        if inside:
+            position, last = Int32(positions[row]), Int32(last_position[row])
+            seq, first = Int32(seq_idx[row]), Int32(first_row[row])
+            start = position - (row - first)
+            completes = (position + 1) % plan.ratio == 0 and thread < plan.rows
+            place = position % self.ring
+            described[thread, _ROW] = row
+            described[thread, _START] = start
+            described[thread, _POSITION] = position
+            described[thread, _LAST] = last
+            described[thread, _RING] = seq * self.ring
+            described[thread, _PLACE] = place
+            described[thread, _SEQ] = seq
+            described[thread, _KINDS] = self._kinds(start, position, last)
+        elif thread < plan.rows + plan.moved:
+            described[thread, _KINDS] = Int32(0)
+        mask = Uint32(cute.arch.vote_ballot_sync(completes))
+        if self.lane == 0 and self.warp < plan.masks:
+            masks[self.warp] = mask
+
+    @cute.jit
+    def _kinds(self, start: Any, position: Any, last: Any) -> Any:
+        """Which halves of a token's channels may go into the ring at any time: 1 the first, 2 the second.
+
+        None of a token that is not among the last R. Not those that lie where an entry of this step reads an older token.
+        """
+        plan = self.plan
+        older = position - (position - start + self.ring) // self.ring * self.ring  # in the ring before this step
+        found = Int32(0)
+        if position > last - self.ring:
+            completed = (older & -plan.ratio) + (plan.ratio - 1)  # the last token of the entry of its own block
+            second = completed >= start and completed <= last
+            following = completed + plan.ratio
+            first = older >= 0 and following >= start and following <= last
+            if cutlass.const_expr(not plan.overlap):
+                first = second
+            found = (Int32(0) if first else Int32(_FIRST_HALF)) | (Int32(0) if second else Int32(_SECOND_HALF))
+        return found
+
+    @cute.jit
+    def _move(self) -> None:
+        """The rows of this CTA into the ring, what of them may go there at any time, a few together."""
+        plan = self.plan
+        thread, described = self.thread, self.described
+        kinds = described[plan.rows + cutlass.min(self.lane, plan.moved - 1), _KINDS]
+        left = Uint32(cute.arch.vote_ballot_sync(kinds != 0 and self.lane < plan.moved))
+        quarter = plan.width // LANE
+        at = Int32(plan.rows)
+        while left != Uint32(0):
+            held = cute.make_rmem_tensor((LANE, plan.units, plan.batch), Float32)
+            there = cute.make_rmem_tensor((plan.units, plan.batch), Int64)
+            # Loads without a branch, so that they are on their way together; past the last row they read it again.
+            for b in cutlass.range_constexpr(plan.batch):
+                some = left != Uint32(0)
+                at = plan.rows + _lowest(left) if some else at
+                left = left & (left - 1) if some else left
+                row, position, kinds = described[at, _ROW], described[at, _POSITION], described[at, _KINDS]
+                place = described[at, _RING] + described[at, _PLACE]
+                for u in cutlass.range_constexpr(plan.units):
+                    unit = thread + u * plan.threads
+                    is_score, channel = unit >= quarter, unit % quarter * LANE
+                    half = Int32(_SECOND_HALF) if channel >= plan.keys.dim else Int32(_FIRST_HALF)
+                    to = self._in_ring(place, channel) + (Int64(4 * plan.width) if is_score else Int64(0))
+                    there[u, b] = to if some and kinds & half != 0 else Int64(0)
+                    found = self._number(row, position, channel, is_score)
+                    for c in cutlass.range_constexpr(LANE):
+                        held[c, u, b] = found[c]
+            for b in cutlass.range_constexpr(plan.batch):
+                for u in cutlass.range_constexpr(plan.units):
+                    if there[u, b] != 0:
+                        pool.store(there[u, b], [held[c, u, b] for c in range(LANE)])
+
+    @cute.jit
+    def _number(self, row: Any, position: Any, channel: Any, is_score: Any) -> Any:
+        """Four values of a token of this step, or its scores with their embeddings: what the ring holds of it."""
+        start = self.scores if is_score else self.values
+        stride = self.score_stride if is_score else self.value_stride
+        found = pool.load(start + (Int64(row) * stride + channel) * 4)
+        return pool.plus(found, self._embedding(position & (self.plan.ratio - 1), channel), is_score)
+
+    def _embedding(self, place: Any, channel: Any) -> list[Any]:
+        """Four of `ape` for a token's place in its block."""
+        return pool.load(self.ape + Int64(place * self.plan.width + channel) * 4)
+
+    def _in_ring(self, place: Any, channel: Any) -> Any:
+        """The address of values in the ring; their scores are `width` floats further."""
+        return self.state + (Int64(place) * (2 * self.plan.width) + channel) * 4
+
+    # ---- entries ---------------------------------------------------------------------------------------------------------
+    @cute.jit
+    def _entry(self, at: Any, turn: Any) -> None:
+        """The entry that a row completes, from its tokens to its record. turn: how many there were before it."""
+        plan, keys = self.plan, self.plan.keys
+        warp, lane, described = self.warp, self.lane, self.described
+        position = described[at, _POSITION]
+        entry = position // plan.ratio
+        column, columns = entry // keys.page_size, Int32(self.block_table.shape[1])
+        page = self.block_table[described[at, _SEQ], cutlass.min(column, columns - 1)]
+        slot = page * keys.page_size + entry % keys.page_size
+        slot = slot if page >= 0 and column < columns else Int32(-1)
+
+        group = warp % plan.groups if plan.teams == 1 else 0
+        piece = warp // plan.groups if plan.teams == 1 else 0
+        local = group * GROUP + lane * LANE  # channel of the CTA's
+        channel = self.rank * (plan.groups * GROUP) + local
+        found = cute.make_rmem_tensor((3, LANE), Float32)
+        if cutlass.const_expr(plan.span == TOKENS):
+            self._round(found, at, 0, channel)
+        else:
+            part = cute.make_rmem_tensor((3, LANE), Float32)
+            for c in cutlass.range_constexpr(LANE):
+                found[0, c], found[1, c], found[2, c] = Float32(pool.LOWEST), Float32(0.0), Float32(0.0)
+            for r in cutlass.range(plan.rounds, unroll=1):
+                self._round(part, at, (piece * plan.rounds + r) * TOKENS, channel)
+                for c in cutlass.range_constexpr(LANE):
+                    both = [(held[0, c], held[1, c], held[2, c]) for held in (found, part)]
+                    found[0, c], found[1, c], found[2, c] = pool.joined(both)
+        weights = self.key.load(self.weight, lane, keys.weight)
+        freq = self.inv_freq[lane]
+        mine = [pool.quotient((found[0, c], found[1, c], found[2, c])) for c in range(LANE)]
+        if cutlass.const_expr(plan.teams > 1):
+            self._finish(mine, weights, freq, entry, slot)
+        else:
+            self._gather(found, mine, local, piece, turn)
+            if self.rank == turn % plan.cluster and warp == turn // plan.cluster % plan.warps:
+                whole = self._whole(turn)
+                own = cute.make_rmem_tensor((keys.width,), Float32)
+                for i in cutlass.range_constexpr(keys.width // LANE):
+                    vector = _swizzled(lane * (keys.width // LANE) + i)
+                    cute.autovec_copy(cute.local_tile(whole, (LANE,), (vector,)), cute.local_tile(own, (LANE,), (i,)))
+                self._finish([own[i] for i in range(keys.width)], weights, freq, entry, slot)
+
+    @cute.jit
+    def _gather(self, found: Any, mine: Any, local: Any, piece: Any, turn: Any) -> None:
+        """An entry's pooled channels to the CTA whose turn it is. found: a lane's parts; mine: the same, as pooled values.
+
+        A barrier an entry is enough. Memory of a CTA is written again two entries later, after a barrier to which those come
+        who read it. In a cluster a CTA's turn comes again after every other's, and by then all have got channels that it sent
+        when it had come to the barrier after its turn: its pooled channels were read.
+        """
+        plan, thread, pooled, parts = self.plan, self.thread, self.pooled, self.parts
+        first = self.rank * (plan.groups * GROUP)
+        if cutlass.const_expr(plan.slices > 1):
+            for kind in cutlass.range_constexpr(3):
+                _put(parts[None, kind, piece, turn % 2], local // LANE, [found[kind, c] for c in range(LANE)])
+            cute.arch.barrier()
+            if thread < plan.groups * GROUP:
+                shares = [tuple(parts[thread, kind, s, turn % 2] for kind in range(3)) for s in range(plan.slices)]
+                value = pool.quotient(pool.joined(shares))
+                whole = first + thread
+                place = _swizzled(whole // LANE) * LANE + whole % LANE
+                if cutlass.const_expr(plan.cluster > 1):
+                    there = pooled.iterator + place
+                    cute.arch.store_async_dsmem(there, value.bitcast(Int32), self.arrived, turn % plan.cluster)
+                else:
+                    pooled[place, turn % 2] = value
+        else:
+            _put(pooled[None, turn % 2], _swizzled((first + local) // LANE), mine)
+        if cutlass.const_expr(plan.cluster == 1):
+            cute.arch.barrier()
+
+    @cute.jit
+    def _whole(self, turn: Any) -> Any:
+        """An entry's pooled channels, all of them there. By one warp of the CTA whose turn it is."""
+        plan = self.plan
+        if cutlass.const_expr(plan.cluster > 1):
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(self.arrived, 4 * plan.keys.dim)
+            cute.arch.mbarrier_wait(self.arrived, turn // plan.cluster % 2)
+        return self.pooled[None, 0 if plan.cluster > 1 else turn % 2]
+
+    @cute.jit
+    def _finish(self, values: Any, weights: Any, freq: Any, entry: Any, slot: Any) -> None:
+        """The key of an entry, by one warp."""
+        if cutlass.const_expr(self.plan.keys.element == "bf16"):
+            values = self.key.rounded(values)
+        words, pair = self.key.key(values, weights, entry * self.plan.ratio, freq, self.eps, self.lane)
+        self.key.store(words, pair, self.pages, slot, self.lane)
+
+    @cute.jit
+    def _round(self, part: Any, at: Any, first: Any, channel: Any) -> None:
+        """Tokens first .. first + 7 of an entry's span: their parts, for the lane's channels. at: the row that completes it."""
+        plan, described = self.plan, self.described
+        row, start, position = described[at, _ROW], described[at, _START], described[at, _POSITION]
+        ring, place = described[at, _RING], described[at, _PLACE]
+        z_at, a_at, present, missing, z, a, ape = [], [], [], [], [], [], []
+        for t in cutlass.range_constexpr(TOKENS):
+            back = plan.span - 1 - t - first
+            of = channel + (plan.keys.dim if plan.overlap and t >= plan.ratio else 0)
+            here, none = position - back >= start, position < back
+            older = place - back
+            older = self._in_ring(ring + (older + self.ring if older < 0 else older), of)
+            step = Int64(row - back if here else row)  # of a token that is none: any row, since nobody writes there
+            z_at.append(self.scores + (step * self.score_stride + of) * 4 if here or none else older + 4 * plan.width)
+            a_at.append(self.values + (step * self.value_stride + of) * 4 if here or none else older)
+            present.append(here)
+            missing.append(none)
+        for t in cutlass.range_constexpr(TOKENS):
+            z.append(pool.load(z_at[t], _ONCE))
+        for t in cutlass.range_constexpr(TOKENS):
+            a.append(pool.load(a_at[t], _ONCE))
+        for t in cutlass.range_constexpr(TOKENS):
+            of = channel + (plan.keys.dim if plan.overlap and t >= plan.ratio else 0)
+            ape.append(self._embedding((first + t) & (plan.ratio - 1), of))
+        for t in cutlass.range_constexpr(TOKENS):
+            z[t] = pool.plus(z[t], ape[t], present[t])
+            if cutlass.const_expr(plan.overlap and t < plan.ratio):  # there is no block before the first
+                z[t] = pool.without(z[t], missing[t], pool.MINUS_INFINITY)
+                a[t] = pool.without(a[t], missing[t], 0.0)
+        found = pool.part_of(z, a)
+        for c in cutlass.range_constexpr(LANE):
+            part[0, c], part[1, c], part[2, c] = found[c]
+        if position - (plan.span - 1 - first) < start:
+            self._renew(at, first, channel)
+
+    @cute.jit
+    def _renew(self, at: Any, first: Any, channel: Any) -> None:
+        """Newer tokens in the places of those that `_round` has read in the ring."""
+        plan, described = self.plan, self.described
+        row, start, position, last = (described[at, field] for field in (_ROW, _START, _POSITION, _LAST))
+        for t in cutlass.range(TOKENS, unroll=1):
+            older = position - (plan.span - 1 - first) + t
+            newer = last - (last - older) % self.ring
+            if older >= 0 and older < start and newer >= start:
+                of = channel
+                if cutlass.const_expr(plan.overlap):
+                    of = channel + (Int32(plan.keys.dim) if t >= plan.ratio else Int32(0))
+                to = self._in_ring(described[at, _RING] + newer % self.ring, of)
+                pool.store(to, self._number(row + newer - position, newer, of, Boolean(False)))
+                pool.store(to + 4 * plan.width, self._number(row + newer - position, newer, of, Boolean(True)))
+
+
+def _lowest(mask: Any) -> Any:
+    """The lowest bit that is set."""
+    return Int32(cute.arch.popc((mask & (Uint32(0) - mask)) - Uint32(1)))
+
+
+def _swizzled(vector: Any) -> Any:
+    """Where a vector of pooled channels lies: four neighbours are read by one lane, so lanes' first ones avoid each other."""
+    return vector ^ (vector // 8 & 3)
+
+
+@cute.jit
+def _put(memory: Any, vector: Any, values: Any) -> None:
+    """Four floats into shared memory, in one store."""
+    held = cute.make_rmem_tensor((LANE,), Float32)
+    for c in cutlass.range_constexpr(LANE):
+        held[c] = values[c]
+    cute.autovec_copy(held, cute.local_tile(memory, (LANE,), (vector,)))
