@@ -49,5 +49,7 @@ def backend(name: str, **settings: Any) -> AbstractContextManager[Backend]:
 
 
 def nano() -> Path:
-    """Directory of the shipped nano model: a small trained V4 in the official checkpoint format."""
-    return Path(__file__).parent / "data" / "nano"
+    """Directory of the shipped nano model: a small trained V4 in the official checkpoint format. See `dsv4lab.shipped`."""
+    from dsv4lab import shipped
+
+    return shipped.unpacked(shipped.NANO)

@@ -3,7 +3,7 @@
     python -m training.export_nano --data .train --run FIRST_OUT [--run SECOND_OUT ...]
 
 Every `--run` is an output folder of `training.train_nano`, in the order in which they were trained, each one resuming from
-the one before; the last one's weights are exported. Writes `dsv4lab/data/nano/` (replaced in one step), and
+the one before; the last one's weights are exported. Writes `dsv4lab/data/nano.tar.xz` (replaced in one step), and
 `training/record.json` with `training/curve.png`.
 """
 
@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import dsv4lab
+from dsv4lab import shipped
 from dsv4lab.config import ModelConfig
 from dsv4lab.model.checkpoint import convert_items, write_checkpoint
 from training.tokenizer import BOS, EOS, PAD
@@ -121,13 +122,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path(".train"))
     parser.add_argument("--run", type=Path, action="append", required=True, help="output folder of train_nano, in order")
-    parser.add_argument("--out", type=Path, default=dsv4lab.nano())
+    parser.add_argument("--out", type=Path, default=shipped.NANO, help="archive of the checkpoint directory")
     args = parser.parse_args()
-    size = export(load_file(args.run[-1] / "state.safetensors"), args.data, args.out)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "nano"
+        size = export(load_file(args.run[-1] / "state.safetensors"), args.data, folder)
+        shipped.pack(folder, args.out)
     record = training_record(args.run, args.data)
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     draw_curve(record, CURVE)
-    print(f"{args.out}: {size} bytes; {RECORD}: {RECORD.stat().st_size} bytes; {CURVE}: {CURVE.stat().st_size} bytes")
+    print(f"{args.out}: {args.out.stat().st_size} bytes, {size} unpacked")
+    print(f"{RECORD}: {RECORD.stat().st_size} bytes; {CURVE}: {CURVE.stat().st_size} bytes")
 
 
 if __name__ == "__main__":
