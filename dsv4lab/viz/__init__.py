@@ -7,12 +7,17 @@ Every function takes numpy arrays or whatever numpy converts (torch CPU tensors 
 from dsv4lab.viz.attention import plot_attention
 from dsv4lab.viz.bank_conflicts import plot_bank_conflicts
 from dsv4lab.viz.barrier_graph import plot_barrier_graph
+from dsv4lab.viz.cache_growth import plot_cache_growth
 from dsv4lab.viz.cache_pages import plot_cache_pages
 from dsv4lab.viz.code_histogram import plot_code_histogram
 from dsv4lab.viz.cosine_depth import plot_cosine_depth
+from dsv4lab.viz.dim_errors import plot_dim_errors
 from dsv4lab.viz.error_anatomy import plot_error_anatomy
 from dsv4lab.viz.error_histogram import plot_error_histogram
 from dsv4lab.viz.expert_load import plot_expert_load
+from dsv4lab.viz.frequency_tables import plot_frequency_tables
+from dsv4lab.viz.gates import plot_gates
+from dsv4lab.viz.growing_error import plot_growing_error
 from dsv4lab.viz.index_scores import plot_index_scores
 from dsv4lab.viz.margins import plot_margins
 from dsv4lab.viz.memory_occupancy import plot_memory_occupancy
@@ -20,9 +25,12 @@ from dsv4lab.viz.mhc_mixing import plot_mhc_mixing
 from dsv4lab.viz.mhc_weights import plot_mhc_weights
 from dsv4lab.viz.mtp_acceptance import plot_mtp_acceptance
 from dsv4lab.viz.number_grid import plot_number_grid
+from dsv4lab.viz.pair_planes import plot_pair_planes
 from dsv4lab.viz.permutation import plot_permutation
 from dsv4lab.viz.perplexity import plot_perplexity
+from dsv4lab.viz.pooling import plot_pooling
 from dsv4lab.viz.predicted import plot_predicted
+from dsv4lab.viz.record_bytes import plot_record_bytes
 from dsv4lab.viz.record_words import plot_record_words
 from dsv4lab.viz.resources import plot_resources
 from dsv4lab.viz.roofline import plot_roofline
@@ -46,12 +54,17 @@ __all__ = [
     "plot_attention",
     "plot_bank_conflicts",
     "plot_barrier_graph",
+    "plot_cache_growth",
     "plot_cache_pages",
     "plot_code_histogram",
     "plot_cosine_depth",
+    "plot_dim_errors",
     "plot_error_anatomy",
     "plot_error_histogram",
     "plot_expert_load",
+    "plot_frequency_tables",
+    "plot_gates",
+    "plot_growing_error",
     "plot_index_scores",
     "plot_margins",
     "plot_memory_occupancy",
@@ -59,9 +72,12 @@ __all__ = [
     "plot_mhc_weights",
     "plot_mtp_acceptance",
     "plot_number_grid",
+    "plot_pair_planes",
     "plot_permutation",
     "plot_perplexity",
+    "plot_pooling",
     "plot_predicted",
+    "plot_record_bytes",
     "plot_record_words",
     "plot_resources",
     "plot_roofline",

@@ -309,3 +309,64 @@ def test_word_bits_begin_with_bit_31() -> None:
     assert [t.get_text() for t in ax.get_xticklabels()][:2] == ["31", "27"]
     with pytest.raises(ValueError, match="code must lie in"):
         viz.plot_word_bits(code + 9, bit, ["word"])
+
+
+def test_a_frequency_is_drawn_as_the_tokens_of_a_turn() -> None:
+    ax = viz.plot_frequency_tables({"a": np.array([2 * np.pi, np.pi / 50])}, marks={"window": 128.0})
+    np.testing.assert_allclose(line(ax, "a"), [1, 100])
+    assert texts(ax) == ["window"]
+
+
+def test_an_arrow_ends_at_its_pair() -> None:
+    axs = viz.plot_pair_planes({"a": np.array([[3.0, 4.0], [1.0, 0.0]]), "b": np.array([[0.0, 5.0], [0.0, -1.0]])}, ["p", "q"])
+    tips = [[(float(a.get_xdata()[1]), float(a.get_ydata()[1])) for a in ax.lines] for ax in axs]
+    assert tips == [[(3, 4), (0, 5)], [(1, 0), (0, -1)]]
+    assert axs[0].patches[0].get_radius() == 5 and axs[0].get_title() == "p"
+
+
+def test_errors_of_zero_are_counted_and_the_bound_follows_positions() -> None:
+    ax = viz.plot_growing_error(np.array([4, 1, 2]), {"a": np.array([0.0, 1.0, 2.0])}, bound=np.array([8.0, 2.0, 4.0]))
+    np.testing.assert_allclose(line(ax, "a, 1 of zero"), [1, 2])
+    np.testing.assert_allclose(line(ax, "bound"), [2, 4, 8])
+
+
+def test_fields_follow_each_other_and_keep_their_colour() -> None:
+    ax = viz.plot_record_bytes({"x": [("codes", 6), ("scales", 2)], "y": [("scales", 3), ("padding", 1)]})
+    boxes = [(p.get_x(), p.get_width()) for p in ax.patches]
+    assert boxes == [(0, 6), (6, 2), (0, 3), (3, 1)]
+    colors = [p.get_facecolor() for p in ax.patches]
+    assert colors[1] == colors[2] != colors[0]
+    assert texts(ax) == ["6", "2", "8 B", "3", "1", "4 B"]
+    legend = ax.get_legend()
+    assert legend is not None and [t.get_text() for t in legend.get_texts()] == ["codes", "scales", "padding"]
+
+
+def test_dims_have_a_dot_each_and_groups_their_root_mean_square() -> None:
+    ax = viz.plot_dim_errors({"a": np.array([3.0, 4.0, 0.0, 2.0])}, split=2, group=3)
+    assert [int(np.isnan(ax.lines[0].get_ydata()).sum())] == [1]
+    np.testing.assert_allclose(ax.patches[0].get_data().values, [12.5**0.5, np.nan, 2.0])
+    assert ax.lines[1].get_xdata()[0] == 1.5
+
+
+def test_cache_growth_writes_the_last_size() -> None:
+    ax = viz.plot_cache_growth([1, 2], {"a": np.array([5e3, 4.05e9])}, marks={"card": 8e10})
+    legend = ax.get_legend()
+    assert legend is not None and [t.get_text() for t in legend.get_texts()] == ["a: 4.05 GB"]
+    assert texts(ax) == ["card: 80 GB"]
+
+
+def test_gates_show_tokens_as_rows_and_their_mean() -> None:
+    weights = np.array([[0.25, 0.75], [0.75, 0.25], [0.0, 0.0]])
+    axs = viz.plot_gates(weights, tokens=["a", "b", "c"], cuts=[2])
+    np.testing.assert_allclose(axs[0].images[0].get_array(), weights)
+    np.testing.assert_allclose([p.get_width() for p in axs[1].patches], [0.5, 0.5, 0.0])
+    assert axs[0].lines[0].get_ydata()[0] == 1.5 and axs[1].lines[0].get_xdata()[0] == pytest.approx(1 / 3)
+
+
+def test_pooling_colours_what_is_read() -> None:
+    ax = viz.plot_pooling(np.array([[1, 0, 2]]), ["first", "second", "never"], title="CSA")
+    np.testing.assert_array_equal(ax.images[0].get_array(), [[1, 0, 2]])
+    shown = ax.images[0].to_rgba(np.array([0, 1, 2]))
+    legend = ax.get_legend()
+    assert legend is not None and [t.get_text() for t in legend.get_texts()] == ["first", "second"]
+    assert [p.get_facecolor() for p in legend.get_patches()] == [tuple(c) for c in shown[1:]]

@@ -162,6 +162,42 @@ def cases() -> dict[str, Case]:
             [np.where(np.arange(61) < 30, 0, np.where(np.arange(61) < 34, 1, -1)) + np.zeros((64, 1), int), ["sums", "scales"]],
             {},
         ),
+        "frequency_tables": (
+            viz.plot_frequency_tables,
+            [{"window": 10.0 ** -np.linspace(0, 4, 32), "entries": 10.0 ** -np.linspace(0, 6, 32)}],
+            {"ramp": (15, 25), "marks": {"window": 128.0}},
+        ),
+        "pair_planes": (
+            viz.plot_pair_planes,
+            [{"before": rng.normal(size=(3, 2)), "after": rng.normal(size=(3, 2))}],
+            {"titles": ["pair 0", "pair 1", "pair 31"]},
+        ),
+        "growing_error": (
+            viz.plot_growing_error,
+            [np.arange(1, 62), {"float32": rng.uniform(0, 1, 61), "none": np.zeros(61)}],
+            {"bound": np.linspace(1, 2, 61), "quantity": "error (rad)"},
+        ),
+        "record_bytes": (
+            viz.plot_record_bytes,
+            [{"fp8": [("codes", 448), ("rotary", 128), ("padding", 8)], "nvfp4": [("codes", 224), ("rotary", 128)]}],
+            {},
+        ),
+        "dim_errors": (
+            viz.plot_dim_errors,
+            [{"fp8": rng.uniform(0.01, 0.1, 77), "bf16": np.r_[np.zeros(50), rng.uniform(1e-4, 1e-3, 27)]}],
+            {"split": 50, "words": ("not rotary", "rotary")},
+        ),
+        "cache_growth": (
+            viz.plot_cache_growth,
+            [np.array([128, 1024, 65536]), {"fp8": np.array([3e6, 9e6, 4e9]), "plain": np.array([5e6, 1e7, 8e9])}],
+            {"marks": {"one H100": 80e9}},
+        ),
+        "gates": (
+            viz.plot_gates,
+            [softmax(rng.normal(size=(33, 8))).T],
+            {"tokens": [f"token {i}" for i in range(8)], "cuts": [4], "title": "entry 3"},
+        ),
+        "pooling": (viz.plot_pooling, [np.eye(3, 21, dtype=int) * 2], {"kinds": ["first half", "second half"], "title": "CSA"}),
         "shape_tour": (
             viz.plot_shape_tour,
             [trunk],
@@ -172,7 +208,7 @@ def cases() -> dict[str, Case]:
 
 NAMES = sorted(cases())
 # the first argument is no array, or a tiny one with names beside it
-MAPS_ONLY = {"barrier_graph", "shape_tour", "perplexity", "predicted", "roofline", "traffic"}
+MAPS_ONLY = {"barrier_graph", "shape_tour", "perplexity", "predicted", "record_bytes", "roofline", "traffic"}
 DIAGRAMS = {"barrier_graph", "shape_tour"}  # no scale, no axis
 
 
@@ -290,7 +326,10 @@ def test_torch_tensors_draw_the_same_picture(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(NAMES) - MAPS_ONLY - {"code_histogram", "cache_pages", "window_ring", "mtp_acceptance", "warp_timeline"})
+    "name",
+    sorted(
+        set(NAMES) - MAPS_ONLY - {"code_histogram", "cache_pages", "window_ring", "mtp_acceptance", "warp_timeline", "pooling"}
+    ),
 )
 def test_bfloat16_and_grad_tensors_are_refused(name: str) -> None:
     torch = pytest.importorskip("torch")
@@ -379,6 +418,25 @@ REFUSED = [
     ("traffic", 1, np.array([-1.0, 0, 0]), r"least must lie in \[0, inf\], got \[-1, 0\]"),
     ("resources", 1, np.array([255.0]), r"limits must have shape \(3\), got \(1,\)"),
     ("barrier_graph", 0, [("a", "b", 0)], r"arrivals must hold \(from, to, times >= 1\), got \('a', 'b', 0\)"),
+    ("frequency_tables", 0, {"a": np.array([1.0, 0.0])}, r"tables\['a'\] must be > 0, got 0"),
+    ("frequency_tables", "marks", {"window": -1.0}, r"marks\['window'\] must be > 0 and finite, got -1.0"),
+    ("pair_planes", 0, {"a": np.ones((9, 2))}, r"vectors must have at most 8 pairs, got 9"),
+    ("pair_planes", 0, {"a": np.ones((3, 2)), "b": np.ones((2, 2))}, r"vectors\['b'\] must have shape \(3, 2\), got \(2, 2\)"),
+    ("pair_planes", "titles", ["one"], r"titles must have 3 entries, got 1"),
+    ("growing_error", 0, np.arange(61), r"positions must be > 0, got 0"),
+    ("growing_error", 1, {"a": -np.ones(61)}, r"errors\['a'\] must lie in \[0, inf\], got \[-1, -1\]"),
+    ("growing_error", "bound", np.ones(3), r"bound must have shape \(61\), got \(3,\)"),
+    ("record_bytes", 0, {}, r"records must have fields, got {}"),
+    ("record_bytes", 0, {"a": [("codes", 0)]}, r"records must have fields of 1 byte or more, got 0"),
+    ("record_bytes", 0, {"a": [(str(i), 1) for i in range(8)]}, r"records must have at most 7 fields, got 8"),
+    ("dim_errors", "split", 77, r"split must be in \(0, 77\) and group >= 1, got 77 and 16"),
+    ("dim_errors", 0, {"a": np.ones(60), "b": np.ones(61)}, r"errors\['b'\] must have shape \(60\), got \(61,\)"),
+    ("cache_growth", 1, {"a": np.zeros(3)}, r"sizes\['a'\] must be > 0, got 0"),
+    ("cache_growth", 1, {"a": np.ones(4)}, r"sizes\['a'\] must have shape \(3\), got \(4,\)"),
+    ("gates", 0, np.full((8, 5), 0.5), r"weights must add up to 1 in every channel, got a sum off by 3"),
+    ("gates", "tokens", ["a"], r"tokens must have 8 entries, got 1"),
+    ("pooling", 0, np.full((2, 3), 3), r"reads must lie in \[0, 2\], got \[3, 3\]"),
+    ("pooling", "kinds", [], r"kinds must be 1 to 7 names, got 0"),
     ("shape_tour", 0, [], r"rows must not be empty, got no stage"),
     ("shape_tour", 0, [("a", (1,))], r"rows\[0\] must be \(name, shape, note\), got \('a', \(1,\)\)"),
     ("shape_tour", "branch_from", "nowhere", r"branch_from must be one of .*, got 'nowhere'"),
