@@ -10,8 +10,10 @@ from dsv4lab.kernels.cache import operators as _cache
 from dsv4lab.kernels.compressor import operators as _compressor
 from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.gemm import operators as _gemm
+from dsv4lab.kernels.head import operators as _head
 from dsv4lab.kernels.indexer import operators as _indexer
 from dsv4lab.kernels.indexer.query import operators as _index_query
+from dsv4lab.kernels.mhc import operators as _mhc
 from dsv4lab.kernels.moe import operators as _moe
 from dsv4lab.kernels.quant import operators as _quant
 from dsv4lab.kernels.rope import operators as _rope
@@ -26,4 +28,6 @@ KERNELS: tuple[Entry, ...] = (
     *_indexer.ENTRIES,
     *_compressor.ENTRIES,
     *_attention.ENTRIES,
+    *_mhc.ENTRIES,
+    *_head.ENTRIES,
 )

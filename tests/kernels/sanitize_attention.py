@@ -18,6 +18,8 @@ from dsv4lab.kernels.indexer.topk.api import index_topk
 from dsv4lab.kernels.rope.heads import api as heads_api
 from dsv4lab.records import allocate_index_pages, allocate_kv_pages
 from dsv4lab.reference import cache, indexer, norm, quant, rope
+from tests.kernels.attention import judge, make_case
+from tests.kernels.test_compress import Scene, long_step
 from tests.kernels.test_index_scores import scene, worst
 from tests.kernels.test_index_topk import masked, scores_of
 
@@ -71,10 +73,28 @@ def indexers() -> None:
         assert torch.equal(index_topk(s, n, k=512), indexer.index_topk(s, n, k=512))
 
 
+def compressors() -> None:
+    """A short step, then a long one that starts in the middle of a block and runs over the ring."""
+    for ratio, overlap, key, record in ((4, True, "kv", "nvfp4"), (4, True, "index", "fp4"), (128, False, "kv", "fp8")):
+        scene = Scene(ratio, overlap, key, record, True, 2 * ratio + 4, 600, 3, device="cuda")
+        scene.step([(1, 70), (0, 3), (2, 129)])
+        scene.config = long_step(scene)
+        scene.step([(2, 1), (0, 270), (1, 60)])
+        scene.check()
+
+
+def attentions() -> None:
+    for record, kind, parts in (("fp8", "chosen", 2), ("nvfp4", "visible", 1), ("plain", "window", 1)):
+        case = make_case(record, kind, [(700, 2), (130, 1)], 64, k=200, device="cuda")
+        judge(case, case.run(parts))
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     rotations()
     keys()
     indexers()
+    compressors()
+    attentions()
     torch.cuda.synchronize()
     print("all as the reference has it")

@@ -137,8 +137,7 @@ class Gather:
 
     @cute.jit
     def _arrive(self, barrier: Any, lane: Any) -> None:
-        """What this warp has written may be read by the tensor cores."""
-        cute.arch.fence_view_async_shared()
+        """This warp has written. Who reads fences: here that would be a MEMBAR, which waits for loads under way, too."""
         cute.arch.sync_warp()
         if lane == 0:
             cute.arch.mbarrier_arrive(barrier)

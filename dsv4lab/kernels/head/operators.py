@@ -1,0 +1,120 @@
+"""The prediction block's entry and sampling in the operators' form: `ENTRIES` for the registry. Imports no CuTeDSL."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4lab.formats import weights_of
+from dsv4lab.kernels._common.elements import FLOATS
+from dsv4lab.kernels.entry import Entry
+from dsv4lab.kernels.gemm.operators import linear_sm90, why_not_mixed
+from dsv4lab.kernels.head.mtp.api import add_streams
+from dsv4lab.kernels.head.mtp.config import MAX_STREAMS
+from dsv4lab.kernels.head.sampler import api
+from dsv4lab.kernels.head.sampler.config import MAX_SLICE, SamplerConfig
+from dsv4lab.kernels.quant.operators import rmsnorm
+
+Parts = list[Tensor]  # of e_proj and h_proj; a part that a format lacks is empty
+
+
+def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """`ops.sample`."""
+    args = (t.contiguous() for t in (logits, temperature, top_k, top_p, seed, position))
+    return api.sample(*args)
+
+
+def probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """`ops.probabilities`."""
+    return api.probabilities(*(t.contiguous() for t in (logits, temperature, top_k, top_p)))
+
+
+def accept_drafts(
+    target_probs: Tensor, draft_probs: Tensor, draft_ids: Tensor, seed: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`ops.accept_drafts`."""
+    return api.accept_drafts(*(t.contiguous() for t in (target_probs, draft_probs, draft_ids, seed, position)))
+
+
+def mtp_input(
+    embedding: Tensor,
+    streams: Tensor,
+    enorm_weight: Tensor,
+    hnorm_weight: Tensor,
+    fmts: str,
+    codes: Parts,
+    scale: Parts,
+    global_scale: Parts,
+    input_scale: Parts,
+    *,
+    eps: float,
+    act: str,
+) -> Tensor:
+    """`ops.mtp_input`: two norms, two linears, each rounded to its input's dtype as in the reference, and one addition."""
+    rows = (rmsnorm(embedding, enorm_weight, eps=eps), rmsnorm(streams, hnorm_weight, eps=eps).flatten(0, 1))
+    weights = weights_of(fmts, codes, scale, global_scale, input_scale)
+    e, f = (
+        linear_sm90(x, w.format.name, w.codes, w.scale, w.global_scale, w.input_scale, act, None)
+        for x, w in zip(rows, weights, strict=True)
+    )
+    return add_streams(e, f.view(streams.shape))
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------------
+def _refuse_logits(logits: Tensor, *vectors: Tensor) -> str | None:
+    if logits.dtype != torch.float32:
+        return f"logits must be float32, got {logits.dtype}"
+    if logits.ndim != 2 or not 1 <= logits.shape[1] <= MAX_SLICE * SamplerConfig.cluster:
+        return f"logits must be (B, V) with V from 1 to {MAX_SLICE * SamplerConfig.cluster}, got {tuple(logits.shape)}"
+    if logits.shape[0] > api.MAX_BATCH or logits.numel() >= 2**31:
+        return f"logits must have {api.MAX_BATCH} rows at most and less than 2^31 numbers, got {tuple(logits.shape)}"
+    return None
+
+
+def _refuse_probs(target_probs: Tensor, draft_probs: Tensor, draft_ids: Tensor, seed: Tensor, position: Tensor) -> str | None:
+    if target_probs.dtype != torch.float32 or draft_probs.dtype != torch.float32:
+        return f"target_probs and draft_probs must be float32, got {target_probs.dtype} and {draft_probs.dtype}"
+    if target_probs.shape[0] > api.MAX_BATCH or target_probs.numel() >= 2**31:
+        return (
+            f"target_probs must have {api.MAX_BATCH} rows at most and less than 2^31 numbers, got {tuple(target_probs.shape)}"
+        )
+    return None
+
+
+def _refuse_mtp(
+    embedding: Tensor,
+    streams: Tensor,
+    enorm_weight: Tensor,
+    hnorm_weight: Tensor,
+    fmts: str,
+    codes: Parts,
+    scale: Parts,
+    global_scale: Parts,
+    input_scale: Parts,
+    *,
+    eps: float,
+    act: str,
+) -> str | None:
+    if streams.ndim != 3 or not 1 <= streams.shape[1] <= MAX_STREAMS:
+        return f"streams must be (M, S, D) with S from 1 to {MAX_STREAMS}, got {tuple(streams.shape)}"
+    if enorm_weight.dtype not in FLOATS or hnorm_weight.dtype not in FLOATS:
+        return f"norm weights must be bfloat16 or float32, got {enorm_weight.dtype} and {hnorm_weight.dtype}"
+    why = (
+        why_not_mixed(x, fmt, codes[i], scale[i] if scale[i].numel() else None, act)
+        for i, (x, fmt) in enumerate(zip((embedding, streams), fmts.split(","), strict=True))
+    )
+    return next((reason for reason in why if reason), None)
+
+
+ENTRIES = (
+    Entry("mtp_input", "sm_90a", mtp_input, _refuse_mtp),
+    *(
+        Entry(operation, arch, function, refuses)
+        for arch in api.ARCHITECTURES
+        for operation, function, refuses in (
+            ("sample", sample, _refuse_logits),
+            ("probabilities", probabilities, _refuse_logits),
+            ("accept_drafts", accept_drafts, _refuse_probs),
+        )
+    ),
+)

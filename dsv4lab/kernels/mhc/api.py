@@ -1,0 +1,396 @@
+"""Hyper-connections on Hopper and Blackwell: checks, plans, launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dsv4lab.kernels._common import cache
+from dsv4lab.kernels._common.elements import ELEMENT
+from dsv4lab.kernels._common.launch import Runtime, runtime_of
+from dsv4lab.kernels.mhc.config import BLOCK, MAX_TOKENS, STREAMS, TILE, EmbedConfig, MixConfig, PostConfig
+from dsv4lab.kernels.mhc.prepared import prepared
+
+ARCHITECTURES = ("sm_90a", "sm_100a")
+_INTEGER = {torch.int32: "i32", torch.int64: "i64"}
+_ALIGN = 16  # bytes of a vector
+_UNSET = -1  # a sum that has not come yet, as in `values`
+_MAX_ELEMENTS = 2**31  # 32-bit words of a launch, indexed by 32 bits
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+_scratch: dict[tuple[torch.device, int, int, int], Pair] = {}
+
+
+def mhc_pre(
+    streams: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor,
+    *,
+    eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+    config: MixConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Coefficients, collapse and the following RMSNorm.
+
+    streams (M, 4, D) bf16, D % 16 == 0, values below 1e18; fn (24, 4 D), base (24,), scale (3,) f32; norm_weight (D,) bf16 or
+    f32; all contiguous; eps in x^2 units, at least 1e-30; sinkhorn_iters >= 1 -> normalised input (M, D) bf16, post (M, 4) f32,
+    comb (M, 4, 4) f32. pre, post and comb are within 1e-5 of the exact ones, relative, x within one unit of the last place.
+    Raises ValueError on shapes, TypeError on dtypes.  Source: `reference.mhc.mhc_pre`.
+    """
+    _check_streams(streams)
+    _check_mix(streams, fn, base, scale, norm_weight, 24, 3)
+    made = _mix(streams, None, fn, base, scale, norm_weight, eps, hc_eps, sinkhorn_iters, config)
+    return made[1], made[2], made[3]
+
+
+def mhc_post(
+    y: torch.Tensor,
+    streams: torch.Tensor,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    *,
+    config: PostConfig | None = None,
+) -> torch.Tensor:
+    """X'[i] = post[i] y + sum_j comb[j, i] X[j], in float32, rounded once.
+
+    y (M, D), streams (M, 4, D) bf16, D % 16 == 0; post (M, 4), comb (M, 4, 4) f32; all contiguous -> like streams.
+    Raises ValueError on shapes, TypeError on dtypes.  Source: `reference.mhc.mhc_post`.
+    """
+    _check_streams(streams)
+    _check_post(y, streams, post, comb)
+    m, _, columns = streams.shape
+    new = torch.empty_like(streams)
+    if not m:
+        return new
+    config = config or PostConfig.for_shape(m, columns)
+    config.check()
+    runtime = runtime_of(streams)
+    compiled = _compiled_post(config, runtime)
+    for part in _parts(m, max(_MAX_ELEMENTS // (STREAMS * columns), 1)):
+        rows = (_words(streams[part]), _words(y[part]), _aligned(post[part]), _aligned(comb[part].flatten(1)))
+        runtime.call(compiled, *rows, _words(new[part]))
+    return new
+
+
+def mhc_post_pre(
+    y: torch.Tensor,
+    streams: torch.Tensor,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor,
+    *,
+    eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+    config: MixConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`mhc_post`, in every bit, then `mhc_pre` of its result. Arguments and errors as for these.
+
+    -> new streams (M, 4, D) bf16, normalised input (M, D) bf16, post (M, 4) f32, comb (M, 4, 4) f32.
+    """
+    _check_streams(streams)
+    _check_post(y, streams, post, comb)
+    _check_mix(streams, fn, base, scale, norm_weight, 24, 3)
+    return _mix(streams, (y, post, comb), fn, base, scale, norm_weight, eps, hc_eps, sinkhorn_iters, config)
+
+
+def mhc_head(
+    streams: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor,
+    *,
+    eps: float,
+    hc_eps: float,
+    config: MixConfig | None = None,
+) -> torch.Tensor:
+    """Collapse before the head, then the final RMSNorm.
+
+    fn (4, 4 D), base (4,), scale (1,) f32, others as for `mhc_pre` -> (M, D) bf16.  Source: `reference.mhc.mhc_head`.
+    """
+    _check_streams(streams)
+    _check_mix(streams, fn, base, scale, norm_weight, 4, 1)
+    return _mix(streams, None, fn, base, scale, norm_weight, eps, hc_eps, 1, config)[1]
+
+
+def embed_streams(
+    token_ids: torch.Tensor, weight: torch.Tensor, *, num_streams: int, config: EmbedConfig | None = None
+) -> torch.Tensor:
+    """Look up embeddings and copy each into every stream.
+
+    token_ids (M,) i32 or i64; weight (V, D) bf16 or f32, rows of a multiple of 16 bytes; contiguous -> (M, num_streams, D) like
+    weight. Negative ids count from the end; ids outside the table, which cannot be checked without waiting for the device,
+    take its first or last row.  Raises ValueError on shapes, TypeError on dtypes.  Source: `reference.mhc.embed_streams`.
+    """
+    if token_ids.dtype not in _INTEGER or weight.dtype not in ELEMENT:
+        raise TypeError(
+            f"token_ids must be int32 or int64, weight bfloat16 or float32, got {token_ids.dtype} and {weight.dtype}"
+        )
+    if token_ids.dim() != 1 or not token_ids.is_contiguous():
+        raise ValueError(f"token_ids must be contiguous (M,), got {tuple(token_ids.shape)}")
+    if weight.dim() != 2 or not weight.is_contiguous() or not weight.numel():
+        raise ValueError(f"weight must be contiguous (V, D), got {tuple(weight.shape)}, strides {weight.stride()}")
+    row = weight.shape[1] * weight.element_size()
+    if row % _ALIGN or num_streams < 1:
+        raise ValueError(f"rows must be a multiple of {_ALIGN} bytes and num_streams >= 1, got {row} and {num_streams}")
+    m = token_ids.shape[0]
+    if max(m * num_streams, weight.shape[0]) * row // 4 >= _MAX_ELEMENTS:
+        raise ValueError(f"weight and the result must be below 2^33 bytes, got {tuple(weight.shape)} and {m} tokens")
+    out = torch.empty(m, num_streams, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    if not m:
+        return out
+    config = config or EmbedConfig(num_streams, row // _ALIGN, _INTEGER[token_ids.dtype])
+    config.check()
+    if (config.streams, config.words, config.token) != (num_streams, row // _ALIGN, _INTEGER[token_ids.dtype]):
+        raise ValueError(f"config must be for {num_streams} streams of {row} bytes, {token_ids.dtype}, got {config}")
+    runtime = runtime_of(weight)
+    runtime.call(_compiled_embed(config, runtime), token_ids, _words(weight), _words(out))
+    return out
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------------
+def _check_streams(streams: torch.Tensor) -> None:
+    if streams.dtype != torch.bfloat16:
+        raise TypeError(f"streams must be bfloat16, got {streams.dtype}")
+    if streams.dim() != 3 or not streams.is_contiguous():
+        raise ValueError(f"streams must be contiguous (M, S, D), got {tuple(streams.shape)}, strides {streams.stride()}")
+    _, s, columns = streams.shape
+    if s != STREAMS or columns % BLOCK or not columns:
+        raise ValueError(f"streams must be (M, {STREAMS}, D) with D % {BLOCK} == 0, got S={s}, D={columns}")
+
+
+def _check_post(y: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> None:
+    m, _, columns = streams.shape
+    _expect("y", y, (m, columns), torch.bfloat16)
+    _expect("post", post, (m, STREAMS), torch.float32)
+    _expect("comb", comb, (m, STREAMS, STREAMS), torch.float32)
+
+
+def _check_mix(
+    streams: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor,
+    outputs: int,
+    scales: int,
+) -> None:
+    columns = streams.shape[2]
+    _expect("fn", fn, (outputs, STREAMS * columns), torch.float32)
+    _expect("base", base, (outputs,), torch.float32)
+    _expect("scale", scale, (scales,), torch.float32)
+    if norm_weight.dtype not in ELEMENT:
+        raise TypeError(f"norm_weight must be bfloat16 or float32, got {norm_weight.dtype}")
+    _expect("norm_weight", norm_weight, (columns,), norm_weight.dtype)
+
+
+def _expect(name: str, value: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
+    if value.shape != shape or not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous {shape}, got {tuple(value.shape)}, strides {value.stride()}")
+
+
+# ---- launches ----------------------------------------------------------------------------------------------------------
+def _mix(
+    streams: torch.Tensor,
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    hc_eps: float,
+    iters: int,
+    config: MixConfig | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """New streams (the old, without `given`: y, post and comb), x, post and comb; the last two empty for the head."""
+    if not 1e-30 <= eps < float("inf") or not 0 <= hc_eps < float("inf") or iters < 1:
+        raise ValueError(
+            f"eps must be at least 1e-30, hc_eps 0 and sinkhorn_iters 1, and finite, got {eps}, {hc_eps} and {iters}"
+        )
+    m, _, columns = streams.shape
+    f32 = dict(dtype=torch.float32, device=streams.device)
+    outputs = fn.shape[0]
+    whole = outputs > STREAMS
+    new = torch.empty_like(streams) if given else streams
+    out = torch.empty(m, columns, dtype=streams.dtype, device=streams.device)
+    post = torch.empty(m if whole else 0, STREAMS, **f32)  # type: ignore[call-overload]
+    comb = torch.empty(m if whole else 0, STREAMS, STREAMS, **f32)  # type: ignore[call-overload]
+    if not m:
+        return new, out, post, comb
+    runtime = runtime_of(streams)
+    choices: dict[str, Any] = dict(columns=columns, outputs=outputs, post=given is not None, weight=ELEMENT[norm_weight.dtype])
+    for part in _parts(m, MAX_TOKENS):
+        tokens = part.stop - part.start
+        plan = config or MixConfig.for_shape(tokens, multiprocessors=runtime.multiprocessors, **choices)
+        plan.check()
+        if any(getattr(plan, name) != value for name, value in choices.items()):
+            raise ValueError(f"config must have {choices}, got {plan}")
+        rows = streams[part]
+        sums, progress = _sums(tokens, plan.slices * plan.row, streams.device)
+        y, old_post, old_comb = (t[part] for t in given) if given else (out[part], post[part], comb[part])
+        runtime.call(
+            _compiled(plan, runtime),
+            _words(rows),
+            _words(y),
+            _aligned(old_post),
+            _aligned(old_comb.flatten(1)),
+            prepared(fn),
+            sums.view(-1, plan.slices, plan.row)[:tokens],
+            progress,
+            base,
+            scale,
+            _aligned(norm_weight),
+            _words(new[part]),
+            _words(out[part]),
+            post[part],
+            comb[part].flatten(1),
+            eps,
+            hc_eps,
+            iters,
+            min(max(runtime.multiprocessors // plan.slices, 1), -(-tokens // TILE)),
+            min(tokens, runtime.multiprocessors),
+        )
+    return new, out, post, comb
+
+
+def _parts(tokens: int, most: int) -> list[slice]:
+    """Tokens of one launch each."""
+    return [slice(first, min(first + most, tokens)) for first in range(0, tokens, most)]
+
+
+def _words(value: torch.Tensor) -> torch.Tensor:
+    """As 32-bit words, at an address that vectors may have."""
+    return _aligned(value).view(torch.int32)
+
+
+def _aligned(value: torch.Tensor) -> torch.Tensor:
+    return value.clone() if value.data_ptr() % _ALIGN else value
+
+
+def _sums(tokens: int, words: int, device: torch.device) -> Pair:
+    """Words of `tokens` tokens that are not set, and that every launch leaves so; a count of tokens, from wherever it is.
+
+    One set for each stream, size and power of two of tokens, kept for good: a CUDA graph may hold it. While a graph is recorded
+    nothing is kept, since filling it would be part of the graph.
+    """
+    room = 1 << (tokens - 1).bit_length()
+    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0, words, room)
+    known = _scratch.get(key)
+    if known is None:
+        known = (
+            torch.full((room, words), _UNSET, dtype=torch.int32, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
+        )
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            _scratch[key] = known
+    return known
+
+
+# ---- compiling ---------------------------------------------------------------------------------------------------------
+def _compiled(config: MixConfig, runtime: Runtime) -> Callable[..., Any]:
+    """The host function, with M left open. Raises ValueError for an architecture without a kernel."""
+    _check_arch(runtime)
+
+    def build() -> tuple[Any, tuple[Any, ...]]:
+        import cutlass
+        import cutlass.cute as cute
+
+        from dsv4lab.kernels._common.fakes import fake, fake_stream
+        from dsv4lab.kernels.mhc.kernel import Mix
+
+        u32, f32 = cutlass.Uint32, cutlass.Float32
+        types = {"bf16": cutlass.BFloat16, "f32": f32}
+        m, words = cute.sym_int(), config.columns // 2
+        whole = config.outputs > STREAMS
+        given, made = (cute.sym_int() if not there else m for there in (config.post or whole, whole))
+        examples = (
+            fake(u32, m, STREAMS, words),
+            fake(u32, m, words),
+            fake(f32, given, STREAMS),
+            fake(f32, given, STREAMS * STREAMS),
+            fake(u32, config.columns // BLOCK, config.fragment_words // 4, 32, 4),
+            fake(u32, m, config.slices, config.row),
+            fake(cutlass.Int32, 1, align=4),
+            fake(f32, config.outputs, align=4),
+            fake(f32, 3 if whole else 1, align=4),
+            fake(types[config.weight], config.columns),
+            fake(u32, m, STREAMS, words),
+            fake(u32, m, words),
+            fake(f32, made, STREAMS),
+            fake(f32, made, STREAMS * STREAMS),
+            f32(0.0),
+            f32(0.0),
+            cutlass.Int32(1),
+            cutlass.Int32(1),
+            cutlass.Int32(1),
+            fake_stream(),
+        )
+        return Mix(config), examples
+
+    return cache.kernel("dsv4lab.kernels.mhc.kernel", config, build, runtime)
+
+
+def _compiled_post(config: PostConfig, runtime: Runtime) -> Callable[..., Any]:
+    """The host function, with M and D left open."""
+    _check_arch(runtime)
+
+    def build() -> tuple[Any, tuple[Any, ...]]:
+        import cutlass
+        import cutlass.cute as cute
+
+        from dsv4lab.kernels._common.fakes import fake, fake_stream
+        from dsv4lab.kernels.mhc.post import Post
+
+        u32, f32 = cutlass.Uint32, cutlass.Float32
+        m, words = cute.sym_int(), cute.sym_int(divisibility=BLOCK // 2)
+        examples = (
+            fake(u32, m, STREAMS, words),
+            fake(u32, m, words),
+            fake(f32, m, STREAMS),
+            fake(f32, m, STREAMS * STREAMS),
+            fake(u32, m, STREAMS, words),
+            fake_stream(),
+        )
+        return Post(config), examples
+
+    return cache.kernel("dsv4lab.kernels.mhc.post", config, build, runtime)
+
+
+def _compiled_embed(config: EmbedConfig, runtime: Runtime) -> Callable[..., Any]:
+    """The host function, with M and V left open."""
+    _check_arch(runtime)
+
+    def build() -> tuple[Any, tuple[Any, ...]]:
+        import cutlass
+        import cutlass.cute as cute
+
+        from dsv4lab.kernels._common.fakes import fake, fake_stream
+        from dsv4lab.kernels.mhc.embed import Embed
+
+        ids = {"i32": cutlass.Int32, "i64": cutlass.Int64}[config.token]
+        m = cute.sym_int()
+        examples = (
+            fake(ids, m, align=ids.width // 8),
+            fake(cutlass.Uint32, cute.sym_int(), config.words * 4),
+            fake(cutlass.Uint32, m, config.streams, config.words * 4),
+            fake_stream(),
+        )
+        return Embed(config), examples
+
+    return cache.kernel("dsv4lab.kernels.mhc.embed", config, build, runtime)
+
+
+def _check_arch(runtime: Runtime) -> None:
+    if runtime.arch not in ARCHITECTURES:
+        raise ValueError(f"hyper-connections need {' or '.join(ARCHITECTURES)}, got {runtime.arch}")

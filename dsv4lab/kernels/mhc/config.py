@@ -1,0 +1,187 @@
+"""Compile-time choices of the hyper-connections' kernels, and which to take for a size. Imports no CuTeDSL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WARP = 32
+STREAMS = 4
+BLOCK = 16  # columns of D that a projecting warp owns, of all four streams: a product's K each
+TILE = 16  # tokens of a product
+PARTS = 3  # BF16 numbers whose sum is a float32
+CHUNK = 8  # BF16 of 16 bytes
+COEFFICIENTS = STREAMS + STREAMS * STREAMS  # post and comb of a token
+BATCH = 8  # tokens whose Sinkhorn iterations a warp runs together, a lane each
+MAX_TOKENS = 8192  # of a launch, which bounds the scratch for sums
+MAX_WARPS = 8  # of a projecting CTA; each has 72 registers a thread of `fn`
+FEW_FINISH, MANY_FINISH = 11, 7  # warps of a finishing CTA, with one more that fills its last quarter
+SHARED_BYTES = 227 * 1024  # that a CTA may have
+_FINISH_BYTES = 192 * 1024  # of a finishing CTA, so that a projecting one, of 30 kB, fits beside it
+_WINDOW_BYTES = 16 * 2**20  # of streams, a third of an H200's L2, that the projection may be ahead; not measured yet
+_MANY_WARPS = 132 * 16  # as for the gather of experts' rows
+_ELEMENTS = ("bf16", "f32")
+_INTEGERS = ("i32", "i64")
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """Of `pre`, `post_pre` and `head`: projection and what follows from it.
+
+    columns: D. outputs: rows of fn, 24 or 4 (head). post: the sub-layer's output is written back first. weight: "bf16" or
+    "f32", of the norm. Projecting CTAs have `warps` warps, of 16 columns each, and `ahead` tiles of 16 tokens in flight;
+    `slices` of them cover D. When they are `window` tokens ahead of what is finished they wait, but look `patience` times at
+    most (window 0: never). Finishing CTAs have `finish` warps, one more for Sinkhorn, and `ring` tokens in shared memory.
+    """
+
+    columns: int
+    outputs: int
+    post: bool
+    weight: str
+    warps: int
+    ahead: int
+    finish: int
+    ring: int
+    window: int = 0
+    patience: int = 512  # of half a microsecond and more
+
+    @property
+    def slices(self) -> int:
+        """CTAs that share a token's columns."""
+        return self.columns // (BLOCK * self.warps)
+
+    @property
+    def tiles(self) -> int:
+        """Products side by side: 8 outputs each."""
+        return -(-self.outputs // 8)
+
+    @property
+    def fragment_words(self) -> int:
+        """32-bit words of `fn` that a lane holds."""
+        return STREAMS * PARTS * self.tiles * 2
+
+    @property
+    def row(self) -> int:
+        """Floats of a slice's sums of a token: the outputs, the sum of squares. No padding, which would leave sectors of L2
+        half written, to be read from memory first.
+        """
+        return self.outputs + 1
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of a token in the finishing kernel's shared memory: its streams; with `post` also y, post and comb."""
+        return self.columns * 2 * (STREAMS + self.post) + self.post * COEFFICIENTS * 4
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Of the finishing kernel's shared memory beside its slots, at most: a collapsed token, sums, logits, barriers."""
+        return self.columns * 2 + 2 * self.finish * (WARP * 8 + 4) + 2 * BATCH * STREAMS * STREAMS * 8 + 1024
+
+    @property
+    def finish_threads(self) -> int:
+        return (self.finish + (self.outputs > STREAMS)) * WARP
+
+    @property
+    def chunks(self) -> int:
+        """Runs of 8 columns of a finishing thread."""
+        return -(-self.columns // (CHUNK * WARP * self.finish))
+
+    @property
+    def finish_bound(self) -> int:
+        """Threads that the compiler is to think of, for it has no other way to be told of registers. It rounds warps to fours.
+
+        A quarter of a multiprocessor has 16,384 registers. Few tokens: 96 for each of its three warps of a finishing CTA, and
+        224 for one of a projecting CTA. Many: 80 for each of two, and 168 for each of two.
+        """
+        return max(self.finish_threads, 640 if self.finish > MANY_FINISH else 768)
+
+    @property
+    def project_bound(self) -> int:
+        """Likewise."""
+        return 256 if self.finish > MANY_FINISH else 384
+
+    def check(self) -> None:
+        """Raises ValueError naming the choice that cannot be."""
+        if self.columns < BLOCK or self.columns % BLOCK:
+            raise ValueError(f"columns must be a multiple of {BLOCK}, got {self.columns}")
+        if self.outputs not in (STREAMS, STREAMS * (2 + STREAMS)):
+            raise ValueError(f"outputs must be {STREAMS} or {STREAMS * (2 + STREAMS)}, got {self.outputs}")
+        if self.post and self.outputs == STREAMS:
+            raise ValueError("post must be false for the head's 4 outputs, got True")
+        if self.weight not in _ELEMENTS:
+            raise ValueError(f"weight must be bf16 or f32, got {self.weight!r}")
+        if not 1 <= self.warps <= MAX_WARPS or self.columns % (BLOCK * self.warps):
+            raise ValueError(f"warps must be 1 to {MAX_WARPS} and divide {self.columns // BLOCK}, got {self.warps}")
+        if self.ahead not in (2, 3, 4):
+            raise ValueError(f"ahead must be 2, 3 or 4, got {self.ahead}")
+        if self.window < 0 or self.patience < 0:
+            raise ValueError(f"window and patience must not be negative, got {self.window} and {self.patience}")
+        if not 1 <= self.finish <= 16:
+            raise ValueError(f"finish must be 1 to 16, got {self.finish}")
+        if self.ring < 1 or self.ring * self.slot_bytes > SHARED_BYTES - 16 * 1024:
+            raise ValueError(
+                f"ring must be >= 1 and fit {SHARED_BYTES - 16 * 1024} bytes, got {self.ring} of {self.slot_bytes}"
+            )
+
+    @classmethod
+    def for_shape(cls, tokens: int, columns: int, outputs: int, post: bool, weight: str, multiprocessors: int) -> MixConfig:
+        """Few tokens: as many projecting CTAs as there are multiprocessors, and a wide finishing CTA for every token. Many: 8
+        warps share a slice's sums, which bounds the bytes of partial sums, and both kernels fit one multiprocessor together.
+        """
+        tiles = -(-tokens // TILE)
+        blocks = max(columns // BLOCK, 1)
+
+        def ctas(warps: int) -> int:
+            slices = blocks // warps
+            return min(max(multiprocessors // slices, 1), tiles) * slices
+
+        choices = [w for w in range(1, MAX_WARPS + 1) if blocks % w == 0]
+        fitting = [w for w in choices if blocks // w <= multiprocessors] or choices[-1:]
+        most = max(ctas(w) for w in fitting)
+        # within a tenth the larger: fewer sums to write and to read
+        warps = max(w for w in fitting if ctas(w) >= 0.9 * most)
+        few = tokens <= multiprocessors
+        finish = min(FEW_FINISH if few else MANY_FINISH, -(-columns // (CHUNK * WARP)))
+        config = cls(columns, outputs, post, weight, warps, 2, finish, 1)
+        ring = 1 if few else max(min((_FINISH_BYTES - config.fixed_bytes) // config.slot_bytes, 4), 1)
+        ahead = 2 if few or post else 3  # as far as registers go
+        window = 0 if few else max(_WINDOW_BYTES // (columns * 2 * STREAMS), 2 * multiprocessors)
+        return cls(columns, outputs, post, weight, warps, ahead, finish, ring, window)
+
+
+@dataclass(frozen=True)
+class PostConfig:
+    """Of `post` alone. units: chunks of 8 columns of a lane; warps: of a CTA."""
+
+    units: int = 2
+    warps: int = 4
+
+    @property
+    def piece(self) -> int:
+        """Columns of a warp."""
+        return self.units * WARP * CHUNK
+
+    def check(self) -> None:
+        """Raises ValueError naming the choice that cannot be."""
+        if self.units not in (1, 2, 4) or not 1 <= self.warps <= 32:
+            raise ValueError(f"units must be 1, 2 or 4, and warps 1 to 32, got {self}")
+
+    @classmethod
+    def for_shape(cls, tokens: int, columns: int) -> PostConfig:
+        """Two chunks of a lane, ten loads in flight, where that leaves warps enough and a row is long enough."""
+        two = cls(2)
+        return two if columns >= two.piece and tokens * -(-columns // two.piece) >= _MANY_WARPS else cls(1)
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Of the embedding: copies of a row, 16-byte words of a row, integer type of ids, warps of a CTA (one word a lane)."""
+
+    streams: int
+    words: int
+    token: str
+    warps: int = 4
+
+    def check(self) -> None:
+        """Raises ValueError naming the choice that cannot be."""
+        if self.streams < 1 or self.words < 1 or self.token not in _INTEGERS or not 1 <= self.warps <= 32:
+            raise ValueError(f"streams, words and warps must be positive, token i32 or i64, got {self}")

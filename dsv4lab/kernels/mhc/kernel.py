@@ -1,0 +1,66 @@
+"""`pre`, `post_pre` and `head` as CuTeDSL compiles them: the projection and, beside it, what follows from it (PDL).
+
+The order of launches makes waiting safe: CTAs of `finish` start once every CTA of `project` runs, and what `project`
+may wait for it stops waiting for (`Project._hold`).
+
+Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
+"""
+
+from typing import Any
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+from dsv4lab.kernels.mhc.config import WARP, MixConfig
+from dsv4lab.kernels.mhc.finish import Finish
+from dsv4lab.kernels.mhc.project import Project
+
+_CARVEOUT = 100  # percent of the L1 for shared memory, of both kernels: with two opinions they could not share a multiprocessor
+
+
+class Mix:
+    """One configuration."""
+
+    def __init__(self, plan: MixConfig) -> None:
+        plan.check()
+        self.plan = plan
+        self.project, self.finish = Project(plan), Finish(plan)
+
+    @cute.jit
+    def __call__(
+        self,
+        streams: Any,
+        y: Any,
+        post: Any,
+        comb: Any,
+        fn: Any,
+        partial: Any,
+        progress: Any,
+        base: Any,
+        scale: Any,
+        weight: Any,
+        new: Any,
+        out: Any,
+        new_post: Any,
+        new_comb: Any,
+        eps: Float32,
+        hc_eps: Float32,
+        iters: Int32,
+        groups: Int32,
+        ctas: Int32,
+        stream: Any,
+    ) -> None:
+        """streams, new (M, 4, D / 2), y, out (M, D / 2) words of two BF16; post, new_post (M, 4), comb, new_comb (M, 16) f32.
+
+        fn: `prepared`; partial (M, slices, row) words, `UNSET` before and after; progress (1,) i32
+        counts tokens, from anywhere; base (N,), scale (3,) or (1,) f32; weight (D,).
+        y, post, comb and new are read and written with `post` only, new_post and new_comb not by the head. M > 0.
+        """
+        plan = self.plan
+        how = dict(min_blocks_per_mp=1, preferred_smem_carveout=_CARVEOUT, stream=stream, use_pdl=True)
+        self.project.kernel(streams, y, post, comb, fn, partial, progress).launch(
+            grid=[plan.slices, groups, 1], block=[plan.warps * WARP, 1, 1], max_number_threads=[plan.project_bound, 1, 1], **how
+        )
+        self.finish.kernel(
+            streams, y, post, comb, partial, progress, base, scale, weight, new, out, new_post, new_comb, eps, hc_eps, iters
+        ).launch(grid=[ctas, 1, 1], block=[plan.finish_threads, 1, 1], max_number_threads=[plan.finish_bound, 1, 1], **how)

@@ -1,0 +1,67 @@
+"""`fn` as the projection holds it: float32 as three BF16, in the order of `mma.sync` fragments; made once, kept beside `fn`.
+
+A float32 is the sum of three BF16: it rounded, what is left rounded, the rest; 8 bits each, of the 24. The streams are BF16, so
+that a float32 times them is three exact products. Two parts would leave comb 1.1e-5 off, relative, for `scale` 1 and products
+of unit size, and 5e-5 for 4 (1,024 random tokens of 4096).
+
+A block is 16 columns of D in all four streams. Lane (g, q) = (lane // 4, lane % 4) has, of output 8 n + g and stream j, columns
+4 q .. 4 q + 3 of the block: two words for each part, the two halves of the product's K. The streams' fragments are permuted
+along K alike, which a sum does not mind, and are read 8 bytes a lane.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+
+from dsv4lab.kernels.mhc.config import BLOCK, PARTS, STREAMS, WARP
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What was made, and of what: the tensor itself, since an id may come again, as it then was."""
+
+    source: weakref.ref[torch.Tensor]
+    state: tuple[int, int]
+    made: torch.Tensor
+
+
+_known: dict[int, _Entry] = {}
+
+
+def prepare(fn: torch.Tensor) -> torch.Tensor:
+    """fn (N, 4 D) f32, N 24 or 4, D % 16 == 0 -> (D / 16, words / 4, 32, 4) i32: words of a lane, four at a time.
+
+    A lane's words run over (stream, part, tile of 8 outputs, half), the last fastest; rows past N are zero.
+    """
+    outputs, blocks = fn.shape[0], fn.shape[1] // (STREAMS * BLOCK)
+    tiles = -(-outputs // 8)
+    padded = torch.zeros(tiles * 8, fn.shape[1], dtype=torch.float32, device=fn.device)
+    padded[:outputs] = fn
+    parts, rest = [], padded
+    for _ in range(PARTS):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1].float()
+    # (part, tile, g, stream, block, q, half, pair) -> (block, stream, part, tile, half, g, q, pair)
+    split = torch.stack(parts).view(PARTS, tiles, 8, STREAMS, blocks, 4, 2, 2).permute(4, 3, 0, 1, 6, 2, 5, 7)
+    words = split.contiguous().view(torch.int32).view(blocks, -1, 4, WARP)
+    return words.transpose(2, 3).contiguous()
+
+
+def prepared(fn: torch.Tensor) -> torch.Tensor:
+    """`prepare`, from memory where `fn` has not changed since.
+
+    Making it waits for the device: kernels read it before the kernel ahead of them has ended.
+    """
+    state = fn.data_ptr(), -1 if fn.is_inference() else fn._version
+    found = _known.get(id(fn))
+    if found is None or found.source() is not fn or found.state != state:
+        made = prepare(fn)
+        if fn.device.type == "cuda":
+            torch.cuda.current_stream(fn.device).synchronize()
+        if found is None:
+            weakref.finalize(fn, _known.pop, id(fn), None)
+        found = _known[id(fn)] = _Entry(weakref.ref(fn), state, made)
+    return found.made
