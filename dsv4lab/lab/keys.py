@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from dsv4lab.config import CSA, HCA, ModelConfig
-from dsv4lab.records import INDEX_RECORDS, KV_RECORDS, index_record, kv_record
+from dsv4lab.records import INDEX_RECORDS, KV_RECORDS, allocate_kv_pages, index_record, kv_record
 from dsv4lab.reference import quant
 
 ROTARY = 64  # dims at a key's end that stay BF16
@@ -85,3 +85,15 @@ def fixed_bytes(config: ModelConfig, record: str) -> tuple[int, int]:
     per_csa = 2 * config.csa_ratio * 2 * (config.head_dim + config.index_head_dim)  # channels of the tokens of two blocks
     channels = csa * per_csa + hca * config.hca_ratio * config.head_dim
     return window, 4 * _STATE_NUMBERS * channels
+
+
+def repacked(pages: torch.Tensor, record: str) -> torch.Tensor:
+    """A pool of plain keys (P, page, c) as a pool of another record. Raises ValueError on the name."""
+    if record == "plain":
+        return pages
+    num_pages, page_size, dim = pages.shape
+    empty = allocate_kv_pages(
+        record, num_pages=num_pages, page_size=page_size, dim=dim, rope_dim=ROTARY, dtype=pages.dtype, device=pages.device
+    )
+    slots = torch.arange(num_pages * page_size, device=pages.device)
+    return in_pages(pages.flatten(0, 1), record, slots, empty, page_size)

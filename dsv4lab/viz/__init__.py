@@ -25,6 +25,7 @@ from dsv4lab.viz.mhc_mixing import plot_mhc_mixing
 from dsv4lab.viz.mhc_weights import plot_mhc_weights
 from dsv4lab.viz.mtp_acceptance import plot_mtp_acceptance
 from dsv4lab.viz.number_grid import plot_number_grid
+from dsv4lab.viz.online_softmax import plot_online_softmax
 from dsv4lab.viz.pair_planes import plot_pair_planes
 from dsv4lab.viz.permutation import plot_permutation
 from dsv4lab.viz.perplexity import plot_perplexity
@@ -38,6 +39,7 @@ from dsv4lab.viz.scale_histogram import plot_scale_histogram
 from dsv4lab.viz.scale_layout import plot_scale_layout
 from dsv4lab.viz.scale_words import plot_scale_words
 from dsv4lab.viz.shape_tour import plot_shape_tour
+from dsv4lab.viz.shares import plot_shares
 from dsv4lab.viz.sinkhorn import plot_sinkhorn
 from dsv4lab.viz.stream_norms import plot_stream_norms
 from dsv4lab.viz.style import STYLE_PATH, style_context, use_style
@@ -72,6 +74,7 @@ __all__ = [
     "plot_mhc_weights",
     "plot_mtp_acceptance",
     "plot_number_grid",
+    "plot_online_softmax",
     "plot_pair_planes",
     "plot_permutation",
     "plot_perplexity",
@@ -85,6 +88,7 @@ __all__ = [
     "plot_scale_layout",
     "plot_scale_words",
     "plot_shape_tour",
+    "plot_shares",
     "plot_sinkhorn",
     "plot_stream_norms",
     "plot_swizzle",

@@ -341,10 +341,12 @@ def shared(total: int, seqs: int, g: torch.Generator) -> list[tuple[int, int]]:
 def test_on_the_gpu(ratio: int, overlap: bool, key: str, tokens: int, seed: int) -> None:
     """A step after another that left blocks half full and rings half old; then one token more of each sequence."""
     for record, rounded in (("plain", False), ("plain", True), ("fp8", True), ("nvfp4" if key == "kv" else "fp4", True)):
-        seqs = min(max(tokens // 8, 4), 24)
+        seqs = min(max(tokens // (2 * ratio), 4), 24)
         ring = ratio * (2 if overlap else 1) + 4
-        scene = Scene(ratio, overlap, key, record, rounded, ring, 2 * tokens + 300, seqs, seed, 128 // ratio, device="cuda")
-        for step in (shared(tokens + 200, seqs, scene.g), shared(tokens, seqs, scene.g), [(s, 1) for s in range(seqs)]):
+        more = 200 + 4 * ratio  # of which one sequence at least has a whole block
+        most = 2 * tokens + more + 100
+        scene = Scene(ratio, overlap, key, record, rounded, ring, most, seqs, seed, 128 // ratio, device="cuda")
+        for step in (shared(tokens + more, seqs, scene.g), shared(tokens, seqs, scene.g), [(s, 1) for s in range(seqs)]):
             scene.step(step)
         scene.check()
 

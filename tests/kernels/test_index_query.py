@@ -60,10 +60,11 @@ def check(got: torch.Tensor, args: tuple[torch.Tensor, ...], record: str) -> flo
         unit = want[..., -64:].double().abs() * (2.0**-7 if got.dtype == BF16 else 2.0**-23)
         assert bool((off[..., -64:] <= torch.maximum(unit, FAR * length)).all())
     else:
-        # E4M3 has 3 bits of mantissa, E2M1's greatest step is a third of amax.
+        # E4M3 has 3 bits of mantissa, E2M1's greatest step is a third of amax. A BF16 that was rounded the other way moves all
+        # values that it is turned into by 2^-10 of itself, also those that nearly cancel.
         size = want.double().abs()
         block = size.unflatten(-1, (-1, 32)).amax(-1, keepdim=True).expand(*size.shape[:-1], -1, 32).flatten(-2)
-        step = torch.maximum(size * 2.0**-3, block * 2.0**-14) if record == "fp8" else block / 2
+        step = torch.maximum(size * 2.0**-3, block * 2.0**-9) if record == "fp8" else block / 2
         assert bool((off <= step).all())
     share = float((~equal(got, want).all(-1)).double().mean())
     plain_f32 = got.dtype == F32 and record == "plain"

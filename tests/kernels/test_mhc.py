@@ -142,6 +142,15 @@ def test_post_pre_is_post_then_pre(arch: str, tokens: int, how: dict) -> None:
     check_mix((new, *args[1:]), *found)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_slice_is_waited_for_by_one_warp_only(seed: int) -> None:
+    """Three slices for two warps: a sum that another warp has cleared must not be waited for again, as it was on an H200."""
+    args = material(4, 48)
+    plan = MixConfig(48, 24, False, "bf16", warps=1, ahead=2, finish=2, ring=2)
+    how = dict(schedule="random", seed=seed)
+    assert check_mix(args, *simulate("sm_90a", api.mhc_pre, *args, config=plan, how=how, **HOW)) < BOUND
+
+
 @pytest.mark.parametrize("tokens", [1, 37])
 def test_head(tokens: int) -> None:
     args = material(tokens, 80, 4)

@@ -87,8 +87,11 @@ def call(name: str, args: tuple[torch.Tensor, ...], config: HeadsConfig | None =
     """The operation of that name on (x, positions, inv_freq)."""
     if name.startswith("fp8"):
         return api.inverse_rope_fp8(*args, group=int(name.split()[1]), config=config)
-    many = GIVEN * torch.linspace(0.5, 2.0, len(args[1]), device=args[0].device)
-    given = {"one": torch.tensor(GIVEN, device=args[0].device), "many": many}.get(name)
+    given = None  # nothing else is made: a CUDA graph may be recording
+    if name == "one":
+        given = torch.tensor(GIVEN, device=args[0].device)
+    elif name == "many":
+        given = GIVEN * torch.linspace(0.5, 2.0, len(args[1]), device=args[0].device)
     return api.inverse_rope_nvfp4(*args, given, config=config)
 
 

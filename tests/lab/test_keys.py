@@ -59,3 +59,11 @@ def test_bytes_of_a_record() -> None:
         keys.record_bytes(FLASH, "fp4")
     with pytest.raises(ValueError, match="packed key record"):
         keys.pack(torch.zeros(1, 512), "plain")
+
+
+@pytest.mark.parametrize("record", ["plain", "fp8", "nvfp4"])
+def test_a_pool_as_another_record_holds_the_same_keys_rounded(record: str) -> None:
+    pages = torch.randn(3, 32, 512, generator=torch.Generator().manual_seed(5)).bfloat16()
+    slots = torch.randperm(96, generator=torch.Generator().manual_seed(6))
+    got = cache_read(keys.repacked(pages, record), slots, record=record, page_size=32, dim=512, rope_dim=64)
+    assert torch.equal(got, keys.round_trip(pages.flatten(0, 1), record)[slots])

@@ -363,6 +363,25 @@ def test_gates_show_tokens_as_rows_and_their_mean() -> None:
     assert axs[0].lines[0].get_ydata()[0] == 1.5 and axs[1].lines[0].get_xdata()[0] == pytest.approx(1 / 3)
 
 
+def test_online_softmax_writes_by_what_the_sum_was_scaled() -> None:
+    axs = viz.plot_online_softmax(np.arange(5.0), [1.0, 3.0, 3.0], [0.25, 0.5, 0.75], tile=2, sink=2.0)
+    assert texts(axs[1]) == ["kept", "x 0.25", "kept"]
+    np.testing.assert_allclose([p.get_height() for p in axs[1].patches], [0.25, 0.5, 0.75])
+    np.testing.assert_allclose([p.get_width() for p in axs[1].patches], [2, 2, 1])
+    np.testing.assert_allclose(line(axs[0], "sink"), [2, 2])
+
+
+def test_shares_show_median_and_mean_of_each_way() -> None:
+    values = np.array([0.0, 0.1, 0.2, 0.3, 1.0])
+    ax = viz.plot_shares({"a": values, "b": np.full(3, 0.5)}, mark=("bar", 0.9))
+    medians = [a.get_xdata()[0] for a in ax.lines if a.get_marker() == "o"]
+    np.testing.assert_allclose(medians, [0.2, 0.5])
+    assert texts(ax) == ["0.320", "0.500", "mean"]
+    bar = ax.patches[0]
+    np.testing.assert_allclose([bar.get_x(), bar.get_x() + bar.get_width()], [0.1, 0.3])
+    np.testing.assert_allclose(line(ax, "bar"), [0, 1])
+
+
 def test_pooling_colours_what_is_read() -> None:
     ax = viz.plot_pooling(np.array([[1, 0, 2]]), ["first", "second", "never"], title="CSA")
     np.testing.assert_array_equal(ax.images[0].get_array(), [[1, 0, 2]])

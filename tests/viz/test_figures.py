@@ -197,6 +197,16 @@ def cases() -> dict[str, Case]:
             [softmax(rng.normal(size=(33, 8))).T],
             {"tokens": [f"token {i}" for i in range(8)], "cuts": [4], "title": "entry 3"},
         ),
+        "online_softmax": (
+            viz.plot_online_softmax,
+            [rng.normal(size=70), np.array([1.0, 1.0, 2.5]), np.array([0.2, 0.5, 0.9])],
+            {"tile": 32, "sink": 0.5},
+        ),
+        "shares": (
+            viz.plot_shares,
+            [{"one way": rng.uniform(0.2, 0.9, 31), "another": rng.uniform(0.5, 1.0, 7)}],
+            {"quantity": "share kept", "mark": ("all", 1.0)},
+        ),
         "pooling": (viz.plot_pooling, [np.eye(3, 21, dtype=int) * 2], {"kinds": ["first half", "second half"], "title": "CSA"}),
         "shape_tour": (
             viz.plot_shape_tour,
@@ -435,6 +445,11 @@ REFUSED = [
     ("cache_growth", 1, {"a": np.ones(4)}, r"sizes\['a'\] must have shape \(3\), got \(4,\)"),
     ("gates", 0, np.full((8, 5), 0.5), r"weights must add up to 1 in every channel, got a sum off by 3"),
     ("gates", "tokens", ["a"], r"tokens must have 8 entries, got 1"),
+    ("online_softmax", 1, np.array([1.0, 0.5, 2.0]), r"maxima must not fall, got 1 followed by less"),
+    ("online_softmax", 2, np.array([0.1, 0.2]), r"shares must have shape \(3\), got \(2,\)"),
+    ("online_softmax", "tile", 0, r"tile must be > 0 and finite, got 0"),
+    ("shares", 0, {"a": np.array([0.5, 1.5])}, r"shares\['a'\] must lie in \[0, 1\], got \[0.5, 1.5\]"),
+    ("shares", "quantiles", (0.3, 0.9), r"quantiles must be in \[0, 0.25\] and \[0.75, 1\], got 0.3 and 0.9"),
     ("pooling", 0, np.full((2, 3), 3), r"reads must lie in \[0, 2\], got \[3, 3\]"),
     ("pooling", "kinds", [], r"kinds must be 1 to 7 names, got 0"),
     ("shape_tour", 0, [], r"rows must not be empty, got no stage"),

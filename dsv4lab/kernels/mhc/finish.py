@@ -190,14 +190,16 @@ class Finish:
 
     # ---- sums ------------------------------------------------------------------------------------------------------------
     def _place(self, partial: Any, token: Any, k: int, warp: Any, lane: Any) -> Any:
-        """A lane's number in a warp's k-th slice; lanes past the last number repeat it, and so do slices."""
-        piece = cutlass.min(warp + k * self.plan.finish, self.plan.slices - 1)
-        return partial[token, piece, None].iterator + cutlass.min(lane, self.plan.outputs)
+        """A lane's number in a warp's k-th slice, which must be there; lanes past the last number repeat it."""
+        return partial[token, warp + k * self.plan.finish, None].iterator + cutlass.min(lane, self.plan.outputs)
 
     @cute.jit
     def _ask(self, partial: Any, got: Any, token: Any, warp: Any, lane: Any) -> None:
+        """What is there of a warp's slices; 0 for a slice past the last, which is no other warp's to be waited for."""
         for k in cutlass.range_constexpr(self.rows):
-            got[k] = val.load_relaxed(self._place(partial, token, k, warp, lane))
+            got[k] = Uint32(0)
+            if warp + k * self.plan.finish < self.plan.slices:
+                got[k] = val.load_relaxed(self._place(partial, token, k, warp, lane))
 
     @cute.jit
     def _sum(self, partial: Any, got: Any, token: Any, warp: Any, lane: Any) -> Any:

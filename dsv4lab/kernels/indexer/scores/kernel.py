@@ -288,14 +288,16 @@ class IndexScoresSm90:
                 stage = stages.iterator.toint() + ring.stage(step) * plan.stage_bytes
                 ring.wait_full(step)
                 factors = decode_rows(plan.record, stage, stage + TILE * plan.data_bytes, row, lane % 4, words)
-                cute.arch.sync_warp()
-                if lane == 0:
-                    cute.arch.mbarrier_arrive(ring.empty(step))
                 warpgroup.fence()
                 for j in cutlass.range_constexpr(BLOCKS):
                     mma.set(warpgroup.Field.ACCUMULATE, j > 0)
                     cute.gemm(mma, sums, keys[None, None, j], operand[None, None, j % 4, j // 4], sums)
                 warpgroup.commit_group()
+                # Products that have begun have their registers, so this warp's loads have ended. Released behind the loads
+                # themselves, a stage was filled again under those of plain keys, which nothing else waits for (H200).
+                cute.arch.sync_warp()
+                if lane == 0:
+                    cute.arch.mbarrier_arrive(ring.empty(step))
                 warpgroup.wait_group(0)
                 scores = self._reduce(sums, weights, factors, lane)
                 for i in cutlass.range_constexpr(len(mine)):
