@@ -13,7 +13,7 @@ from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.moe.router.config import STEP, RouterConfig, choose
 
 _INTEGER = {torch.int32: "i32", torch.int64: "i64"}
-_arrivals: dict[tuple[torch.device, int], torch.Tensor] = {}
+_arrivals: dict[tuple[torch.device, int, int], torch.Tensor] = {}
 
 
 def router_topk(
@@ -117,11 +117,19 @@ def _launch(
 
 
 def _counters(device: torch.device, count: int) -> torch.Tensor:
-    """Zeros that every launch leaves as it found them; one set for each stream, since launches on one do not overlap here."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    known = _arrivals.get((device, stream))
-    if known is None or known.numel() < count:
-        known = _arrivals[device, stream] = torch.zeros(max(count, 256), dtype=torch.int32, device=device)
+    """Zeros that every launch leaves as it found them; one set for each stream, since launches on one do not overlap here.
+
+    Sets are kept for good, larger ones beside smaller: a CUDA graph may hold them. What is made while a graph is recorded is
+    that graph's own, which sets it to zero whenever it is replayed.
+    """
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    size = max(1 << max(count - 1, 0).bit_length(), 256)
+    known = _arrivals.get((device, stream, size))
+    if known is None:
+        known = torch.zeros(size, dtype=torch.int32, device=device)
+        if not (on_gpu and torch.cuda.is_current_stream_capturing()):
+            _arrivals[device, stream, size] = known
     return known[:count]
 
 
