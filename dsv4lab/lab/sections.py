@@ -13,7 +13,7 @@ from dsv4lab.lab.checks import check_that
 from dsv4lab.lab.roofline import Ceilings, Work
 
 DATA_SHEET = Ceilings(4.8e12, 989e12, "data sheet of an H200")
-FIELDS = ("shape", "m", "equal", "registers", "spill_bytes", "percent_of_bar")  # of a measured row
+FIELDS = ("shape", "m", "format", "equal", "registers", "spill_bytes", "percent_of_bar")  # of a measured row
 PEERS = ("torch", "torch.compile")
 
 
@@ -58,4 +58,6 @@ def print_floors(work: Mapping[str, Work], base: Baseline, tokens: int) -> tuple
     print(hopper.table(floors), f"ceilings: {ceilings.source}", base, sep="\n")
     rows = [row for name in work for row in base.where(shape=name)]
     print(hopper.table(baselines.summary(rows, FIELDS, PEERS)))
-    return baselines.bound_and_time([row for row in rows if row["m"] == tokens], "{shape}")
+    drawn = [row for row in rows if row["m"] == tokens]
+    twice = len({row["shape"] for row in drawn}) < len(drawn)  # then formats tell them apart
+    return baselines.bound_and_time(drawn, "{shape}, {format}" if twice else "{shape}")

@@ -41,6 +41,7 @@ from dsv4lab.viz.scale_words import plot_scale_words
 from dsv4lab.viz.shape_tour import plot_shape_tour
 from dsv4lab.viz.shares import plot_shares
 from dsv4lab.viz.sinkhorn import plot_sinkhorn
+from dsv4lab.viz.spectrum import plot_spectrum
 from dsv4lab.viz.stream_norms import plot_stream_norms
 from dsv4lab.viz.style import STYLE_PATH, style_context, use_style
 from dsv4lab.viz.swizzle import plot_swizzle
@@ -90,6 +91,7 @@ __all__ = [
     "plot_shape_tour",
     "plot_shares",
     "plot_sinkhorn",
+    "plot_spectrum",
     "plot_stream_norms",
     "plot_swizzle",
     "plot_tmem_map",

@@ -55,7 +55,7 @@ def test_every_case_asks_for_kernels_that_can_be(suite: str) -> None:
     assert len({job.name for job in jobs}) == len(jobs)
     if not failures:
         quick, _ = compiling.plan([suite], quick=True)
-        assert len(jobs) >= LEAST_KERNELS.get(suite, 21) and 0 < len(quick) < len(jobs)
+        assert len(jobs) >= LEAST_KERNELS.get(suite, 21) and 0 < len(quick) <= len(jobs)
     assert cache.kernel.__name__ == "kernel" and cache._link.__name__ == "_link", "what the plan replaced is back"
 
 

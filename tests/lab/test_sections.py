@@ -52,3 +52,6 @@ def test_floors_stand_beside_the_rows_that_carry_their_names(capsys: pytest.Capt
     assert sections.print_floors(work, Baseline("s", "three rows", rows), 8192) == ({"write fp8": 4.0}, {"write fp8": 5.0})
     shown = capsys.readouterr().out
     assert "measured: D" in shown and shown.count("write fp8") == 3 and "other" not in shown
+    twice = (one | {"format": "a"}, one | {"format": "b", "us": 6.0})
+    _, time = sections.print_floors(work, Baseline("s", "two rows", twice), 8192)
+    assert time == {"write fp8, a": 5.0, "write fp8, b": 6.0}

@@ -371,6 +371,12 @@ def test_online_softmax_writes_by_what_the_sum_was_scaled() -> None:
     np.testing.assert_allclose(line(axs[0], "sink"), [2, 2])
 
 
+def test_a_spectrum_shows_what_each_rank_leaves_out() -> None:
+    ax = viz.plot_spectrum({"a": np.array([2.0, 1.0, 1.0])}, marks={"one": 1})
+    np.testing.assert_allclose(line(ax, "a"), [1, 1 / 3, 1 / 6, 1e-6], rtol=1e-9)
+    assert texts(ax) == [" 33 %", "one"]
+
+
 def test_shares_show_median_and_mean_of_each_way() -> None:
     values = np.array([0.0, 0.1, 0.2, 0.3, 1.0])
     ax = viz.plot_shares({"a": values, "b": np.full(3, 0.5)}, mark=("bar", 0.9))

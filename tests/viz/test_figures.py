@@ -202,6 +202,11 @@ def cases() -> dict[str, Case]:
             [rng.normal(size=70), np.array([1.0, 1.0, 2.5]), np.array([0.2, 0.5, 0.9])],
             {"tile": 32, "sink": 0.5},
         ),
+        "spectrum": (
+            viz.plot_spectrum,
+            [{"weights": np.sort(rng.uniform(0.1, 1, 12))[::-1].copy(), "outputs": 2.0 ** -np.arange(9.0)}],
+            {"marks": {"half": 6}},
+        ),
         "shares": (
             viz.plot_shares,
             [{"one way": rng.uniform(0.2, 0.9, 31), "another": rng.uniform(0.5, 1.0, 7)}],
@@ -448,6 +453,8 @@ REFUSED = [
     ("online_softmax", 1, np.array([1.0, 0.5, 2.0]), r"maxima must not fall, got 1 followed by less"),
     ("online_softmax", 2, np.array([0.1, 0.2]), r"shares must have shape \(3\), got \(2,\)"),
     ("online_softmax", "tile", 0, r"tile must be > 0 and finite, got 0"),
+    ("spectrum", 0, {"a": np.array([1.0, 2.0])}, r"values\['a'\] must be singular values, largest first, got 1 first and 2"),
+    ("spectrum", "marks", {"none": 0}, r"marks\['none'\] must be > 0 and finite, got 0"),
     ("shares", 0, {"a": np.array([0.5, 1.5])}, r"shares\['a'\] must lie in \[0, 1\], got \[0.5, 1.5\]"),
     ("shares", "quantiles", (0.3, 0.9), r"quantiles must be in \[0, 0.25\] and \[0.75, 1\], got 0.3 and 0.9"),
     ("pooling", 0, np.full((2, 3), 3), r"reads must lie in \[0, 2\], got \[3, 3\]"),
