@@ -1,6 +1,6 @@
 """Measure the kernels and write the baselines: one command for all of it.
 
-python benchmarks/run.py [OUT.jsonl] [--only linear,quantizers,experts,rope_and_cache,indexer,attention,attention_layer] [--quick]
+python benchmarks/run.py [OUT.jsonl] [--only SUITE,..] [--quick]
 
 `--help` tells the rest; `common.py` how it is measured, each suite's module what.
 """

@@ -119,7 +119,7 @@ class Consume:
                     self._score(me, q, k, scores, phase)
                     phase = phase ^ 1
                     warpgroup.wait_group(0)
-                    if cutlass.const_expr(plain):
+                    if cutlass.const_expr(plain):  # noqa: SIM102 (the first is the compiler's)
                         if blocks > 1:
                             cute.arch.barrier_arrive(barrier_id=_SCORED, number_of_threads=2 * WARPGROUP)
                     if blocks <= 2 and lane == 0:
@@ -151,7 +151,7 @@ class Consume:
                     warpgroup.wait_group(0)
                     self._release(lane, 1, 0)
             else:
-                if cutlass.const_expr(plain):
+                if cutlass.const_expr(plain):  # noqa: SIM102 (the first is the compiler's)
                     if blocks > 1:  # not beside the other's first scores, which all wait for, but beside its softmax
                         cute.arch.barrier(barrier_id=_SCORED, number_of_threads=2 * WARPGROUP)
                 for i in cutlass.range(blocks // 2, unroll=1):
