@@ -388,4 +388,4 @@ else:
 # - At first the bytes grow with the number of tokens, because hardly two choose the same expert; then experts repeat, and a
 #   token gets cheaper.
 #
-# Back to [01 · A prompt's path](01_tour.ipynb)
+# **Next:** [12 · Norm and rotation](12_norm_rope.ipynb)

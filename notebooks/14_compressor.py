@@ -253,4 +253,4 @@ else:
 # - Where steps begin and end leaves no trace, to the bit; drafts leave none where the ring has room for them.
 # - A number comes from memory once; what goes into the ring is read again while it is near.
 #
-# **Next:** the indexer, which chooses among the entries.
+# **Next:** [15 · The indexer](15_indexer.ipynb)

@@ -6,8 +6,8 @@
 #
 # Kernels: `dsv4lab/kernels/indexer/` (query, scores, choice); its keys are made by the compressor (notebook 14).
 #
-# **Needs** a C compiler or a Hopper GPU; notebook 14 explains entries. **Takes** half a minute on two CPU cores, longer where
-# the kernels have yet to be compiled. With `device="cuda"` the same cells run natively, and the last section measures.
+# **Needs** a C compiler or a Hopper GPU; notebook 14 helps. **Takes** half a minute on two CPU cores, longer where the kernels
+# have yet to be compiled. With `device="cuda"` the same cells run natively, and the last section measures.
 
 # %% tags=["parameters"]
 device = "auto"  # "auto", "cpu" (simulated) or "cuda" (native, an sm_90a)
@@ -120,7 +120,7 @@ worth = [float(picks.kept(p, mask[r])[full].mean()) for r in ("plain", "fp4")]
 lab.check_that("probability lost to four bits", worth[0] - worth[1], "<=", 0.01)
 
 # %% [markdown]
-# Entries at the edge change places; they matter least: many choices change, the probability that they keep hardly.
+# Entries at the edge change places, and they matter least: the probability that is kept hardly changes.
 #
 # ## 4. Hadamard: on both sides, or on neither
 #
@@ -150,9 +150,8 @@ lab.check_that("one side: share chosen alike", max(float(same[f"{n} alone, exact
 # %% [markdown]
 # ## 5. Ties
 #
-# Where all heads are cut off, scores are 0, all alike. Any choice among equals is right, but two that differ give two texts. So
-# the operation has a rule: **the lower entry wins**, entries come out in ascending order. The kernel finds the K-th score by
-# radix selection and counts ties in order. `torch.topk` promises nothing.
+# Where all heads are cut off, scores are 0. Any choice among equals is right, but two that differ give two texts, so there is a
+# rule: **the lower entry wins**, entries come out in ascending order. `torch.topk` promises nothing.
 
 # %%
 coarse = torch.randint(-2, 3, (queries, 300)).float().masked_fill(torch.arange(300) >= 280, -torch.inf)
@@ -163,8 +162,6 @@ for schedule in hopper.schedules(target):
     with hopper.running(target, schedule):
         got = ops.index_topk(coarse.to(target), few.to(target), k=k)
     lab.check(f"ties, {schedule}: the reference's entries", got, want, max_abs=0)
-lab.check("all equal: the first", want[0], torch.arange(k), max_abs=0)
-lab.record("nano: share of scores that are 0", float((scores[seen] == 0).double().mean()))
 
 # %% [markdown]
 # ## 6. The kernels
@@ -225,8 +222,7 @@ viz.plot_resources(**sections.print_uses(launched.launches, cache, names))
 # %% [markdown]
 # ## 8. Predicted and measured
 #
-# Predicted: a prefill's scores are products, a decode step's are bytes of keys; the choice reads its scores once. With
-# `device="cuda"` Flash's shapes are timed here, cold, called from Python.
+# Predicted: a prefill's scores are products, a decode step's are bytes of keys; the choice reads its scores once.
 
 # %%
 m, n = profile_shape
@@ -249,8 +245,7 @@ if target.type == "cuda":
     sees = (torch.arange(4 * n - m, 4 * n, device=target) + 1) // 4
     how = dict(record="fp4", page_size=32, max_entries=n)
     runs = {"scores prefill": functools.partial(ops.index_scores, q, w, pool, table, sequence, sees, **how)}
-    found = runs["scores prefill"]()
-    runs[f"topk 512 of {m} x {n}"] = functools.partial(ops.index_topk, found, sees, k=512)
+    runs[f"topk 512 of {m} x {n}"] = functools.partial(ops.index_topk, runs["scores prefill"](), sees, k=512)
     print(hopper.table(hopper.profile(target, runs, work, roofline.measure_ceilings(target))))
 else:
     print("no GPU: nothing is timed, the simulator's clock is no stopwatch")
@@ -259,8 +254,8 @@ else:
 # ## Findings
 #
 # - On real text the choice leaves out little more probability than the best choice would.
-# - How many choices rounding changes follows from its noise and the density of scores; they are those that matter least.
+# - How many choices rounding changes follows from its noise and the density of scores; they matter least.
 # - Hadamard on one side alone is silent and ruinous; on both it takes noise away.
-# - Ties have a rule, and the kernel keeps it; its choice is the reference's, entry for entry.
+# - Ties have a rule, which the kernel keeps.
 #
 # **Next:** [16 · Attention](16_attention.ipynb)

@@ -19,6 +19,7 @@ from dsv4lab.viz.frequency_tables import plot_frequency_tables
 from dsv4lab.viz.gates import plot_gates
 from dsv4lab.viz.growing_error import plot_growing_error
 from dsv4lab.viz.index_scores import plot_index_scores
+from dsv4lab.viz.launches import plot_launches
 from dsv4lab.viz.margins import plot_margins
 from dsv4lab.viz.memory_occupancy import plot_memory_occupancy
 from dsv4lab.viz.mhc_mixing import plot_mhc_mixing
@@ -69,6 +70,7 @@ __all__ = [
     "plot_gates",
     "plot_growing_error",
     "plot_index_scores",
+    "plot_launches",
     "plot_margins",
     "plot_memory_occupancy",
     "plot_mhc_mixing",

@@ -14,7 +14,7 @@ from dsv4lab.viz._palette import BLUE, BOUND, INK, ORANGE, SKY
 def plot_online_softmax(
     scores: Any, maxima: Any, shares: Any, *, tile: int, sink: float | None = None, unit: str = "base 2", axs: Any = None
 ) -> np.ndarray:
-    """Above, scores and the running maximum; below, how much of the final sum is there after each tile, and what it was scaled by.
+    """Above, scores and the running maximum; below, the sum after each tile over the final one, and what it was scaled by.
 
     scores (n,) in `unit`; maxima (t,): the running maximum after each of t = ceil(n / tile) tiles, rising; shares (t,) in
     [0, 1]: the sum so far in units of the final one, sink included. sink: its logit, drawn as a line; what the last share lacks

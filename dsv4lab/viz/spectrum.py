@@ -18,29 +18,28 @@ _FLOOR = 1e-6  # shares below it are drawn here
 def plot_spectrum(values: Mapping[str, Any], *, marks: Mapping[str, int] | None = None, ax: Axes | None = None) -> Axes:
     """Share of the energy that the best approximation of each rank leaves out, on a log axis; ranks to note as lines.
 
-    values: series name to (n,) singular values >= 0, largest first. marks: name to a rank; what each series leaves out there is
-    written beside it. Raises ValueError (shapes, negative, rising, all zero, a mark < 1), TypeError (dtypes).
+    values: series name to (n,) singular values >= 0, largest first. marks: name to a rank; what a series leaves out there is in
+    the legend. Raises ValueError (shapes, negative, rising, all zero, a mark < 1), TypeError (dtypes).
     """
     series = as_series("values", values, "n")
     for name, one in series.items():
-        label = f"values[{name!r}]"
-        require_finite(label, one)
-        require_range(label, one, 0, np.inf)
+        what = f"values[{name!r}]"
+        require_finite(what, one)
+        require_range(what, one, 0, np.inf)
         if (np.diff(one) > 0).any() or not one[0] > 0:
-            raise ValueError(f"{label} must be singular values, largest first, got {one[0]:g} first and {one.max():g} as the largest")
+            raise ValueError(f"{what} must be singular values, largest first, got {one[0]:g} first and {one.max():g} largest")
     for name, rank in (marks or {}).items():
         require_positive(f"marks[{name!r}]", rank)
     ax = one_axes(ax, (8.5, 3.6))
     for index, (name, one) in enumerate(series.items()):
         energy = np.square(one)
         left = np.r_[1.0, 1.0 - np.cumsum(energy) / energy.sum()]
-        ax.plot(np.maximum(left, _FLOOR), color=hue(index), linestyle=dash(index), linewidth=1.7, label=name)
-        for rank in (marks or {}).values():
-            if rank < len(left):
-                ax.plot(rank, max(left[rank], _FLOOR), marker="o", color=hue(index), linestyle="none")
-                ax.annotate(
-                    f" {100 * max(left[rank], 0):.2g} %", (rank, max(left[rank], _FLOOR)), va="bottom", fontsize=8.5, color=hue(index)
-                )
+        noted = [rank for rank in (marks or {}).values() if rank < len(one)]
+        shares = ", ".join(f"{100 * left[rank]:.2g} %" for rank in noted)
+        shown = np.maximum(left, _FLOOR)
+        label = f"{name}: {shares}" if shares else name
+        ax.plot(shown, color=hue(index), linestyle=dash(index), linewidth=1.7, label=label)
+        ax.plot(noted, shown[noted], marker="o", markersize=5, color=hue(index), linestyle="none")
     for name, rank in (marks or {}).items():
         ax.axvline(rank, color=BOUND, linewidth=1.2)
         ax.annotate(name, (rank, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9)

@@ -374,7 +374,15 @@ def test_online_softmax_writes_by_what_the_sum_was_scaled() -> None:
 def test_a_spectrum_shows_what_each_rank_leaves_out() -> None:
     ax = viz.plot_spectrum({"a": np.array([2.0, 1.0, 1.0])}, marks={"one": 1})
     np.testing.assert_allclose(line(ax, "a"), [1, 1 / 3, 1 / 6, 1e-6], rtol=1e-9)
-    assert texts(ax) == [" 33 %", "one"]
+    legend = ax.get_legend()
+    assert legend is not None and [t.get_text() for t in legend.get_texts()] == ["a: 33 %"] and texts(ax) == ["one"]
+
+
+def test_launches_lie_end_to_end() -> None:
+    ax = viz.plot_launches([1.0, 2.0, 1.0], ["a", "b", "a"])
+    np.testing.assert_allclose([p.get_x() for p in ax.patches], [0, 1, 3])
+    assert ax.patches[0].get_facecolor() == ax.patches[2].get_facecolor() != ax.patches[1].get_facecolor()
+    assert texts(ax) == ["25 %", "50 %", "25 %"]
 
 
 def test_shares_show_median_and_mean_of_each_way() -> None:

@@ -202,6 +202,7 @@ def cases() -> dict[str, Case]:
             [rng.normal(size=70), np.array([1.0, 1.0, 2.5]), np.array([0.2, 0.5, 0.9])],
             {"tile": 32, "sink": 0.5},
         ),
+        "launches": (viz.plot_launches, [rng.uniform(1, 9, 5), ["norm", "linear", "norm", "attention", "linear"]], {}),
         "spectrum": (
             viz.plot_spectrum,
             [{"weights": np.sort(rng.uniform(0.1, 1, 12))[::-1].copy(), "outputs": 2.0 ** -np.arange(9.0)}],
@@ -453,6 +454,8 @@ REFUSED = [
     ("online_softmax", 1, np.array([1.0, 0.5, 2.0]), r"maxima must not fall, got 1 followed by less"),
     ("online_softmax", 2, np.array([0.1, 0.2]), r"shares must have shape \(3\), got \(2,\)"),
     ("online_softmax", "tile", 0, r"tile must be > 0 and finite, got 0"),
+    ("launches", 0, np.zeros(5), r"lengths must not all be zero, got 5 of them"),
+    ("launches", 1, ["one"], r"names must have 5 entries, got 1"),
     ("spectrum", 0, {"a": np.array([1.0, 2.0])}, r"values\['a'\] must be singular values, largest first, got 1 first and 2"),
     ("spectrum", "marks", {"none": 0}, r"marks\['none'\] must be > 0 and finite, got 0"),
     ("shares", 0, {"a": np.array([0.5, 1.5])}, r"shares\['a'\] must lie in \[0, 1\], got \[0.5, 1.5\]"),
