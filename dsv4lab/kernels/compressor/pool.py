@@ -11,17 +11,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
+from dsv4lab.kernels._common.ptx import exp2
 from dsv4lab.kernels.compressor.config import LANE, TOKENS
 from dsv4lab.kernels.quant.rows import encode as enc
 
 LOG2_E = 1.4426950408889634
 LOWEST = -1e38  # below all scores that count, finite when multiplied by log2(e): tokens of score -inf weigh nothing
 MINUS_INFINITY = float("-inf")
-
-
-def exp2(x: Any) -> Any:
-    """Within 2 units in the last place; below 2^-126 it is 0."""
-    return cute.arch.inline_ptx("ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
 
 
 def load(address: Any, hint: str = "") -> list[Any]:

@@ -25,6 +25,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Int64, Uint32
 from cutlass.memory import SmemAllocator
 
+from dsv4lab.kernels._common.ptx import copy_bulk, load_words, store_words
 from dsv4lab.kernels.mhc import values as val
 from dsv4lab.kernels.mhc.config import BATCH, CHUNK, COEFFICIENTS, MANY_FINISH, STREAMS, WARP, MixConfig
 from dsv4lab.kernels.quant.rows import encode as enc
@@ -182,11 +183,11 @@ class Finish:
         cute.arch.mbarrier_arrive_and_expect_tx(barrier, plan.slot_bytes)
         target = slots.iterator.toint() + slot * plan.slot_bytes
         row = plan.columns * 2
-        val.copy_bulk(target, streams[token, 0, None].iterator, STREAMS * row, barrier)
+        copy_bulk(target, streams[token, 0, None].iterator, STREAMS * row, barrier)
         if cutlass.const_expr(plan.post):
-            val.copy_bulk(target + STREAMS * row, y[token, None].iterator, row, barrier)
-            val.copy_bulk(target + (STREAMS + 1) * row, post[token, None].iterator, STREAMS * 4, barrier)
-            val.copy_bulk(target + (STREAMS + 1) * row + STREAMS * 4, comb[token, None].iterator, _LOGITS * 4, barrier)
+            copy_bulk(target + STREAMS * row, y[token, None].iterator, row, barrier)
+            copy_bulk(target + (STREAMS + 1) * row, post[token, None].iterator, STREAMS * 4, barrier)
+            copy_bulk(target + (STREAMS + 1) * row + STREAMS * 4, comb[token, None].iterator, _LOGITS * 4, barrier)
 
     # ---- sums ------------------------------------------------------------------------------------------------------------
     def _place(self, partial: Any, token: Any, k: int, warp: Any, lane: Any) -> Any:
@@ -281,13 +282,13 @@ class Finish:
         given = [Float32(0.0)] * COEFFICIENTS
         if cutlass.const_expr(plan.post):
             place = at + (STREAMS + 1) * row
-            given = [w.bitcast(Float32) for i in range(COEFFICIENTS // 4) for w in val.load_shared(place + 16 * i)]
+            given = [w.bitcast(Float32) for i in range(COEFFICIENTS // 4) for w in load_words(place + 16 * i)]
         square = cute.make_rmem_tensor((2,), Float32)
         square.fill(0.0)
         for chunk in cutlass.range(thread, plan.columns // CHUNK, self.team, unroll=self.unroll):
-            x = [val.load_shared(at + j * row + chunk * 16) for j in range(STREAMS)]
+            x = [load_words(at + j * row + chunk * 16) for j in range(STREAMS)]
             if cutlass.const_expr(plan.post):
-                added = val.load_shared(at + STREAMS * row + chunk * 16)
+                added = load_words(at + STREAMS * row + chunk * 16)
                 made = [val.new_words(added[i], [x[j][i] for j in range(STREAMS)], given[:4], given[4:]) for i in range(4)]
                 x = [[made[i][j] for i in range(4)] for j in range(STREAMS)]
                 for j in cutlass.range_constexpr(STREAMS):
@@ -302,7 +303,7 @@ class Finish:
                 two = val.halves(words[i])
                 for h in cutlass.range_constexpr(2):
                     square[h] = enc.fma(two[h], two[h], square[h])
-            val.store_shared(rounded.iterator.toint() + chunk * 16, words)
+            store_words(rounded.iterator.toint() + chunk * 16, words)
         return enc.add(square[0], square[1])
 
     @cute.jit
@@ -313,7 +314,7 @@ class Finish:
         for chunk in cutlass.range(thread, plan.columns // CHUNK, self.team, unroll=self.unroll):
             w = cute.make_rmem_tensor((CHUNK,), weight.element_type)
             cute.autovec_copy(cute.local_tile(weight, (CHUNK,), (chunk,)), w)
-            held = val.load_shared(rounded.iterator.toint() + chunk * 16)
+            held = load_words(rounded.iterator.toint() + chunk * 16)
             words = []
             for i in cutlass.range_constexpr(4):
                 low, high = val.halves(held[i])

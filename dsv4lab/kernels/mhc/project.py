@@ -26,6 +26,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 from cutlass.memory import SmemAllocator
 
+from dsv4lab.kernels._common.ptx import load_words
 from dsv4lab.kernels.mhc import values as val
 from dsv4lab.kernels.mhc.config import BLOCK, COEFFICIENTS, PARTS, STREAMS, TILE, WARP, MixConfig
 from dsv4lab.kernels.quant.rows import encode as enc
@@ -160,7 +161,7 @@ class Project:
         if cutlass.const_expr(plan.post):
             for r in cutlass.range_constexpr(_ROWS):
                 base = coefficients.iterator.toint() + (b * TILE + group + 8 * r) * COEFFICIENTS * 4
-                found = [w.bitcast(Float32) for i in range(COEFFICIENTS // 4) for w in val.load_shared(base + 16 * i)]
+                found = [w.bitcast(Float32) for i in range(COEFFICIENTS // 4) for w in load_words(base + 16 * i)]
                 for i in cutlass.range_constexpr(_WORDS):
                     new = val.new_words(added[i, r, b], [x[i, j, r, b] for j in range(STREAMS)], found[:4], found[4:])
                     for j in cutlass.range_constexpr(STREAMS):

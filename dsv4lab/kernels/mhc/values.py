@@ -10,7 +10,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Float64, Int32, Uint32
+from cutlass import Float32, Float64, Uint32
 
 from dsv4lab.kernels.mhc.config import STREAMS
 from dsv4lab.kernels.quant.rows import encode as enc
@@ -40,20 +40,6 @@ def load_four(address: Any) -> list[Any]:
     )
 
 
-def load_shared(address: Any) -> list[Any]:
-    """Four words of shared memory."""
-    return list(
-        cute.arch.inline_ptx(
-            "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];", write_only_types=[Uint32] * 4, read_only_args=[address]
-        )
-    )
-
-
-def store_shared(address: Any, words: list[Any]) -> None:
-    """Four words to shared memory."""
-    cute.arch.inline_ptx("st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *words])
-
-
 def store_four(address: Any, words: list[Any]) -> None:
     """Four words to global memory."""
     cute.arch.inline_ptx("st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *words])
@@ -74,14 +60,6 @@ def store_relaxed(address: Any, word: Any) -> None:
 def copy_async(target: Any, source: Any) -> None:
     """16 bytes from global to shared memory."""
     cute.arch.inline_ptx("cp.async.cg.shared.global [{$r0}], [{$r1}], 16;", read_only_args=[target, source])
-
-
-def copy_bulk(target: Any, source: Any, size: Any, barrier: Any) -> None:
-    """Neighbouring bytes, asynchronously; size: a multiple of 16."""
-    cute.arch.inline_ptx(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
-        read_only_args=[target, source, Int32(size), barrier],
-    )
 
 
 # ---- values ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32
 
-from dsv4lab.kernels.attention.core import ptx
+from dsv4lab.kernels._common.ptx import exp2
 from dsv4lab.kernels.attention.core.config import DIM, CombineConfig
 
 LOG2_E = 1.4426950408889634
@@ -48,7 +48,7 @@ class Combine:
             high = cute.arch.fmax(high, lse[p, row])
         for offset in (16, 8, 4, 2, 1):
             high = cute.arch.fmax(high, cute.arch.shuffle_sync_bfly(high, offset))
-        whole = ptx.exp2(sink - high)
+        whole = exp2(sink - high)
         total = cute.make_rmem_tensor((_VECTOR,), Float32)
         total.fill(0.0)
         held = cute.make_rmem_tensor((_VECTOR, _AHEAD), Float32)
@@ -56,7 +56,7 @@ class Combine:
             weights = []
             for a in cutlass.range_constexpr(_AHEAD):
                 at = cutlass.min(first + a, parts - 1)
-                weight = ptx.exp2(lse[at, row] - high)
+                weight = exp2(lse[at, row] - high)
                 weight = weight if first + a < parts else Float32(0.0)
                 weights.append(weight)
                 held[None, a].fill(0.0)

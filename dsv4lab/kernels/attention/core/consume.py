@@ -30,8 +30,10 @@ import cutlass.utils.hopper_helpers as hopper
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
+from dsv4lab.kernels._common.ptx import exp2, log2
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import DIM, HALVES, KEYS, ROWS, TILES, WARPGROUP
+from dsv4lab.kernels.quant.rows import encode as enc
 
 LOG2_E = 1.4426950408889634
 _PROBABLE, _SUMMED, _SCORED = 1, 3, 4  # named barriers: 1 and 2, one a stage; an item's end; its first scores
@@ -263,17 +265,17 @@ class Consume:
             found = found * self.factor
             now = high[r]
             now = found if found > now + _SLACK else now
-            shrink[r] = ptx.exp2(high[r] - now)
+            shrink[r] = exp2(high[r] - now)
             high[r] = now
             if lane % 4 == 0:
                 self.maxima[me, warp * 16 + lane // 4 + 8 * r] = now
         for r in cutlass.range_constexpr(2):
             share = Float32(0.0)
             for j in cutlass.range_constexpr(_GROUPS):
-                low = ptx.exp2(scores[4 * j + 2 * r] * self.factor - high[r])
-                up = ptx.exp2(scores[4 * j + 2 * r + 1] * self.factor - high[r])
+                low = exp2(scores[4 * j + 2 * r] * self.factor - high[r])
+                up = exp2(scores[4 * j + 2 * r + 1] * self.factor - high[r])
                 share = share + (low + up)
-                words[2 * j + r] = ptx.pack(low, up)
+                words[2 * j + r] = enc.pack_bf16(low, up)
             total[r] = total[r] * shrink[r] + share
         # Rows of 128 bytes in the 128-byte swizzle; lane l has row l % 16 of its warp's 16, and one of a step's two chunks.
         base = self.probabilities.iterator.toint() + me * (ROWS * KEYS * 2) + (warp * 16 + lane % 16) * (KEYS * 2)
@@ -289,7 +291,7 @@ class Consume:
         self._see()
         for r in cutlass.range_constexpr(2):
             now = self.maxima[stage, warp * 16 + lane // 4 + 8 * r]
-            shrink[r] = ptx.exp2(high[r] - now)
+            shrink[r] = exp2(high[r] - now)
             total[r] = total[r] * shrink[r]
             high[r] = now
 
@@ -315,7 +317,7 @@ class Consume:
                 self._store_part(me, lane, r, (part, query * heads + head), head < heads, output, high[r], whole)
             else:
                 sink = self.sinks[cutlass.min(head, heads - 1)] * LOG2_E
-                weight = 1.0 / (whole + ptx.exp2(sink - high[r]))
+                weight = 1.0 / (whole + exp2(sink - high[r]))
                 self._store(me, lane, r, query * heads + head, head < heads, output, weight)
 
     @cute.jit
@@ -328,7 +330,7 @@ class Consume:
         base = self.out.iterator.toint() + (Int64(row) * DIM + column) * 2
         for j in cutlass.range_constexpr(0, _HALF // 8, 2):
             at = [4 * (j + i) + 2 * r for i in range(2)]
-            words = _exchange(odd == 1, [ptx.pack(output[i] * weight, output[i + 1] * weight) for i in at])
+            words = _exchange(odd == 1, [enc.pack_bf16(output[i] * weight, output[i + 1] * weight) for i in at])
             if inside:
                 ptx.store_global(base + j * 16, words)
 
@@ -354,7 +356,7 @@ class Consume:
                 at = 4 * j + 2 * r
                 ptx.store_global(base + j * 32, [output[at] * weight, output[at + 1] * weight])
         if inside and lane % 4 == 0 and me == 0:
-            self.lse[part, row] = high + ptx.log2(whole)
+            self.lse[part, row] = high + log2(whole)
 
 
 def _exchange(odd: Any, words: list[Any]) -> list[Any]:

@@ -14,7 +14,9 @@ from typing import Any
 
 from cutlass import Uint32
 
-from dsv4lab.kernels.attention.core.ptx import min_u32, mul_bf16x2, permute
+from dsv4lab.kernels._common.ptx import mul_bf16x2
+from dsv4lab.kernels.attention.core.ptx import permute
+from dsv4lab.kernels.quant.rows.encode import min_u32
 
 CODE_WORDS = {"fp8": 4, "nvfp4": 2}  # of 16 dims
 SCALE_WORDS = {"fp8": 2, "nvfp4": 8}  # of a record

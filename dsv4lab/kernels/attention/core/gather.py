@@ -18,6 +18,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
+from dsv4lab.kernels._common.ptx import store_words
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import GATHER_WARPS, HALVES, KEYS, TILE, TILES
 from dsv4lab.kernels.attention.core.decode import CODE_WORDS, SCALE_WORDS, decode, factors
@@ -205,5 +206,5 @@ def _load(address: Any, wanted: Any, words: Any, at: int, count: int) -> None:
 
 def _store(row: Any, chunk: Any, pairs: list[Any]) -> None:
     """16 dims of a key: two chunks of its row, next to each other before the swizzle."""
-    ptx.store_words(row + chunk, pairs[:4])
-    ptx.store_words(row + (chunk ^ 16), pairs[4:])
+    store_words(row + chunk, pairs[:4])
+    store_words(row + (chunk ^ 16), pairs[4:])

@@ -3,7 +3,7 @@
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Uint32
+from cutlass import Uint32
 
 
 def load_or_zeros(address: Any, wanted: Any, words: int) -> tuple[Any, ...]:
@@ -22,12 +22,6 @@ def copy_or_zeros(target: Any, source: Any, size: Any) -> None:
     """16 bytes, asynchronously, from global to shared memory; of these `size`, 16 or 0, are read and the rest are zeros."""
     code = "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};"
     cute.arch.inline_ptx(code, read_only_args=[target, source, size])
-
-
-def store_words(address: Any, words: Any) -> None:
-    """Four words to shared memory."""
-    code = "st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};"
-    cute.arch.inline_ptx(code, read_only_args=[address, *words])
 
 
 def store_byte(address: Any, value: Any) -> None:
@@ -54,29 +48,7 @@ def load_pair(address: Any) -> tuple[Any, Any]:
     return low, high
 
 
-def pack(low: Any, high: Any) -> Any:
-    """Two float32 as BF16, `low` in the low half."""
-    code = "cvt.rn.bf16x2.f32 {$w0}, {$r0}, {$r1};"
-    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[high, low])
-
-
 def permute(a: Any, b: Any, selector: Any) -> Any:
     """Bytes of a (0 to 3) and b (4 to 7) by the selector's nibbles; a nibble's top bit spreads the byte's sign."""
     code = "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};"
     return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a, b, Uint32(selector)])
-
-
-def mul_bf16x2(a: Any, b: Any) -> Any:
-    return cute.arch.inline_ptx("mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
-
-
-def min_u32(a: Any, b: Any) -> Any:
-    return cute.arch.inline_ptx("min.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
-
-
-def log2(a: Any) -> Any:
-    return cute.arch.inline_ptx("lg2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[a])
-
-
-def exp2(a: Any) -> Any:
-    return cute.arch.inline_ptx("ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[a])

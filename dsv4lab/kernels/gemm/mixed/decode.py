@@ -11,6 +11,7 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Uint16, Uint32
 
+from dsv4lab.kernels._common.ptx import load_words, mul_bf16x2
 from dsv4lab.kernels.gemm.mixed.layout import BLOCKS, PLANE_WORDS, PLANES
 
 _NIBBLE_MASK = 0x81C081C0  # sign, two exponent bits, one mantissa bit of two BF16
@@ -96,31 +97,21 @@ def _decode(fmt: str, words: Any, scales: Any, out: Any, at: int) -> None:
     elif fmt == "fp8_block":
         low, high = scales
         for p in range(2):
-            out[at + 2 * p] = _mul_bf16x2(_from_e4m3(words[p]), low)
-            out[at + 2 * p + 1] = _mul_bf16x2(_from_e4m3(words[p] << 8), high)
+            out[at + 2 * p] = mul_bf16x2(_from_e4m3(words[p]), low)
+            out[at + 2 * p + 1] = mul_bf16x2(_from_e4m3(words[p] << 8), high)
     else:
         low, high = scales
         word, mask = words[0], Uint32(_NIBBLE_MASK)
-        out[at] = _mul_bf16x2((word << 6) & mask, low)
-        out[at + 1] = _mul_bf16x2((word << 2) & mask, high)
-        out[at + 2] = _mul_bf16x2(((word >> 4) | (word << 28)) & mask, low)
+        out[at] = mul_bf16x2((word << 6) & mask, low)
+        out[at + 1] = mul_bf16x2((word << 2) & mask, high)
+        out[at + 2] = mul_bf16x2(((word >> 4) | (word << 28)) & mask, low)
         last = (word & Uint32(0x81808180)) | ((word >> 8) & Uint32(0x00400040))
-        out[at + 3] = _mul_bf16x2(last, high)
+        out[at + 3] = mul_bf16x2(last, high)
 
 
 def _from_e4m3(word: Any) -> Any:
     """The upper bytes of both halves, 2^-120 of their value."""
     return (word & Uint32(_SIGNS)) | ((word >> 4) & Uint32(_BYTE_MASK))
-
-
-def _mul_bf16x2(a: Any, b: Any) -> Any:
-    return cute.arch.inline_ptx("mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
-
-
-def load_words(address: Any) -> Any:
-    """Four words of shared memory."""
-    code = "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];"
-    return cute.arch.inline_ptx(code, write_only_types=[Uint32] * 4, read_only_args=[address])
 
 
 def _load_two_words(address: Any) -> Any:

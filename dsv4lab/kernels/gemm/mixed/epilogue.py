@@ -19,6 +19,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
+from dsv4lab.kernels._common.ptx import exp2
 from dsv4lab.kernels.gemm.mixed.config import PITCH_PAD
 
 _BARRIER = 1  # named barrier of the multiplying warps; the next ones are each warpgroup's own
@@ -235,7 +236,7 @@ class Epilogue:
         g, u = Float32(self.y.element_type(gate)), Float32(self.y.element_type(up))
         g = self.limit if g > self.limit else g
         u = self.limit if u > self.limit else -self.limit if u < -self.limit else u
-        return g * _reciprocal(1.0 + _exp2(g * Float32(-_LOG2_E))) * u
+        return g * _reciprocal(1.0 + exp2(g * Float32(-_LOG2_E))) * u
 
     @cute.jit
     def leave(self, turn: Any) -> None:
@@ -253,11 +254,6 @@ def _load_cluster(address: Any, rank: int) -> Any:
     code = "{ .reg .b32 there; mapa.shared::cluster.u32 there, {$r0}, {$r1}; "
     code += "ld.shared::cluster.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [there]; }"
     return cute.arch.inline_ptx(code, write_only_types=[Float32] * 4, read_only_args=[address, Int32(rank)])
-
-
-def _exp2(value: Any) -> Any:
-    """Within 2 units in the last place."""
-    return cute.arch.inline_ptx("ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value])
 
 
 def _reciprocal(value: Any) -> Any:

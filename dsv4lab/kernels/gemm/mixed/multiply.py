@@ -12,7 +12,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 from cutlass.cute.nvgpu import warpgroup
 
-from dsv4lab.kernels.gemm.mixed.decode import decode_for_warp, decode_for_warpgroup, load_words
+from dsv4lab.kernels._common.ptx import load_words
+from dsv4lab.kernels.gemm.mixed.decode import decode_for_warp, decode_for_warpgroup
 from dsv4lab.kernels.gemm.mixed.layout import BLOCKS, SLAB, TILE
 
 WARPGROUP = 128

@@ -26,6 +26,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
+from dsv4lab.kernels._common.ptx import copy_bulk
 from dsv4lab.kernels.gemm.mixed.config import MixedConfig
 from dsv4lab.kernels.gemm.mixed.epilogue import Epilogue
 from dsv4lab.kernels.gemm.mixed.layout import SLAB, TILE, record_words
@@ -232,7 +233,7 @@ class MixedLinearSm90:
                 cute.arch.sync_warp()
                 if lane < plan.slabs:
                     target = shared_w[None, lane, stage].iterator
-                    _bulk(target, records[slab, step * plan.chunks, None].iterator, words * 4, full + stage)
+                    copy_bulk(target, records[slab, step * plan.chunks, None].iterator, words * 4, full + stage)
                 stage, phase = advance(plan.stages, stage, phase)
 
     @cute.jit
@@ -271,7 +272,7 @@ class MixedLinearSm90:
                     cute.arch.mbarrier_arrive_and_expect_tx(full + stage, (last - first) * size)
                 cute.arch.sync_warp()
                 if first + lane < last and size > 0:
-                    _bulk(shared_x[None, lane, stage].iterator, x[row, None].iterator + start, size, full + stage)
+                    copy_bulk(shared_x[None, lane, stage].iterator, x[row, None].iterator + start, size, full + stage)
                 stage, phase = advance(plan.stages, stage, phase)
 
     @cute.jit
@@ -363,11 +364,3 @@ class MixedLinearSm90:
             turn = out.store(total, matrix, row_tile, first, last, turn)
         if cutlass.const_expr(plan.cluster > 1):
             out.leave(turn)
-
-
-def _bulk(target: Any, source: Any, size: Any, barrier: Any) -> None:
-    """Copy neighbouring bytes, asynchronously; size: a multiple of 16."""
-    cute.arch.inline_ptx(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
-        read_only_args=[target, source, Int32(size), barrier],
-    )

@@ -52,15 +52,6 @@ def token_in(packed: Any) -> Any:
 
 
 # ---- arithmetic --------------------------------------------------------------------------------------------------------
-def exp2(value: Any) -> Any:
-    """2^value within 2^-22 of it; results below the normal range are 0."""
-    return _unary("ex2.approx.ftz.f32", value)
-
-
-def log2(value: Any) -> Any:
-    return _unary("lg2.approx.ftz.f32", value)
-
-
 def magnitude(value: Any) -> Any:
     return _unary("abs.f32", value)
 

@@ -17,16 +17,15 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
+from dsv4lab.kernels._common.ptx import exp2, log2
 from dsv4lab.kernels.head.sampler import noise
 from dsv4lab.kernels.head.sampler.config import GROUP, WARP, SamplerConfig
 from dsv4lab.kernels.head.sampler.device import (
-    exp2,
     floor_of,
     fma,
     image,
     image_in,
     load_group,
-    log2,
     magnitude,
     pack,
     shared_max,

@@ -27,13 +27,13 @@ import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Int64, Uint32, Uint64
 from cutlass.memory import SmemAllocator
 
+from dsv4lab.kernels._common.ptx import exp2
 from dsv4lab.kernels.head.sampler import noise
 from dsv4lab.kernels.head.sampler.config import GROUP, WARP, SamplerConfig
 from dsv4lab.kernels.head.sampler.device import (
     LOWEST,
     arrive,
     cluster_max,
-    exp2,
     fma,
     low_high,
     pack,

@@ -22,6 +22,8 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Float32, Uint32
 
+from dsv4lab.kernels._common.ptx import load_words, mul_bf16x2
+
 BLOCKS = 8  # of 16 columns
 WEIGHT_FACTOR = {"plain": 1.0, "fp8": 1.0, "fp4": 2.0**26}
 _SIGNS = 0x80008000
@@ -51,7 +53,7 @@ def decode_rows(record: str, data: Any, scales: Any, row: Any, q: Any, words: An
             factor = _e8m0_pair(_load_byte(scales + at * 4 + q))
             for m, word in enumerate(load_words(data + at * 64 + q * 16)):
                 shifted = [word << (12 - 4 * n) if n < 3 else word for n in range(4)]
-                _put(words, half, 4 * m, [_mul(_place(x, 6, _E2M1_BITS), factor) for x in shifted])
+                _put(words, half, 4 * m, [mul_bf16x2(_place(x, 6, _E2M1_BITS), factor) for x in shifted])
     return factors
 
 
@@ -94,20 +96,10 @@ def _e8m0_pair(byte: Any) -> Any:
     return field * Uint32(0x00800080)
 
 
-def _mul(a: Any, b: Any) -> Any:
-    return cute.arch.inline_ptx("mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
-
-
 def _mul_by(a: Any, constant: int) -> Any:
     """Times a pair that the instruction does not take as a constant."""
     code = f"{{ .reg .b32 by; mov.b32 by, {constant}; mul.rn.bf16x2 {{$w0}}, {{$r0}}, by; }}"
     return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a])
-
-
-def load_words(address: Any) -> Any:
-    """Four words of shared memory."""
-    code = "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];"
-    return cute.arch.inline_ptx(code, write_only_types=[Uint32] * 4, read_only_args=[address])
 
 
 def _load_float(address: Any) -> Any:

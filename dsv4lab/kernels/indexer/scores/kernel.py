@@ -33,6 +33,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
+from dsv4lab.kernels._common.ptx import copy_bulk
 from dsv4lab.kernels._common.rings import Ring
 from dsv4lab.kernels.indexer.scores.config import DIM, TILE, WARP, WARPGROUP, IndexScoresConfig
 from dsv4lab.kernels.indexer.scores.decode import (
@@ -210,7 +211,7 @@ class IndexScoresSm90:
                 cute.arch.sync_warp()
                 if mine:
                     target = stages.iterator.toint() + ring.stage(step) * plan.stage_bytes + offset
-                    _bulk(target, source, size, ring.full(step))
+                    copy_bulk(target, source, size, ring.full(step))
                 step += 1
 
     def _page(self, block_table: Any, sequence: Any, entry: Any) -> Any:
@@ -371,11 +372,3 @@ def _add_relu(x: Any, weight: Any, total: Any) -> Any:
 
 def _store_word(address: Any, word: Any) -> None:
     cute.arch.inline_ptx("st.shared.b32 [{$r0}], {$r1};", read_only_args=[address, word])
-
-
-def _bulk(target: Any, source: Any, size: Any, barrier: Any) -> None:
-    """Copy neighbouring bytes, asynchronously; size: a multiple of 16."""
-    cute.arch.inline_ptx(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
-        read_only_args=[target, source, Int32(size), barrier],
-    )

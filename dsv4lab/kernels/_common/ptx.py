@@ -1,0 +1,45 @@
+"""Single instructions that several rooms of kernels need and CuTeDSL has no name for. Shared memory has 32-bit addresses.
+
+Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
+"""
+
+from typing import Any
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------
+def copy_bulk(target: Any, source: Any, size: Any, barrier: Any) -> None:
+    """Neighbouring bytes from global to shared memory, asynchronously; size: a multiple of 16."""
+    cute.arch.inline_ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        read_only_args=[target, source, Int32(size), barrier],
+    )
+
+
+def load_words(address: Any) -> Any:
+    """Four words of shared memory."""
+    code = "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];"
+    return cute.arch.inline_ptx(code, write_only_types=[Uint32] * 4, read_only_args=[address])
+
+
+def store_words(address: Any, words: Any) -> None:
+    """Four words to shared memory."""
+    code = "st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};"
+    cute.arch.inline_ptx(code, read_only_args=[address, *words])
+
+
+# ---- values ------------------------------------------------------------------------------------------------------------
+def mul_bf16x2(a: Any, b: Any) -> Any:
+    """Two products of BF16, rounded."""
+    return cute.arch.inline_ptx("mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
+
+
+def exp2(value: Any) -> Any:
+    """2^value within 2 units in the last place; results below the normal range are 0."""
+    return cute.arch.inline_ptx("ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value])
+
+
+def log2(value: Any) -> Any:
+    return cute.arch.inline_ptx("lg2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value])
