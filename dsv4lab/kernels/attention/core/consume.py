@@ -6,9 +6,7 @@ shared memory, so that every block is seen by both, in order:
 
     warpgroup 0    S0 | softmax 0 | P0 V0 | P1 V1 | S2 ..          warpgroup 1    S1 | P0 V0 while softmax 1 | P1 V1 | S3 ..
 
-S2 and S3 are under way on the tensor cores while the other warpgroup is at its exponentials. That is the order of plain keys,
-which are there as soon as they have a place. Packed ones are decoded for as long as a block takes, so their places must be free
-early: warpgroup 1 multiplies P0 before it waits for the keys of S1. Probabilities go with the row's
+S2 and S3 are under way on the tensor cores while the other warpgroup is at its exponentials. Probabilities go with the row's
 maximum up to their block; O is scaled only where that grew by more than 2^8 (probabilities then stay below 2^8, exact enough in
 BF16, whose precision does not depend on size), which is rare after the first block.
 
@@ -91,7 +89,6 @@ class Consume:
     def run(self, me: cutlass.Constexpr, thread: Any, first: Any, items: Any, stride: Any) -> None:
         """Items first, first + stride, .. by warpgroup `me`."""
         lane, warp = thread % 32, thread // 32
-        plain = self.work.plan.record == "plain"
         score, own, other = score_product(), sum_product(registers=True), sum_product(registers=False)
         part_s, part_o = score.get_slice(thread), own.get_slice(thread)
         part_x = other.get_slice(thread)
@@ -121,9 +118,8 @@ class Consume:
                     self._score(me, q, k, scores, phase)
                     phase = phase ^ 1
                     warpgroup.wait_group(0)
-                    if cutlass.const_expr(plain):  # noqa: SIM102 (the first is the compiler's)
-                        if blocks > 1:
-                            cute.arch.barrier_arrive(barrier_id=_SCORED, number_of_threads=2 * WARPGROUP)
+                    if blocks > 1:
+                        cute.arch.barrier_arrive(barrier_id=_SCORED, number_of_threads=2 * WARPGROUP)
                     if blocks <= 2 and lane == 0:
                         cute.arch.mbarrier_arrive(self.queries + 1)
                     self._probabilities(me, lane, warp, scores, words, high, total, shrink)
@@ -153,31 +149,20 @@ class Consume:
                     warpgroup.wait_group(0)
                     self._release(lane, 1, 0)
             else:
-                if cutlass.const_expr(plain):  # noqa: SIM102 (the first is the compiler's)
-                    if blocks > 1:  # not beside the other's first scores, which all wait for, but beside its softmax
-                        cute.arch.barrier(barrier_id=_SCORED, number_of_threads=2 * WARPGROUP)
+                if blocks > 1:  # not beside the other's first scores, which all wait for, but beside its softmax
+                    cute.arch.barrier(barrier_id=_SCORED, number_of_threads=2 * WARPGROUP)
                 for i in cutlass.range(blocks // 2, unroll=1):
-                    if cutlass.const_expr(plain):
-                        self._score(me, q, k, scores, phase)
-                        self._follow(0, lane, warp, high, total, shrink)
-                        self._rescale(output, shrink)
-                        self._add(output, other, [p[None, None, j, 0] for j in range(_STEPS)], v, 1)
-                        warpgroup.wait_group(1)
-                    else:
-                        self._follow(0, lane, warp, high, total, shrink)
-                        self._rescale(output, shrink)
-                        self._add(output, other, [p[None, None, j, 0] for j in range(_STEPS)], v, 1)
-                        self._score(me, q, k, scores, phase)
-                        warpgroup.wait_group(1)
-                        self._release(lane, 0, 1)
-                        warpgroup.wait_group(0)
+                    self._score(me, q, k, scores, phase)
                     phase = phase ^ 1
+                    self._follow(0, lane, warp, high, total, shrink)
+                    self._rescale(output, shrink)
+                    self._add(output, other, [p[None, None, j, 0] for j in range(_STEPS)], v, 1)
+                    warpgroup.wait_group(1)
                     if 2 * i + 3 >= blocks and lane == 0:
                         cute.arch.mbarrier_arrive(self.queries + 1)
                     self._probabilities(me, lane, warp, scores, words, high, total, shrink)
-                    if cutlass.const_expr(plain):
-                        warpgroup.wait_group(0)
-                        self._release(lane, 0, 1)
+                    warpgroup.wait_group(0)
+                    self._release(lane, 0, 1)
                     self._rescale(output, shrink)
                     self._add(output, own, [mine[None, None, j] for j in range(_STEPS)], v, HALVES + 1)
                     warpgroup.wait_group(0)
