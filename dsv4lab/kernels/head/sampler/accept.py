@@ -25,10 +25,11 @@ from dsv4lab.kernels.head.sampler import noise
 from dsv4lab.kernels.head.sampler.config import GROUP, WARP, AcceptConfig
 from dsv4lab.kernels.head.sampler.device import (
     arrive,
-    cluster_max,
     floor_of,
     image,
     image_in,
+    largest_of,
+    leave,
     load_group,
     low_high,
     pack,
@@ -84,12 +85,12 @@ class Accept:
         thread, _, _ = cute.arch.thread_idx()
         rank, batch, _ = cute.arch.block_idx()
         vocab, drafts = target.shape[2], target.shape[1] - 1
-        # For p - q and for p: the CTA's best, and the cluster's.
-        best = SmemAllocator().allocate_tensor(Uint64, cute.make_layout((2, 2)), byte_alignment=16)
+        # For p - q and for p: the CTA's best, and those of all of the cluster.
+        best = SmemAllocator().allocate_tensor(Uint64, cute.make_layout((1 + plan.cluster, 2)), byte_alignment=16)
         cute.arch.griddepcontrol_launch_dependents()
         if thread == 0:
-            for i in cutlass.range_constexpr(4):
-                best[i % 2, i // 2] = Uint64(0)
+            for i in cutlass.range_constexpr(2):
+                best[0, i] = Uint64(0)
         arrive(plan.cluster)
         cute.arch.griddepcontrol_wait()
         key, start = low_high(seed[batch]), Int64(position[batch])
@@ -99,9 +100,9 @@ class Accept:
         q = draft[batch, cutlass.max(cutlass.min(stands, drafts - 1), 0), None]
         first, last = part(cute.ceil_div(vocab, GROUP), rank, plan.cluster)
         wait(plan.cluster)  # all of the cluster have begun
-        found = self._round(p, q, stands < drafts, best[None, 0], key, where, first, last, vocab, thread)
+        found = self._round(p, q, stands < drafts, best[None, 0], rank, key, where, first, last, vocab, thread)
         if found == Uint64(0):  # nothing is left of p - q anywhere, as all of the cluster see
-            found = self._round(p, q, False, best[None, 1], key, where, first, last, vocab, thread)
+            found = self._round(p, q, False, best[None, 1], rank, key, where, first, last, vocab, thread)
         if (thread == 0) & (rank == 0):
             count[batch] = Int64(stands)
             token[batch] = Int64(choose(found == Uint64(0), Int32(0), token_in(found)))
@@ -113,6 +114,7 @@ class Accept:
         q: Any,
         subtract: Any,
         best: Any,
+        rank: Any,
         key: Any,
         where: Any,
         first: Any,
@@ -125,10 +127,10 @@ class Accept:
         self._largest(p, q, subtract, best.iterator.toint(), key, where, first, last, vocab, thread)
         cute.arch.barrier()
         if thread < plan.cluster:  # everyone tells everyone
-            cluster_max(best.iterator.toint() + 8, thread, best[0])
+            leave(best.iterator.toint() + 8 + 8 * rank, thread, best[0])
         arrive(plan.cluster)
         wait(plan.cluster)
-        return best[1]
+        return largest_of([best[1 + r] for r in range(plan.cluster)])
 
     @cute.jit
     def _stands(self, target: Any, draft: Any, draft_ids: Any, key: Any, start: Any, drafts: Any) -> Any:

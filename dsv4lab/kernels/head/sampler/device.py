@@ -12,6 +12,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Int64, Uint32, Uint64
 
 from dsv4lab.kernels.head.sampler.config import GROUP
+from dsv4lab.kernels.head.sampler.noise import choose
 
 LOWEST = 0x007FFFFF  # image of -inf
 
@@ -153,11 +154,20 @@ def load_group(row: Any, group: Any, end: Any, vector: bool) -> list[Any]:
     return [row[cutlass.min(GROUP * group + j, end - 1)] for j in range(GROUP)]
 
 
-def cluster_max(address: Any, rank: Any, value: Any) -> None:
-    """Raise a uint64 at the same place in shared memory of another CTA of the cluster."""
-    code = "{ .reg .b32 there; mapa.shared::cluster.u32 there, {$r0}, {$r1}; "
-    code += "red.relaxed.cluster.shared::cluster.max.u64 [there], {$r2}; }"
+def leave(address: Any, rank: Any, value: Any) -> None:
+    """Write a uint64 to an address in shared memory of another CTA of the cluster, where nobody else writes.
+
+    `red.max.u64` there would save the reader a loop, but ptxas makes it a load, a comparison and a store: it loses numbers.
+    """
+    code = "{ .reg .b32 there; mapa.shared::cluster.u32 there, {$r0}, {$r1}; st.shared::cluster.u64 [there], {$r2}; }"
     cute.arch.inline_ptx(code, read_only_args=[address, Int32(rank), value])
+
+
+def largest_of(numbers: list[Any]) -> Any:
+    best = numbers[0]
+    for other in numbers[1:]:
+        best = choose(other > best, other, best)
+    return best
 
 
 @cute.jit

@@ -35,11 +35,11 @@ from dsv4lab.kernels.head.sampler.device import (
     exp_minus,
     image,
     image_in,
+    largest_of,
     load_group,
     nearest_uint,
     remote,
     shared_add,
-    shared_now,
     shuffle_up_double,
     significant_bits,
     token_in,
@@ -145,10 +145,7 @@ class Filter:
                     self.keep(values, groups[b])
         submit(self.peak.iterator.toint(), image(held), at)
         self.sync()
-        best = shared_now(self.peak.iterator.toint())
-        for r in cutlass.range_constexpr(plan.cluster):
-            other = remote(self.peak.iterator.toint(), r, "u64")
-            best = choose(other > best, other, best)
+        best = largest_of([remote(self.peak.iterator.toint(), r, "u64") for r in range(plan.cluster)])
         return value_of(image_in(best)), token_in(best)
 
     # ---- the end of the prefix -----------------------------------------------------------------------------------------

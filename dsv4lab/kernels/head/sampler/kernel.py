@@ -6,8 +6,8 @@ Which way a row goes is decided here, from its parameters in memory:
     no filter                the largest of logits / T + noise: one pass
     top-k or top-p           read once into shared memory, 2 or 3 passes there a filter, then the draw from what is kept
 
-A row always has one cluster. Each of its CTAs raises the first one's packed maximum (image, lowest id) through distributed
-shared memory, a barrier, and the id is written: no counters in memory that a launch would have to find cleared.
+A row always has one cluster. Each of its CTAs leaves its packed maximum (image, lowest id) with the first one, through
+distributed shared memory, a barrier, and the id is written: no counters in memory that a launch would have to find cleared.
 
 `probabilities` has the same first passes, then a sum, and a pass that writes.
 
@@ -33,8 +33,9 @@ from dsv4lab.kernels.head.sampler.config import GROUP, WARP, SamplerConfig
 from dsv4lab.kernels.head.sampler.device import (
     LOWEST,
     arrive,
-    cluster_max,
     fma,
+    largest_of,
+    leave,
     low_high,
     pack,
     part,
@@ -110,11 +111,11 @@ class Sampler:
             draw = (best, noise.div(Float32(LOG2E), divisor), divisor, where, key)
             self.plain.noisy(row, (), draw, first, last, vocab, thread)
         cute.arch.barrier()
-        if (thread == 0) & (rank > 0):
-            cluster_max(best, 0, self.best[0])
-        self.filter.sync()  # nobody leaves while its shared memory is read
+        if thread == 0:
+            leave(self.slots.iterator.toint() + 8 * rank, 0, self.best[0])
+        self.filter.sync()
         if (thread == 0) & (rank == 0):
-            out[batch] = Int64(token_in(self.best[0]))
+            out[batch] = Int64(token_in(largest_of([self.slots[r] for r in range(plan.cluster)])))
 
     @cute.kernel
     def probabilities(self, logits: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any, position: Any, out: Any) -> None:
@@ -162,6 +163,7 @@ class Sampler:
         memory = SmemAllocator()
         self.filter.allocate(memory)
         self.best = memory.allocate_tensor(Uint64, cute.make_layout(1), byte_alignment=16)
+        self.slots = memory.allocate_tensor(Uint64, cute.make_layout(self.plan.cluster), byte_alignment=16)
         cute.arch.griddepcontrol_launch_dependents()
         self._clear(thread)
         arrive(self.plan.cluster)
