@@ -57,6 +57,7 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
 	$(BIN)/python -m dsv4lab.lab.pairing --check
+	$(BIN)/python -m dsv4lab.lab.operator_map --check
 
 # JupyterLab refuses to start as root unless told to, and containers are root.
 lab: $(STAMP)

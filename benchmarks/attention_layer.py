@@ -17,7 +17,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -27,9 +27,10 @@ import torch
 from benchmarks import common, operations
 from benchmarks.common import Bench, Call, Failure, Timing, attempt
 from benchmarks.linear import prepared_shape, random_weight
-from benchmarks.operations import BLOCK, FLASH, INDEX_DIM, WINDOW, record_bytes
+from benchmarks.operations import BLOCK
+from benchmarks.work import Shape, again, bytes_of, flops_of, kept_bytes, name_of
 from dsv4lab import ops
-from dsv4lab.config import CSA, HCA, SCORE, SWA, ModelConfig
+from dsv4lab.config import CSA, HCA, SWA
 from dsv4lab.dispatch import MissingKernel, backend
 from dsv4lab.kernels._common.launch import runtime_of
 from dsv4lab.kernels.gemm.mixed import prepared as prepared_weights
@@ -43,49 +44,6 @@ FORMATS = {
     "fp8_block": OFFICIAL,
 }
 _MOST_COPIES = 6
-# what a call reads beside weights and pages, by the names of its arguments; of an operation that is not here, nothing
-_MOVED = {
-    "linear": ("x",),
-    "grouped_linear": ("x",),
-    "rmsnorm": ("x",),
-    "q_norm_rope": ("q",),
-    "inverse_rope": ("x",),
-    "inverse_rope_fp8": ("x",),
-    "inverse_rope_nvfp4": ("x",),
-    "cache_write": ("x",),
-    "compress": ("values", "scores"),
-    "index_query": ("q",),
-    "index_scores": ("q", "head_weights"),
-    "index_topk": ("scores",),
-    "attention": ("q", "topk_indices"),
-}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """tokens: the last ones of each of `seqs` sequences of `context` tokens, in one step."""
-
-    name: str
-    kind: str
-    seqs: int
-    tokens: int
-    context: int = 16384
-    model: ModelConfig = FLASH
-
-    @property
-    def rows(self) -> int:
-        return self.seqs * self.tokens
-
-    @property
-    def config(self) -> ModelConfig:
-        """Of a model of one such layer."""
-        return replace(self.model, layer_kinds=(self.kind,), router_kinds=(SCORE,), num_nextn_predict_layers=0)
-
-    @property
-    def ratio(self) -> int:
-        return self.model.ratio(self.kind)
-
-
 KINDS = (SWA, CSA, HCA)
 SHAPES = tuple(
     Shape(f"flash {kind.lower()} layer, {step}", kind, seqs, tokens)
@@ -119,31 +77,13 @@ class Layer:
 
     @classmethod
     def make(cls, shape: Shape, fmt: str, device: str) -> Layer:
-        config, numerics = shape.config, FORMATS[fmt]
-        module = Attention(config, shape.kind, numerics)
+        numerics = FORMATS[fmt]
+        module = Attention(shape.config, shape.kind, numerics)
         fill_weights(module, fmt, device)
         module.to(device)
-        cache = Cache(
-            config,
-            numerics,
-            max_seqs=shape.seqs,
-            max_tokens=shape.seqs * shape.context,
-            max_step=max(shape.tokens, BLOCK),
-            max_rewind=0,
-            dtype=torch.bfloat16,
-            device=device,
-        )
-        seqs = [cache.open() for _ in range(shape.seqs)]
-        before = shape.context - shape.tokens
-        for start in range(0, before, BLOCK):  # in turn, so that a sequence's blocks do not lie side by side
-            for seq in seqs:
-                cache.reserve(seq, min(BLOCK, before - start))
-                cache.advance(seq, min(BLOCK, before - start))
-        for seq in seqs:
-            cache.reserve(seq, shape.tokens)
-        fill_cache(cache, shape.kind, device)
-        batch = Batch.plan(cache, [(seq, [0] * shape.tokens) for seq in seqs])
-        return cls(module, cache.layers[0], batch, torch.randn(shape.rows, config.hidden_size, device=device).bfloat16())
+        cache, batch = filled_cache(shape, numerics, device)
+        x = torch.randn(shape.rows, shape.config.hidden_size, device=device).bfloat16()
+        return cls(module, cache.layers[0], batch, x)
 
     def __call__(self) -> torch.Tensor:
         """What is measured."""
@@ -180,6 +120,31 @@ def fill_weights(module: Attention, fmt: str, device: str) -> None:
     assert all(child.weight is not None for child in module.modules() if isinstance(child, Weight))
 
 
+def filled_cache(shape: Shape, numerics: Numerics, device: str, *, fixed: bool = False) -> tuple[Cache, Batch]:
+    """A cache of one layer, full of random keys, and the step of the shape's tokens. fixed: as a CUDA graph needs it."""
+    cache = Cache(
+        shape.config,
+        numerics,
+        max_seqs=shape.seqs,
+        max_tokens=shape.seqs * shape.context,
+        max_step=max(shape.tokens, BLOCK),
+        max_rewind=0,
+        dtype=torch.bfloat16,
+        device=device,
+    )
+    seqs = [cache.open() for _ in range(shape.seqs)]
+    before = shape.context - shape.tokens
+    for start in range(0, before, BLOCK):  # in turn, so that a sequence's blocks do not lie side by side
+        for seq in seqs:
+            cache.reserve(seq, min(BLOCK, before - start))
+            cache.advance(seq, min(BLOCK, before - start))
+    for seq in seqs:
+        cache.reserve(seq, shape.tokens)
+    if before:
+        fill_cache(cache, shape.kind, device)
+    return cache, Batch.plan(cache, [(seq, [0] * shape.tokens) for seq in seqs], fixed=fixed)
+
+
 def fill_cache(cache: Cache, kind: str, device: str) -> None:
     """Random keys in all pages, random numbers in the compressors' rings."""
     layer, numerics = cache.layers[0], cache.numerics
@@ -193,65 +158,6 @@ def fill_cache(cache: Cache, kind: str, device: str) -> None:
     for state in (layer.state, layer.index_state):
         if state is not None:
             state.normal_()
-
-
-# ---- calls -------------------------------------------------------------------------------------------------------------
-def again(call: ops.Call) -> Any:
-    """The kernel of an observed call, on its arguments."""
-    schema = getattr(torch.ops.dsv4lab, call.name).default._schema
-    args = [call.inputs[a.name] for a in schema.arguments if not a.kwarg_only]
-    return operations.call(call.name, *args, **{a.name: call.inputs[a.name] for a in schema.arguments if a.kwarg_only})
-
-
-def name_of(call: ops.Call) -> str:
-    """The operation, with its matrix where it has one."""
-    if call.name not in ("linear", "grouped_linear"):
-        return call.name
-    columns = call.inputs["x"].shape[-1]
-    return f"{call.name} {call.inputs['codes'].shape[0]}x{columns} {call.inputs['fmt']}"
-
-
-def kept_bytes(shape: Shape, call: ops.Call) -> float:
-    """Of weights and of keys that a call must read, or write."""
-    given = call.inputs
-    if "codes" in given:
-        return float(sum(given[part].nbytes for part in ("codes", "scale", "global_scale") if given[part] is not None))
-    if call.name == "attention":
-        entries = shape.context // shape.ratio if shape.ratio else 0
-        if shape.tokens == 1 and given["topk_indices"] is not None:
-            entries = given["topk_indices"].shape[1]
-        return shape.seqs * (WINDOW - 1 + shape.tokens + entries) * record_bytes(given["record"])
-    if call.name == "index_scores":
-        return float(shape.seqs * given["max_entries"] * record_bytes(given["record"], INDEX_DIM))
-    if call.name == "cache_write":
-        return float(shape.rows * record_bytes(given["record"]))
-    if call.name == "compress":
-        done = shape.rows // shape.ratio if shape.tokens > 1 else shape.seqs * (shape.context % shape.ratio == 0)
-        dim = given["norm_weight"].shape[0]
-        return float(done * record_bytes(given["record"], dim))
-    return 0.0
-
-
-def moved_bytes(call: ops.Call) -> float:
-    """Of inputs and results."""
-    results = call.output if isinstance(call.output, tuple) else (call.output,)
-    given = [call.inputs[name] for name in _MOVED.get(call.name, ())]
-    return float(sum(part.nbytes for part in (*given, *results) if part is not None))
-
-
-def flops_of(shape: Shape, call: ops.Call) -> float:
-    given = call.inputs
-    last = range(shape.context - shape.tokens + 1, shape.context + 1)
-    if "codes" in given:
-        return 2.0 * shape.rows * given["codes"].shape[0] * given["x"].shape[-1]
-    if call.name == "attention":
-        seen = [n // shape.ratio if shape.ratio else 0 for n in last]
-        most = shape.context if given["topk_indices"] is None else given["topk_indices"].shape[1]
-        keys = sum(min(n, WINDOW) + min(entries, most) for n, entries in zip(last, seen, strict=True))
-        return 4.0 * shape.seqs * keys * given["q"].shape[1] * given["q"].shape[2]
-    if call.name == "index_scores":
-        return 2.0 * shape.seqs * sum(n // shape.ratio for n in last) * given["q"].shape[1] * given["q"].shape[2]
-    return 0.0
 
 
 def touch(shape: Shape, fmt: str) -> None:
@@ -317,9 +223,7 @@ def _on_kernels(layer: Layer) -> torch.Tensor:
 def parts_fields(bench: Bench, shape: Shape, made: Sequence[Sequence[ops.Call]]) -> dict[str, Any]:
     """The table of a layer's operations: `made` by each of its copies."""
     parts = list(zip(*made, strict=True))
-    bounds = [
-        bench.ceilings.bound_us(kept_bytes(shape, same[0]) + moved_bytes(same[0]), flops_of(shape, same[0])) for same in parts
-    ]
+    bounds = [bench.ceilings.bound_us(bytes_of(shape, same[0]), flops_of(shape, same[0])) for same in parts]
     candidates = {
         str(i): common.repeated([partial(again, call) for call in same], bounds[i][0]) for i, same in enumerate(parts)
     }

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -242,7 +243,7 @@ def _kernel(name: launch.Name, arch: str) -> dict[str, Any]:
     if (name, arch) not in _known:
         row: dict[str, Any] = {"module": name.module, "config": name.config, "registers": None, "spill_bytes": None}
         try:
-            parts = sim.resources(cache.read(_entry(name, arch)).cubin).values()
+            parts = sim.resources(cache.read(entry(name, arch)).cubin).values()
             row["registers"] = max(part.registers for part in parts)
             row["spill_bytes"] = max(part.spill_store_bytes + part.spill_load_bytes for part in parts)
         except Exception as error:
@@ -251,7 +252,7 @@ def _kernel(name: launch.Name, arch: str) -> dict[str, Any]:
     return _known[name, arch]
 
 
-def _entry(name: launch.Name, arch: str) -> Path:
+def entry(name: launch.Name, arch: str) -> Path:
     """The file of a kernel as its source is now. Raises FileNotFoundError."""
     want = {"module": name.module, "config": name.config, "arch": arch, "sources": cache.fingerprint(name.module)}
     for path in sorted(cache.folder().glob("*.kernel"), key=lambda path: -path.stat().st_mtime):
@@ -260,6 +261,11 @@ def _entry(name: launch.Name, arch: str) -> Path:
         if want.items() <= source.items():
             return path
     raise FileNotFoundError(f"no entry of the kernel cache is {name}")
+
+
+def symbols(ptx: str) -> list[str]:
+    """Names of the kernels in a module's PTX."""
+    return re.findall(r"\.entry\s+([\w$]+)", ptx)
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------------

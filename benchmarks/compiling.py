@@ -15,7 +15,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import attention, attention_layer, common, experts, indexer, linear, quantizers, rope_and_cache
+from benchmarks import (
+    attention,
+    attention_layer,
+    common,
+    experts,
+    head,
+    indexer,
+    layers,
+    linear,
+    mhc,
+    quantizers,
+    rope_and_cache,
+)
 from dsv4lab.kernels._common import cache, launch
 
 SUITES: dict[str, Any] = {
@@ -26,6 +38,9 @@ SUITES: dict[str, Any] = {
     "indexer": indexer,
     "attention": attention,
     "attention_layer": attention_layer,
+    "mhc": mhc,
+    "head": head,
+    "layers": layers,
 }
 ARCH, MULTIPROCESSORS = "sm_90a", 132  # of an H100 SXM or H200
 

@@ -27,7 +27,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks import common
+from benchmarks import common, work
 from benchmarks.common import Bench, Call, Failure, attempt
 from benchmarks.linear import LIMIT, prepared_shape, random_weight
 from dsv4lab.dispatch import Aside
@@ -272,7 +272,7 @@ def guarded(
 def measure_parts(bench: Bench, layer: Layer, steps: list[Step], base: dict[str, Any], experts_bound: dict[str, float]) -> None:
     """A row for each step of the layer."""
     model, m = layer.model, base["m"]
-    rows, row = m * model.top_k, 2.0 * model.d  # bytes of a token in BF16
+    row = 2.0 * model.d  # bytes of a token in BF16
     try:
         parts = [named(step.made) for step in steps]
         routed = [layer.routed(step.x, step.weights, step.ids) for step in steps]
@@ -283,12 +283,8 @@ def measure_parts(bench: Bench, layer: Layer, steps: list[Step], base: dict[str,
     everything, flops = experts_bound["nbytes"], experts_bound["flops"]
     gate_bytes, one = layer.gate_weight.nbytes, model.expert_bytes
     bounds = {  # bytes, flops
-        "router": (gate_bytes + m * row + 12.0 * rows, 2.0 * m * model.experts * model.d),
-        "permute": (16.0 * rows, 0.0),
-        "gather": (rows * (row + 4.0) + m * row, 0.0),
-        "product 1": (everything * 2 / 3, flops * 2 / 3),
-        "product 2": (everything / 3, flops / 3),
-        "combine": (rows * (row + 4.0) + 2 * m * row, 0.0),
+        "router": (gate_bytes + m * row + 12.0 * m * model.top_k, 2.0 * m * model.experts * model.d),
+        **work.expert_parts(m, model.top_k, model.d, everything, flops),
         "shared": (one, 6.0 * m * model.d * model.inner),
         "moe_combine": (4 * m * row, 0.0),
     }
@@ -297,7 +293,7 @@ def measure_parts(bench: Bench, layer: Layer, steps: list[Step], base: dict[str,
         "shared": lambda i: layer.share(steps[i].x, i),
         "moe_combine": lambda i: moe_combine(routed[i], shared[i]),
     }
-    for name, (nbytes, work) in bounds.items():
+    for name, (nbytes, computed) in bounds.items():
         if name not in own and name not in parts[0]:
             continue  # few tokens are not gathered
         fields = dict(base)
@@ -306,7 +302,7 @@ def measure_parts(bench: Bench, layer: Layer, steps: list[Step], base: dict[str,
             with common.seeing(steps[0].x) as names:
                 calls[0]()
             fields |= common.kernel_fields(common.kernels_of(names, runtime_of(steps[0].x).arch))
-            bench.measure(f"{model.name} {name}", fields, {"ours": calls}, nbytes=nbytes, flops=work)
+            bench.measure(f"{model.name} {name}", fields, {"ours": calls}, nbytes=nbytes, flops=computed)
         except Exception as error:
             bench.failed(f"{model.name} {name}", fields, error)
 

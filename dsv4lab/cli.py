@@ -87,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_output(command("report", _report, "write one page and one JSON about the executed notebooks"))
 
+    publish = command("publish", _publish, "write executed notebooks compactly, to be kept in the repository")
+    publish.add_argument("src", type=Path, metavar="SRC", help="folder of executed notebooks")
+    publish.add_argument("dst", type=Path, metavar="DST", help="folder to write, such as executed/h200; replaced")
+    publish.add_argument("--budget", type=int, required=True, metavar="BYTES", help="of the whole folder")
+    publish.add_argument("--pictures", type=int, metavar="N", help="of each notebook keep the first N; all by default")
+
     sim = command("sim", _sim, "run a CuTeDSL script written for a GPU on the CPU, and check its kernels")
     sim.add_argument("--arch", choices=("sm_90a", "sm_100a"), default="sm_90a", help="what to compile for (default sm_90a)")
     sim.add_argument("--schedule", default="eager", metavar="S", help="of each launch: eager (default), lazy or random:SEED")
@@ -166,6 +172,14 @@ def _report(options: argparse.Namespace) -> int:
     print(f"{written.num_passed} of {written.num_run} executed notebooks passed")
     print(f"report: {written.page}")
     print(f"data:   {written.data}")
+    return OK if written.passed else FELL_SHORT
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from dsv4lab.lab import publish
+
+    written = publish.publish(options.src, options.dst, budget=options.budget, most=options.pictures)
+    print(written)
     return OK if written.passed else FELL_SHORT
 
 

@@ -42,6 +42,7 @@ class Backend:
 
 _backend: ContextVar[Backend] = ContextVar("dsv4lab_backend", default=Backend())  # noqa: B039 (its list is never filled)
 _scope: ContextVar[str] = ContextVar("dsv4lab_scope", default="")
+_references: ContextVar[Optional[set[str]]] = ContextVar("dsv4lab_references", default=None)
 _observer: ContextVar[Optional[list]] = ContextVar("dsv4lab_observer", default=None)
 
 
@@ -76,7 +77,11 @@ class _Operation:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the implementation that the active backend gives the arguments."""
         device = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).device
-        return self.select(device, *args, **kwargs)(*args, **kwargs)
+        function = self.select(device, *args, **kwargs)
+        seen = _references.get()
+        if seen is not None and function is self.reference:
+            seen.add(self.name)
+        return function(*args, **kwargs)
 
     def select(self, device: torch.device, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """The implementation that the active backend gives these arguments on this device. Raises MissingKernel."""
@@ -233,6 +238,17 @@ def observe() -> Iterator[list[Call]]:
         yield calls
     finally:
         _observer.reset(token)
+
+
+@contextmanager
+def references() -> Iterator[set[str]]:
+    """Collect the names of operations that run as their reference inside the block: a CUDA graph cannot hold those."""
+    seen: set[str] = set()
+    token = _references.set(seen)
+    try:
+        yield seen
+    finally:
+        _references.reset(token)
 
 
 def operator(

@@ -282,4 +282,4 @@ for row in (row for name in work for row in base.where(shape=name, format="nvfp4
 # - A decode step is 14 to 26 launches, of sizes that no position changes; one plan serves all steps, and so does one graph.
 # - Many of them are small: the same rows are quantised again for each linear that reads them.
 #
-# This ends the attention part. Back to [01 · A prompt's path](01_tour.ipynb)
+# **Next:** [19 · Hyper-connections](19_hyper_connections.ipynb)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dsv4lab.dispatch import Call, observe
-from dsv4lab.model.cache import Batch
+from dsv4lab.lab.draws import judged_drafts
 from dsv4lab.reference.attention import attention_probabilities, gather_keys
 from dsv4lab.reference.mhc import mhc_coefficients, mhc_mix, sinkhorn
 
@@ -105,12 +105,8 @@ def streams_through_depth(model: Model, steps: Sequence[Sequence[int]]) -> list[
 
 def draft_agreement(model: Model, ids: Sequence[int]) -> torch.Tensor:
     """Whether the prediction block's draft for token i + 2 is the backbone's own choice there, over a text: (len - 2,) bool."""
-    cache = model.new_cache(max_seqs=1, max_tokens=len(ids), max_step=len(ids))
-    seq = cache.open()
-    _, streams = model.run_step(cache, [(seq, list(ids))])
-    batch = Batch.plan(cache, [(seq, list(ids[1:]))], starts=[0])
-    _, drafts = model.predict_next(streams[:-1], batch.token_ids, batch)
-    return drafts[:-1].argmax(-1) == model.head_logits(streams)[1:-1].argmax(-1)
+    judge, drafts = judged_drafts(model, ids)
+    return drafts[:-1].argmax(-1) == judge[:-1].argmax(-1)
 
 
 def row_cosines(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -43,8 +43,8 @@ class Report:
     num_run: int
 
 
-def write_report(output: Path = EXECUTED, *, notebooks: Path = NOTEBOOKS) -> Report:
-    """Write `report.html` and `report.json` into the folder of executed notebooks.
+def write_report(output: Path = EXECUTED, *, notebooks: Path = NOTEBOOKS, pictures: bool = True) -> Report:
+    """Write `report.html` and `report.json` into the folder of executed notebooks; pictures: with thumbnails of the figures.
 
     Passed means: at least one notebook was executed, every one of them ended well, and no stored check fell short.
     Raises NotebookError when the folder holds no executed notebook.
@@ -55,7 +55,8 @@ def write_report(output: Path = EXECUTED, *, notebooks: Path = NOTEBOOKS) -> Rep
     sources = {path.stem: path for path in sorted(notebooks.glob("*.ipynb"))}
     entries, figures = [], {}
     for path in executed:
-        entry, figures[path.stem] = _summarise(path, sources.get(path.stem))
+        entry, found = _summarise(path, sources.get(path.stem))
+        figures[path.stem] = found if pictures else []
         entries.append(entry)
     ran = {path.stem for path in executed}
     entries += [{"name": name, "status": NOT_RUN, "checks": [], "values": []} for name in sources if name not in ran]

@@ -79,7 +79,7 @@ class Indexer(nn.Module):
             return None
         q = self.wq_b(qr).view(-1, self.config.index_n_heads, self.config.index_head_dim)
         q = ops.index_query(q, batch.positions, inv_freq, record=self.record)
-        head_weights = self.weights_proj(x, out_dtype=torch.float32) * self.scale
+        head_weights = self.weights_proj(x, out_dtype=torch.float32)
         scores = ops.index_scores(
             q,
             head_weights,
@@ -90,6 +90,7 @@ class Indexer(nn.Module):
             record=self.record,
             page_size=batch.cache.page_size(CSA),
             max_entries=plan.max_visible,
+            scale=self.scale,
         )
         return ops.index_topk(scores, plan.num_visible, k=self.config.index_topk)
 

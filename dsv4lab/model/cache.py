@@ -117,6 +117,11 @@ class Cache:
         return self.block_tokens // self.config.ratio(kind)
 
     @property
+    def entry_kinds(self) -> tuple[str, ...]:
+        """The kinds of layers that have compressed entries."""
+        return tuple(kind for kind in (CSA, HCA) if kind in self.config.layer_kinds)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of every pool and ring."""
         parts = [t for layer in self.layers + self.mtp for t in vars(layer).values() if t is not None]
@@ -151,8 +156,9 @@ class Cache:
             raise ValueError(f"num_new must be in [0, max_step {self.max_step}], got {num_new}")
         total = self.lengths[seq] + num_new
         limit = self.config.max_position_embeddings
-        if total > limit:
-            raise ValueError(f"sequence length must be <= max_position_embeddings {limit}, got {total}")
+        if total > limit + self.max_rewind:  # a step's last tokens may be drafts that nobody wants any more
+            most = f"max_position_embeddings {limit} + max_rewind {self.max_rewind}"
+            raise ValueError(f"sequence length must be <= {most}, got {total}")
         missing = -(-total // self.block_tokens) - len(self._blocks[seq])
         if missing > len(self._free_blocks):
             raise CacheFull(f"{missing} more blocks of {self.block_tokens} tokens needed, {len(self._free_blocks)} are free")
@@ -258,12 +264,12 @@ class Batch:
             return torch.tensor(values, dtype=torch.int64, device=cache.device)
 
         entries = {}
-        for kind in (CSA, HCA):
-            if compressed and kind in cache.config.layer_kinds:
-                ratio = cache.config.ratio(kind)
-                visible = [(p + 1) // ratio for p in positions]
-                most = cache.num_blocks * cache.page_size(kind) if fixed else max(visible)
-                entries[kind] = EntryPlan(num_visible=tensor(visible), max_visible=most)
+        for kind in cache.entry_kinds if compressed else ():
+            ratio = cache.config.ratio(kind)
+            visible = [(p + 1) // ratio for p in positions]
+            places = min(cache.num_blocks * cache.page_size(kind), cache.config.max_position_embeddings // ratio)
+            most = max(places, *visible) if fixed else max(visible)
+            entries[kind] = EntryPlan(num_visible=tensor(visible), max_visible=most)
         return cls(
             token_ids=tensor(token_ids),
             positions=tensor(positions),
@@ -275,6 +281,28 @@ class Batch:
             entries=entries,
             cache=cache,
         )
+
+    @classmethod
+    def laid_out(
+        cls,
+        cache: Cache,
+        token_ids: torch.Tensor,
+        places: torch.Tensor,
+        first_row: torch.Tensor,
+        last_rows: torch.Tensor,
+        longest: int,
+    ) -> Batch:
+        """A step by addresses that were found on the device.
+
+        places: of `ops.decode_plan` with the ratios of `cache.entry_kinds`; longest: tokens of the longest sequence with this
+        step's; for a CUDA graph, of the longest one it will see.
+        """
+        positions, seq_idx, window_slots, last_position, *visible = places
+        entries = {
+            kind: EntryPlan(num_visible, longest // cache.config.ratio(kind))
+            for kind, num_visible in zip(cache.entry_kinds, visible, strict=True)
+        }
+        return cls(token_ids, positions, seq_idx, window_slots, first_row, last_position, last_rows, entries, cache)
 
     def copy_(self, other: Batch) -> None:
         """Take another step's values, in place: a CUDA graph captured with this batch runs that step next.

@@ -1,8 +1,8 @@
 """Generation: prefill, decode, and speculative decoding with the prediction block (spec 13, 15).
 
-Every round runs one step of the backbone over all unfinished sequences. With drafts, a sequence's step holds its last token
-and the drafted ones; the longest prefix that the backbone agrees with is kept, the rest is rewound. The prediction block is
-fed every pair (streams of position i, token i + 1) that has become certain, then drafts on from the last one.
+A round is one step of the backbone over all unfinished sequences, see `round`. With drafts, a sequence's step holds its last
+token and the drafted ones; the longest prefix that the backbone agrees with is kept, the rest is rewound. The prediction block
+is fed every pair (streams of position i, token i + 1) that has become certain, then drafts on from the last one.
 """
 
 from __future__ import annotations
@@ -13,42 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dsv4lab import ops
 from dsv4lab.model.cache import Batch, Cache
+from dsv4lab.model.round import Round, Sampling, draw
 
 if TYPE_CHECKING:
     from dsv4lab.model.model import Model
 
 STOP, LENGTH = "stop", "length"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: temperature 0 is greedy; top_k 0 and top_p 1 are off; seed of the request."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be >= 0 (0 = off), got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not -(1 << 63) <= self.seed < 1 << 63:
-            raise ValueError(f"seed must be a 64-bit integer, got {self.seed}")
-
-    def tensors(self, seeds: list[int], device: torch.device) -> dict[str, torch.Tensor]:
-        """Arguments of the sampling operations for a batch of requests."""
-        size = (len(seeds),)
-        return {
-            "temperature": torch.full(size, self.temperature, dtype=torch.float32, device=device),
-            "top_k": torch.full(size, self.top_k, dtype=torch.int64, device=device),
-            "top_p": torch.full(size, self.top_p, dtype=torch.float32, device=device),
-        }
 
 
 @dataclass
@@ -147,9 +118,8 @@ class _Engine:
 
     def run(self) -> list[Completion]:
         active = self._prefill()
-        while active:
-            drafts, draft_probs = self._draft(active) if self.num_drafts else ({}, {})
-            active = self._verify(active, drafts, draft_probs)
+        if active:
+            self._decode(active)
         return [r.out for r in self.requests]
 
     # ---- prompt --------------------------------------------------------------------------------------------------------
@@ -167,8 +137,7 @@ class _Engine:
             done = [r for r in left if self.cache.lengths[r.seq] == len(r.prompt)]
             if done:
                 rows = torch.tensor([i for i, r in enumerate(left) if r in done], device=streams.device)
-                logits = self.model.head_logits(streams[batch.last_rows[rows]])
-                for r, token in zip(done, self._sample(done, logits), strict=True):
+                for r, token in zip(done, self._draw(done, streams[batch.last_rows[rows]]), strict=True):
                     self._emit(r, [token])
             left = [r for r in left if r not in done]
             if self.num_drafts and left:
@@ -176,8 +145,8 @@ class _Engine:
                 self._feed([r for r in left if r.pending is not None and len(r.pending) > 1], keep_last=True)
         return [r for r in self.requests if not self._finished(r)]
 
-    def _feed(self, requests: list[_Request], *, keep_last: bool) -> torch.Tensor:
-        """Run the prediction block over pending pairs -> logits (B, V) and keep its last streams in `pending`.
+    def _feed(self, requests: list[_Request], *, keep_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the prediction block over pending pairs -> its streams and hidden states (B, ..) for each request's last one.
 
         With keep_last the newest position stays pending, and the rest is dropped: nothing is drafted yet.
         """
@@ -190,89 +159,65 @@ class _Engine:
             steps.append((r.seq, ids))
             starts.append(start)
             streams.append(r.pending[:count])
+            r.pending = r.pending[count:]
             next_ids += ids
-        if not steps:
-            return torch.empty(0)
         batch = Batch.plan(self.cache, steps, starts=starts)
-        out, logits = self.model.predict_next(torch.cat(streams), torch.tensor(next_ids, device=self.cache.device), batch)
-        for r, last in zip(requests, batch.last_rows.tolist(), strict=True):
-            assert r.pending is not None
-            r.pending = r.pending[-1:] if keep_last else out[last : last + 1]
-        return logits[batch.last_rows]
+        own, hidden = self.model.predict(torch.cat(streams), torch.tensor(next_ids, device=self.cache.device), batch)
+        return own[batch.last_rows], hidden[batch.last_rows]
 
-    # ---- drafting and verification -------------------------------------------------------------------------------------
-    def _draft(self, active: list[_Request]) -> tuple[dict[int, list[int]], dict[int, torch.Tensor]]:
-        """Draft up to `num_drafts` tokens a request: by row, the ids and the distributions (n, V) they were drawn from."""
-        drafts: dict[int, list[int]] = {r.row: [] for r in active}
-        probs: dict[int, list[torch.Tensor]] = {r.row: [] for r in active}
-        logits = self._feed(active, keep_last=False)
-        for depth in range(self.num_drafts):
-            args = self._arguments(active)
-            q = ops.probabilities(logits, **args)
-            ids = self._sample(active, logits, ahead=depth)
-            for r, token, row in zip(active, ids, q, strict=True):
-                drafts[r.row].append(token)
-                probs[r.row].append(row)
-            if depth + 1 == self.num_drafts:
-                break
-            # the block's own streams stand in for the backbone's at the drafted position
-            starts = [len(r.tokens) - 1 + depth for r in active]
-            batch = Batch.plan(self.cache, [(r.seq, [drafts[r.row][-1]]) for r in active], starts=starts)
-            streams = torch.cat([r.pending for r in active if r.pending is not None])
-            out, logits = self.model.predict_next(streams, batch.token_ids, batch)
-            for i, r in enumerate(active):
-                r.pending = out[i : i + 1]
-        return drafts, {row: torch.stack(p) for row, p in probs.items()}
-
-    def _verify(
-        self, active: list[_Request], drafts: dict[int, list[int]], draft_probs: dict[int, torch.Tensor]
-    ) -> list[_Request]:
-        """One backbone step over each request's last token and its drafts; keeps what it agrees with."""
-        step = []
-        for r in active:
-            # no use in verifying past the last token wanted, nor past the position limit
-            room = min(self.max_new_tokens - len(r.out.ids), self.model.config.max_position_embeddings - len(r.tokens) + 1)
-            drafts[r.row] = drafts.get(r.row, [])[: max(room - 1, 0)]
-            step.append((r.seq, [r.tokens[-1], *drafts[r.row]]))
-        _, streams = self.model.run_step(self.cache, step)
-        logits = self.model.head_logits(streams)
-        sizes = [len(ids) for _, ids in step]
-        for r, rows, kept in zip(active, logits.split(sizes), streams.split(sizes), strict=True):
-            ids = drafts[r.row]
-            if ids:
-                count, token = self._accept(r, rows, ids, draft_probs[r.row][: len(ids)])
-            else:
-                count, token = 0, self._sample([r], rows)[0]
-            for place in range(len(ids)):
-                r.out.drafted[place] += place <= count  # drafts after the first rejected one were not judged
-                r.out.accepted[place] += place < count
-            r.out.steps += 1
-            r.pending = kept[: count + 1] if self.num_drafts else None
-            self.cache.rewind(r.seq, len(r.tokens) + count)
-            self._emit(r, [*ids[:count], token])
-        return [r for r in active if not self._finished(r)]
-
-    def _accept(self, r: _Request, logits: torch.Tensor, ids: list[int], draft_probs: torch.Tensor) -> tuple[int, int]:
-        """How many drafts stand, and the token after them: rejection sampling, which for greedy is the longest equal prefix."""
-        device = logits.device
-        args = self.sampling.tensors([r.seed] * logits.shape[0], device)
-        target = ops.probabilities(logits, **args)
-        seed, position = (torch.tensor([v], dtype=torch.int64, device=device) for v in (r.seed, len(r.tokens)))
-        count, token = ops.accept_drafts(
-            target[None], draft_probs[None], torch.tensor([ids], dtype=torch.int64, device=device), seed, position
+    # ---- decoding ------------------------------------------------------------------------------------------------------
+    def _decode(self, rows: list[_Request]) -> None:
+        """Rounds over `rows` until all have finished; those that have stand still until half of them can be left out."""
+        n = self.num_drafts
+        step = Round(
+            self.model,
+            self.cache,
+            self.sampling,
+            n,
+            known=[len(r.tokens) for r in rows],
+            limit=[len(r.prompt) + self.max_new_tokens for r in rows],
+            seqs=[r.seq for r in rows],
+            seed=[r.seed for r in rows],
+            last=[r.tokens[-1] for r in rows],
         )
-        return int(count), int(token)
+        if n:
+            step.start(*self._feed(rows, keep_last=False))
+        while True:
+            for r in rows:
+                self.cache.reserve(r.seq, n + 1)
+            for place, (r, (count, *ids)) in enumerate(zip(rows, step.step(max(len(r.tokens) for r in rows)), strict=True)):
+                if not self._finished(r):
+                    self._take(r, count, ids)
+                    if self._finished(r):
+                        step.freeze(place, self.cache.lengths[r.seq] + 1)
+            live = [i for i, r in enumerate(rows) if not self._finished(r)]
+            if not live:
+                return
+            if 2 * len(live) <= len(rows):
+                rows = [rows[i] for i in live]
+                step.keep(live)
+
+    def _take(self, r: _Request, count: int, ids: list[int]) -> None:
+        """What a round has brought a request: the accepted drafts and the token after them."""
+        # drafts past the last token wanted, or past the position limit, do not count
+        room = min(self.max_new_tokens - len(r.out.ids), self.model.config.max_position_embeddings - len(r.tokens) + 1)
+        for place in range(min(self.num_drafts, room - 1)):
+            r.out.drafted[place] += place <= count  # drafts after the first rejected one were not judged
+            r.out.accepted[place] += place < count
+        r.out.steps += 1
+        known = min(len(r.tokens) + count + 1, len(r.prompt) + self.max_new_tokens)
+        self.cache.advance(r.seq, self.num_drafts + 1)
+        self.cache.rewind(r.seq, known - 1)
+        self._emit(r, ids[: count + 1])
 
     # ---- tokens --------------------------------------------------------------------------------------------------------
-    def _arguments(self, requests: list[_Request]) -> dict[str, torch.Tensor]:
-        return self.sampling.tensors([r.seed for r in requests], self.cache.device)
-
-    def _sample(self, requests: list[_Request], logits: torch.Tensor, ahead: int = 0) -> list[int]:
-        """Draw the token `ahead` places after each request's next one."""
-        device = logits.device
-        seed = torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device)
-        position = torch.tensor([len(r.tokens) + ahead for r in requests], dtype=torch.int64, device=device)
-        return ops.sample(logits, **self._arguments(requests), seed=seed, position=position).tolist()
+    def _draw(self, requests: list[_Request], streams: torch.Tensor) -> list[int]:
+        """Each request's next token, from its last position's streams (B, S, D)."""
+        seed, position = (
+            torch.tensor(values, dtype=torch.int64, device=streams.device)
+            for values in ([r.seed for r in requests], [len(r.tokens) for r in requests])
+        )
+        return draw(self.model, self.sampling, self.model.collapse(streams), seed, position).tolist()
 
     def _emit(self, r: _Request, ids: list[int]) -> None:
         """Append new ids up to a stop id or the limit."""

@@ -13,10 +13,11 @@ from dsv4lab.config import ModelConfig
 from dsv4lab.formats import PackedWeight
 from dsv4lab.model.block import Block
 from dsv4lab.model.cache import Batch, Cache
-from dsv4lab.model.engine import Completion, Sampling, generate
+from dsv4lab.model.engine import Completion, generate
 from dsv4lab.model.layers import HyperConnection, Weight
 from dsv4lab.model.mtp import MTPBlock
 from dsv4lab.model.numerics import Numerics
+from dsv4lab.model.round import Sampling
 from dsv4lab.model.tokenizer import Tokenizer
 
 DEFAULT_STEP = 512  # tokens of a sequence in one prefill step: bounds activations, not results
@@ -67,19 +68,32 @@ class Model(nn.Module):
         return streams
 
     @torch.inference_mode()
-    def head_logits(self, streams: torch.Tensor) -> torch.Tensor:
-        """Collapse, final norm, LM head: streams (M, S, D) -> (M, V) f32."""
+    def collapse(self, streams: torch.Tensor) -> torch.Tensor:
+        """Collapse and final norm: streams (M, S, D) -> (M, D), what the LM head reads."""
         c = self.config
         with ops.scope("head"):
-            hidden = ops.mhc_head(streams, *self.hc_head.tensors, self.norm.weight, eps=c.rms_norm_eps, hc_eps=c.hc_eps)
+            return ops.mhc_head(streams, *self.hc_head.tensors, self.norm.weight, eps=c.rms_norm_eps, hc_eps=c.hc_eps)
+
+    @torch.inference_mode()
+    def head_logits(self, streams: torch.Tensor) -> torch.Tensor:
+        """Collapse, final norm, LM head: streams (M, S, D) -> (M, V) f32."""
+        hidden = self.collapse(streams)
+        with ops.scope("head"):
             return ops.lm_head(hidden, self.head.weight)
+
+    @torch.inference_mode()
+    def predict(self, streams: torch.Tensor, next_ids: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prediction block: streams (M, S, D) at i, ids (M,) at i + 1 -> its own streams, and (M, D), what the LM head
+        reads for the token at i + 2."""
+        with ops.scope("mtp.0"):
+            embedding = self.embedding(next_ids)
+            return self.mtp[0].predict(streams, embedding, batch, batch.cache.mtp[0])  # type: ignore[operator]
 
     @torch.inference_mode()
     def predict_next(self, streams: torch.Tensor, next_ids: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The prediction block: streams (M, S, D) at i, ids (M,) at i + 1 -> its own streams, logits (M, V) for i + 2."""
+        streams, hidden = self.predict(streams, next_ids, batch)
         with ops.scope("mtp.0"):
-            embedding = self.embedding(next_ids)
-            streams, hidden = self.mtp[0].predict(streams, embedding, batch, batch.cache.mtp[0])  # type: ignore[operator]
             return streams, ops.lm_head(hidden, self.head.weight)
 
     def new_cache(self, *, max_seqs: int, max_tokens: int, max_step: int = DEFAULT_STEP, max_rewind: int = 0) -> Cache:

@@ -22,14 +22,16 @@ from dsv4lab.dispatch import (
     backend,
     implementations,
     observe,
+    references,
     register_kernel,
     scope,
 )
 from dsv4lab.kernels.registry import KERNELS
 from dsv4lab.ops.cache import cache_read, cache_write, compress
+from dsv4lab.ops.decoding import advance_decode, decode_plan, match_drafts
 from dsv4lab.ops.experts import moe, moe_combine, router_hash, router_topk, shared_expert, swiglu, swiglu_fp8, swiglu_nvfp4
 from dsv4lab.ops.gemm import grouped_linear, linear, lm_head
-from dsv4lab.ops.head import accept_drafts, mtp_input, probabilities, sample
+from dsv4lab.ops.head import accept_drafts, lm_head_greedy, mtp_input, probabilities, sample
 from dsv4lab.ops.indexing import attention, index_query, index_scores, index_topk
 from dsv4lab.ops.mhc import embed_streams, mhc_head, mhc_post, mhc_post_pre, mhc_pre
 from dsv4lab.ops.norm import (
@@ -50,11 +52,13 @@ __all__ = [
     "Call",
     "MissingKernel",
     "accept_drafts",
+    "advance_decode",
     "attention",
     "backend",
     "cache_read",
     "cache_write",
     "compress",
+    "decode_plan",
     "dequantize",
     "embed_streams",
     "grouped_linear",
@@ -67,6 +71,8 @@ __all__ = [
     "inverse_rope_nvfp4",
     "linear",
     "lm_head",
+    "lm_head_greedy",
+    "match_drafts",
     "mhc_head",
     "mhc_post",
     "mhc_post_pre",
@@ -81,6 +87,7 @@ __all__ = [
     "quantize_fp8_rows",
     "quantize_mxfp4",
     "quantize_nvfp4",
+    "references",
     "register_kernel",
     "rmsnorm",
     "rmsnorm_fp8",

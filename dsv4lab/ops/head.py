@@ -1,4 +1,4 @@
-"""The prediction block, and sampling."""
+"""The prediction block, the greedy head, and sampling."""
 
 # No `from __future__ import annotations`: torch.library reads the schema from the annotations themselves.
 import torch
@@ -48,6 +48,12 @@ def mtp_input(
     """See `reference.head.mtp_input`."""
     packed = pack_all(e_proj, h_proj)
     return _mtp_input(embedding, streams, enorm_weight, hnorm_weight, *packed, eps=eps, act=act)
+
+
+@operator(fake=lambda x, weight: x.new_empty(x.shape[0], dtype=torch.int64))
+def lm_head_greedy(x: Tensor, weight: Tensor) -> Tensor:
+    """See `reference.head.lm_head_greedy`."""
+    return _head.lm_head_greedy(x, weight)
 
 
 @operator(fake=lambda logits, *_, **__: logits.new_empty(logits.shape[0], dtype=torch.int64))

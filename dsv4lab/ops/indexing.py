@@ -29,11 +29,11 @@ def index_scores(
     record: str,
     page_size: int,
     max_entries: int,
+    scale: float = 1.0,
 ) -> Tensor:
     """See `reference.indexer.index_scores`."""
-    return _indexer.index_scores(
-        q, head_weights, pages, block_table, seq_idx, num_visible, record=record, page_size=page_size, max_entries=max_entries
-    )
+    tensors = (q, head_weights, pages, block_table, seq_idx, num_visible)
+    return _indexer.index_scores(*tensors, record=record, page_size=page_size, max_entries=max_entries, scale=scale)
 
 
 @operator()

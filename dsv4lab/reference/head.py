@@ -1,11 +1,14 @@
-"""The entry of the prediction (MTP) block (spec 7). Logits: `reference.gemm.lm_head`; sampling: `reference.sampling`."""
+"""The entry of the prediction (MTP) block (spec 7), and the head of greedy decoding.
+
+Logits: `reference.gemm.lm_head`; sampling: `reference.sampling`.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from dsv4lab.formats import PackedWeight
-from dsv4lab.reference.gemm import linear
+from dsv4lab.reference.gemm import linear, lm_head
 from dsv4lab.reference.norm import rmsnorm
 
 
@@ -28,3 +31,12 @@ def mtp_input(
     e = linear(rmsnorm(embedding, enorm_weight, eps=eps), e_proj, act=act)
     f = linear(rmsnorm(streams, hnorm_weight, eps=eps).flatten(0, 1), h_proj, act=act)
     return (e.float()[:, None, :] + f.float().view_as(streams)).to(streams.dtype)
+
+
+def lm_head_greedy(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The id of each row's largest logit, the lowest of equals: `sampling.sample` at temperature 0 of `gemm.lm_head`'s logits.
+
+    x (M, D) float, weight (V, D) float, V >= 1 -> ids (M,) int64. Zeros of both signs are equal. A NaN counts as larger than
+    every number, as in torch's argmax, so that a row with NaN logits gets the first one's id.
+    """
+    return lm_head(x, weight).argmax(-1)

@@ -106,13 +106,15 @@ def index_scores(
     record: str,
     page_size: int,
     max_entries: int,
+    scale: float = 1.0,
 ) -> torch.Tensor:
-    """I[t, j] = sum_h w[t, h] relu(q[t, h] . k_j) over the entries of the query's own sequence.
+    """I[t, j] = sum_h scale w[t, h] relu(q[t, h] . k_j) over the entries of the query's own sequence.
 
-    q (M, Hi, ci) from `index_query`; head_weights (M, Hi) f32, scaled by ci^-1/2 Hi^-1/2; block_table (num_seqs, nb) int,
-    pages of `page_size` entries; num_visible (M,) int -> (M, max_entries) f32, -inf from num_visible on.
+    q (M, Hi, ci) from `index_query`; head_weights (M, Hi) f32; scale: ci^-1/2 Hi^-1/2 in the model; block_table (num_seqs, nb)
+    int, pages of `page_size` entries; num_visible (M,) int -> (M, max_entries) f32, -inf from num_visible on.
     """
     out = torch.full((q.shape[0], max_entries), -torch.inf, device=q.device)
+    head_weights = head_weights * scale
     entry = torch.arange(max_entries, device=q.device)
     for s in seq_idx.unique().tolist():
         rows = (seq_idx == s).nonzero(as_tuple=True)[0]

@@ -12,6 +12,7 @@ from dsv4lab.viz.cache_pages import plot_cache_pages
 from dsv4lab.viz.code_histogram import plot_code_histogram
 from dsv4lab.viz.cosine_depth import plot_cosine_depth
 from dsv4lab.viz.dim_errors import plot_dim_errors
+from dsv4lab.viz.draws import plot_draws
 from dsv4lab.viz.error_anatomy import plot_error_anatomy
 from dsv4lab.viz.error_histogram import plot_error_histogram
 from dsv4lab.viz.expert_load import plot_expert_load
@@ -63,6 +64,7 @@ __all__ = [
     "plot_code_histogram",
     "plot_cosine_depth",
     "plot_dim_errors",
+    "plot_draws",
     "plot_error_anatomy",
     "plot_error_histogram",
     "plot_expert_load",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, attention_layer, common, compiling, eager, indexer, operations, rope_and_cache
+from benchmarks import attention, attention_layer, common, compiling, eager, indexer, operations, rope_and_cache, work
 from benchmarks.common import Bench, Ceilings, Failure, Timing
 from dsv4lab import dispatch
 from dsv4lab.config import CSA, HCA, SWA, ModelConfig
@@ -287,7 +287,7 @@ def test_bounds_of_layers() -> None:
     wide = by_name["linear 32768x1024 nvfp4"]
     assert attention_layer.flops_of(shape, wide) == 2 * 64 * 32768 * 1024
     assert attention_layer.kept_bytes(shape, wide) == 32768 * 1024 * 9 / 16 + 4
-    assert attention_layer.moved_bytes(wide) == 64 * (1024 + 32768) * 2
+    assert work.moved_bytes(shape, wide) == 64 * (1024 + 32768) * 2
     attended, scored = by_name["attention"], by_name["index_scores"]
     assert attention_layer.kept_bytes(shape, attended) == 64 * 640 * 584
     assert attention_layer.flops_of(shape, attended) == 4 * 64 * 640 * 64 * 512

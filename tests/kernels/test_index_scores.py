@@ -100,11 +100,21 @@ def run(
     page_size: int = 32,
     config: IndexScoresConfig | None = None,
     multiprocessors: int = 4,
+    scale: float = 1.0,
     **how: Any,
 ) -> torch.Tensor:
     sim.enable("sm_90a", multiprocessors=multiprocessors)
     with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):
-        return index_scores(*args, record=record, page_size=page_size, max_entries=entries, config=config)
+        return index_scores(*args, record=record, page_size=page_size, max_entries=entries, scale=scale, config=config)
+
+
+def test_a_scale_is_a_scale_of_the_weights() -> None:
+    q, weights, *rest = scene("fp4", [70], [3])
+    scaled = run((q, weights, *rest), "fp4", 75, scale=0.3)
+    assert torch.equal(scaled, run((q, weights * 0.3, *rest), "fp4", 75))
+    how = dict(record="fp4", page_size=32, max_entries=75)
+    want = [indexer.index_scores(q, w, *rest, **how, scale=s) for w, s in ((weights, 0.3), (weights * 0.3, 1.0))]  # type: ignore[arg-type]
+    assert torch.equal(*want) and not torch.equal(want[0], indexer.index_scores(q, weights, *rest, **how))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("record", INDEX_RECORDS)

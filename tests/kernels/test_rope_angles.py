@@ -15,7 +15,7 @@ from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import running_on, runtime_of
 from dsv4lab.reference.rope import rope, rope_frequencies
 
-ULPS = 1.2  # largest error met over 9 million angles: 1.187
+ULPS = 1.25  # largest error met over 9 million angles: 1.187; on a GPU, where ptxas fuses differently, over 4 million 1.206
 THREADS = 256
 FLASH = ModelConfig.flash()
 TABLES = {

@@ -88,8 +88,8 @@ def test_bad_use_is_refused_by_name() -> None:
     seq = limited.open()
     limited.reserve(seq, 64)
     limited.advance(seq, 64)
-    with pytest.raises(ValueError, match="max_position_embeddings 70, got 71"):
-        limited.reserve(seq, 7)
+    with pytest.raises(ValueError, match=r"max_position_embeddings 70 \+ max_rewind 8, got 79"):
+        limited.reserve(seq, 15)
     with pytest.raises(ValueError, match="each sequence once"):
         Batch.plan(cache, [(0, [1]), (0, [2])])
     with pytest.raises(ValueError, match="at least one token"):

@@ -264,6 +264,14 @@ def test_a_barrier_graph_writes_counts_and_marks_open_ends() -> None:
     assert sum(p.get_linestyle() in ("--", "dashed") for p in ax.patches) == 1  # nobody arrives at "empty"
 
 
+def test_draws_are_ranked_by_probability_and_counted() -> None:
+    (ax,) = viz.plot_draws({"fair": (np.array([0.2, 0.0, 0.5, 0.3]), np.array([40, 0, 30, 30]))})
+    line, dots, _ = ax.lines
+    np.testing.assert_allclose(line.get_ydata(), [0.5, 0.3, 0.2])
+    np.testing.assert_allclose(dots.get_ydata(), [0.3, 0.3, 0.4])
+    assert ax.get_title() == "fair: 33 % of 3 within"  # 0.3 of 0.3 is, 0.3 of 0.5 and 0.4 of 0.2 are not
+
+
 def test_margins_are_shares_below_a_size() -> None:
     ax = viz.plot_margins({"a": np.array([0.0, 0.1, 1.0, 0.01])}, bounds={"error": 0.05})
     steps = ax.lines[0]

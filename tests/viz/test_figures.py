@@ -208,6 +208,11 @@ def cases() -> dict[str, Case]:
             [{"weights": np.sort(rng.uniform(0.1, 1, 12))[::-1].copy(), "outputs": 2.0 ** -np.arange(9.0)}],
             {"marks": {"half": 6}},
         ),
+        "draws": (
+            viz.plot_draws,
+            [{f"case {i}": (np.r_[softmax(rng.normal(size=30)), 0], np.r_[rng.integers(0, 90, 30), 0]) for i in range(3)}],
+            {},
+        ),
         "shares": (
             viz.plot_shares,
             [{"one way": rng.uniform(0.2, 0.9, 31), "another": rng.uniform(0.5, 1.0, 7)}],
@@ -460,6 +465,9 @@ REFUSED = [
     ("spectrum", "marks", {"none": 0}, r"marks\['none'\] must be > 0 and finite, got 0"),
     ("shares", 0, {"a": np.array([0.5, 1.5])}, r"shares\['a'\] must lie in \[0, 1\], got \[0.5, 1.5\]"),
     ("shares", "quantiles", (0.3, 0.9), r"quantiles must be in \[0, 0.25\] and \[0.75, 1\], got 0.3 and 0.9"),
+    ("draws", 0, {}, r"cases must not be empty, got an empty mapping"),
+    ("draws", 0, {"a": (np.ones(2) / 2, np.zeros(2, int))}, r"cases\['a'\]\[1\] must hold counts .*, got a sum of 0"),
+    ("draws", 0, {"a": (np.array([1.0, 0]), np.array([3, 2]))}, r"cases\['a'\]\[1\] must be 0 where .*, got 2 draws"),
     ("pooling", 0, np.full((2, 3), 3), r"reads must lie in \[0, 2\], got \[3, 3\]"),
     ("pooling", "kinds", [], r"kinds must be 1 to 7 names, got 0"),
     ("shape_tour", 0, [], r"rows must not be empty, got no stage"),

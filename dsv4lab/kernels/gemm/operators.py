@@ -164,7 +164,8 @@ def _grouped_sm90_refuses(
     return why_not_mixed(x, fmt, codes, scale, act)
 
 
-def _lm_head_refuses(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+def why_not_head(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Why the mixed kernel is no head for such operands; None where it is."""
     if weight.dtype != torch.bfloat16:
         return f"weight must be bfloat16, got {weight.dtype}"
     return why_not_mixed(x, BF16.name, weight, None, "none")
@@ -195,5 +196,5 @@ ENTRIES = (
     Entry("linear", "sm_90a", linear_sm90, _linear_sm90_refuses),
     Entry("linear", "sm_100a", linear_sm100, _linear_sm100_refuses),
     Entry("grouped_linear", "sm_90a", grouped_linear_sm90, _grouped_sm90_refuses),
-    Entry("lm_head", "sm_90a", lm_head_sm90, _lm_head_refuses),
+    Entry("lm_head", "sm_90a", lm_head_sm90, why_not_head),
 )

@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4lab.formats import weights_of
+from dsv4lab.formats import BF16, PackedWeight, weights_of
 from dsv4lab.kernels._common.elements import FLOATS
 from dsv4lab.kernels.entry import Entry
-from dsv4lab.kernels.gemm.operators import linear_sm90, why_not_mixed
+from dsv4lab.kernels.gemm.mixed.api import partial_argmax
+from dsv4lab.kernels.gemm.mixed.prepared import prepared
+from dsv4lab.kernels.gemm.operators import linear_sm90, lm_head_sm90, why_not_head, why_not_mixed
+from dsv4lab.kernels.head.decoding import api as decoding
+from dsv4lab.kernels.head.decoding.config import MAX_DRAFTS, MAX_RATIOS, MAX_TOKENS
+from dsv4lab.kernels.head.greedy.api import pick_largest
 from dsv4lab.kernels.head.mtp.api import add_streams
 from dsv4lab.kernels.head.mtp.config import MAX_STREAMS
 from dsv4lab.kernels.head.sampler import api
@@ -16,6 +21,13 @@ from dsv4lab.kernels.head.sampler.config import MAX_SLICE, SamplerConfig
 from dsv4lab.kernels.quant.operators import rmsnorm
 
 Parts = list[Tensor]  # of e_proj and h_proj; a part that a format lacks is empty
+
+
+def lm_head_greedy(x: Tensor, weight: Tensor) -> Tensor:
+    """`ops.lm_head_greedy`: no logits in memory, but for float32 x, whose logits are sums of three products."""
+    if x.dtype == torch.float32:
+        return lm_head_sm90(x, weight).argmax(-1)
+    return pick_largest(partial_argmax(x.contiguous(), prepared(PackedWeight(BF16, weight))))
 
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
@@ -34,6 +46,24 @@ def accept_drafts(
 ) -> tuple[Tensor, Tensor]:
     """`ops.accept_drafts`."""
     return api.accept_drafts(*(t.contiguous() for t in (target_probs, draft_probs, draft_ids, seed, position)))
+
+
+def decode_plan(known: Tensor, seqs: Tensor, *, tokens: int, offset: int, ring_len: int, ratios: list[int]) -> Tensor:
+    """`ops.decode_plan`."""
+    where = (known.contiguous(), seqs.contiguous())
+    return decoding.decode_plan(*where, tokens=tokens, offset=offset, ring_len=ring_len, ratios=ratios)
+
+
+def match_drafts(choices: Tensor, step_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """`ops.match_drafts`."""
+    return decoding.match_drafts(choices.contiguous(), step_ids.contiguous())
+
+
+def advance_decode(
+    step_ids: Tensor, known: Tensor, limit: Tensor, num_accepted: Tensor, next_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`ops.advance_decode`."""
+    return decoding.advance_decode(step_ids, known, *(t.contiguous() for t in (limit, num_accepted, next_ids)))
 
 
 def mtp_input(
@@ -81,6 +111,24 @@ def _refuse_probs(target_probs: Tensor, draft_probs: Tensor, draft_ids: Tensor, 
     return None
 
 
+def _refuse_plan(known: Tensor, seqs: Tensor, *, tokens: int, offset: int, ring_len: int, ratios: list[int]) -> str | None:
+    if len(ratios) > MAX_RATIOS or known.shape[0] * tokens >= MAX_TOKENS:
+        return f"there must be {MAX_RATIOS} ratios at most and {MAX_TOKENS} tokens, got {len(ratios)} and {tokens} each"
+    return None
+
+
+def _refuse_match(choices: Tensor, step_ids: Tensor) -> str | None:
+    if step_ids.ndim == 2 and step_ids.shape[1] > MAX_DRAFTS + 1:
+        return f"there must be {MAX_DRAFTS} drafts at most, got {step_ids.shape[1] - 1}"
+    return None
+
+
+def _refuse_advance(step_ids: Tensor, known: Tensor, limit: Tensor, num_accepted: Tensor, next_ids: Tensor) -> str | None:
+    if not (step_ids.is_contiguous() and known.is_contiguous()):
+        return "step_ids and known must be contiguous, since they change in place"
+    return _refuse_match(step_ids, step_ids)
+
+
 def _refuse_mtp(
     embedding: Tensor,
     streams: Tensor,
@@ -108,6 +156,7 @@ def _refuse_mtp(
 
 ENTRIES = (
     Entry("mtp_input", "sm_90a", mtp_input, _refuse_mtp),
+    Entry("lm_head_greedy", "sm_90a", lm_head_greedy, why_not_head),
     *(
         Entry(operation, arch, function, refuses)
         for arch in api.ARCHITECTURES
@@ -115,6 +164,9 @@ ENTRIES = (
             ("sample", sample, _refuse_logits),
             ("probabilities", probabilities, _refuse_logits),
             ("accept_drafts", accept_drafts, _refuse_probs),
+            ("decode_plan", decode_plan, _refuse_plan),
+            ("match_drafts", match_drafts, _refuse_match),
+            ("advance_decode", advance_decode, _refuse_advance),
         )
     ),
 )

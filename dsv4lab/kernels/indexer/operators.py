@@ -24,6 +24,7 @@ def index_scores(
     record: str,
     page_size: int,
     max_entries: int,
+    scale: float = 1.0,
 ) -> Tensor:
     return _scores.index_scores(
         q.contiguous(),
@@ -35,6 +36,7 @@ def index_scores(
         record=record,
         page_size=page_size,
         max_entries=max_entries,
+        scale=scale,
     )
 
 

@@ -3,10 +3,15 @@
 A stage holds a block: eight column tiles of 64 keys by 64 dims, rows of 128 bytes in the 128-byte swizzle, so that one tile is
 both the K-major operand of Q K^T and the MN-major operand of P V. It is filled by halves, four tiles each.
 
-Packed records: a warp has 8 keys of a block; four lanes have a key, each 16 dims of every tile. The bytes of the next half are
-in flight while those of this one are decoded (16 to 20 registers a lane, 18 kB a CTA); the index of a key is read two blocks
-ahead and its page one. About 500 instructions a warp and block of FP8. Plain records: `cp.async` of 16 bytes, eight lanes a
-key. Keys that are none are zeros, whatever memory holds, and cleared in the block's mask.
+Packed records: a warp has 8 keys of a block; four lanes have a key, each 16 dims of every tile. A whole block is in flight
+while the one before it is decoded: the left half and all scales by `cp.async` into shared memory, where 17 KB are free, the
+right half into 20 registers a lane. Indices, three blocks ahead, and pages, two ahead, come with the left half. So there are
+two kinds of loads, and neither waits for the other: loads into registers share six scoreboards a warp, and ptxas gives the
+right half's also to indices and to spilled registers if there are any, whose turn then takes a whole latency. 470 instructions
+a warp and block of FP8, 520 of NVFP4.
+
+Plain records: `cp.async` of 16 bytes, eight lanes a key. Keys that are none are zeros, whatever memory holds, and cleared in
+the block's mask.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -18,7 +23,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
-from dsv4lab.kernels._common.ptx import store_words
+from dsv4lab.kernels._common.ptx import load_words, store_words
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import GATHER_WARPS, HALVES, KEYS, TILE, TILES
 from dsv4lab.kernels.attention.core.decode import CODE_WORDS, SCALE_WORDS, decode, factors
@@ -28,14 +33,27 @@ STAGE_BYTES = TILES * TILE_BYTES
 _KEYS = KEYS // GATHER_WARPS  # of a block that a warp has: four lanes have one
 _HALF_TILES = TILES // HALVES
 _CODED = TILES - 1  # tiles of codes; the last one is rotary, in BF16
+_LANES = GATHER_WARPS * 32
+
+
+def packed_words(record: str) -> int:
+    """Of shared memory for what comes of a block while the one before is decoded: codes of the left half, scales; and a page
+    and an index a key, of later blocks. 0 for plain records, which go to their stage at once.
+    """
+    if record == "plain":
+        return 0
+    return _LANES * _HALF_TILES * CODE_WORDS[record] + KEYS * (SCALE_WORDS[record] + 2)
 
 
 @dataclass(frozen=True)
 class Gather:
-    """Where keys go. stages, masks: addresses of shared memory. full, empty: barriers, one for each half of each stage."""
+    """Where keys go. stages, packed, masks: addresses of shared memory, packed with `packed_words`. full, empty: barriers, one
+    for each half of each stage.
+    """
 
     work: Any
     stages: Any
+    packed: Any
     masks: Any
     full: Any
     empty: Any
@@ -70,40 +88,52 @@ class Gather:
         token, part = lane % 8, lane // 8
         row = warp * _KEYS + token
         place = first * KEYS + row
-        left = cute.make_rmem_tensor((codes, _HALF_TILES), Uint32)
         right = cute.make_rmem_tensor((codes, _HALF_TILES - 1), Uint32)
         rotary = cute.make_rmem_tensor((4, 2), Uint32)
-        scales = cute.make_rmem_tensor((SCALE_WORDS[record],), Uint32)
+        slot = self.packed + (warp * 32 + lane) * (codes * 4)  # of a lane's codes of the first tile
+        scales = self.packed + _HALF_TILES * _LANES * codes * 4 + row * (SCALE_WORDS[record] * 4)
+        finds = self.packed + (packed_words(record) - 2 * KEYS + row) * 4  # a page; 64 words on, an index
 
         if cutlass.const_expr(work.plan.kind != "chosen"):
             index = work.index(query, place)
         page = work.page(seq, index)
+        near = work.index(query, place + KEYS)  # of the next block
         data, scale, there = work.record(span, place, index, page)
-        index = work.index(query, place + KEYS)
-        self._load_left(data, scale, there, part, left, scales)
+        self._copy_left(data, scale, there, part, slot, scales)
+        self._load_right(data, there, part, right, rotary)
+        self._copy_finds(query, seq, near, place + 2 * KEYS, lane, finds)
+        cute.arch.cp_async_commit_group()
         row_bytes = row * (TILE * 2)
         chunk = (2 * part ^ token) * 16  # of this lane's dims in a swizzled row; the next one's is 16 bytes away, by bit 4
         for j in cutlass.range(blocks, unroll=1):
             stage = j % 2
             free = (phases >> stage) & 1 ^ 1
             target = self.stages + stage * STAGE_BYTES + row_bytes
-            self._load_right(data, there, part, right, rotary)
             bits = Uint32(cute.arch.vote_ballot_sync(there))
-            place = place + KEYS
-            page = work.page(seq, index)  # of the next block's key: asked for here and looked at after the left half
 
+            cute.arch.cp_async_wait_group(0)
+            cute.arch.sync_warp()  # a lane has copied the codes that it reads, but others its scales
+            gains = factors(record, _scales(record, scales), part, range(_CODED))
+            # What registers hold is decoded before there is a place for it.
+            early = [decode(record, _words(slot, t, codes), gains[t]) for t in range(work.plan.early)]
             cute.arch.mbarrier_wait(self.empty + 2 * stage, free)
-            gains = factors(record, [scales[i] for i in range(SCALE_WORDS[record])], part, range(_CODED))
             for t in cutlass.range_constexpr(_HALF_TILES):
-                _store(target + t * TILE_BYTES, chunk, decode(record, [left[i, t] for i in range(codes)], gains[t]))
+                pairs = early[t] if t < work.plan.early else decode(record, _words(slot, t, codes), gains[t])
+                _store(target + t * TILE_BYTES, chunk, pairs)
             if lane == 0:
                 ptx.store_byte(self.masks + stage * 8 + warp, bits)
             self._arrive(self.full + 2 * stage, lane)
 
-            data, scale, there = work.record(span, place, index, page)
+            place = place + KEYS
+            page, far = self._finds(finds, place + KEYS)
+            cute.arch.sync_warp()  # the next ones go to the same place
+            data, scale, there = work.record(span, place, near, page)
             there = there and j + 1 < blocks
-            index = work.index(query, place + KEYS)
-            self._load_left(data, scale, there, part, left, scales)
+            near = far
+            if j + 1 < blocks:  # as a branch, before which ptxas does not wait for the right half
+                self._copy_left(data, scale, there, part, slot, scales)
+                self._copy_finds(query, seq, near, place + 2 * KEYS, lane, finds)
+            cute.arch.cp_async_commit_group()
 
             cute.arch.mbarrier_wait(self.empty + 2 * stage + 1, free)
             target = target + _HALF_TILES * TILE_BYTES
@@ -113,18 +143,41 @@ class Gather:
             _store(target + (_HALF_TILES - 1) * TILE_BYTES, chunk, [rotary[i % 4, i // 4] for i in range(8)])
             self._arrive(self.full + 2 * stage + 1, lane)
             phases = phases ^ (1 << stage)
+
+            self._load_right(data, there, part, right, rotary)
+        cute.arch.cp_async_wait_group(0)  # of an item without blocks, too: the next one copies to the same place
         return phases
 
     @cute.jit
-    def _load_left(self, data: Any, scale: Any, there: Any, part: Any, left: Any, scales: Any) -> None:
-        """Codes of the left half, and all scales, of a lane's key."""
+    def _copy_finds(self, query: Any, seq: Any, index: Any, place: Any, lane: Any, finds: Any) -> None:
+        """The page of an index, and the index at a place: on their way to shared memory."""
+        work = self.work
+        if lane < _KEYS:
+            if cutlass.const_expr(work.plan.kind != "window"):
+                ptx.copy_word(finds, work.page_address(seq, index))
+            if cutlass.const_expr(work.plan.kind == "chosen"):
+                ptx.copy_word(finds + KEYS * 4, work.index_address(query, place))
+
+    @cute.jit
+    def _finds(self, finds: Any, place: Any) -> tuple[Any, Any]:
+        """(page, index) that have come; place: of the index."""
+        page, index = Int32(0), place
+        if cutlass.const_expr(self.work.plan.kind != "window"):
+            page = cutlass.max(ptx.load_word(finds), 0)
+        if cutlass.const_expr(self.work.plan.kind == "chosen"):
+            index = ptx.load_word(finds + KEYS * 4)
+        return page, index
+
+    @cute.jit
+    def _copy_left(self, data: Any, scale: Any, there: Any, part: Any, slot: Any, scales: Any) -> None:
+        """Codes of the left half, and all scales, of a lane's key: on their way to shared memory."""
         record = self.work.plan.record
-        codes, words = CODE_WORDS[record], SCALE_WORDS[record]
-        wanted = Int32(there)
-        for at in cutlass.range_constexpr(0, words, min(words, 4)):
-            _load(scale + at * 4, wanted, scales, at, min(words, 4))
+        count = CODE_WORDS[record] * 4
+        size = cutlass.select_(there, Int32(count), Int32(0))
         for t in cutlass.range_constexpr(_HALF_TILES):
-            _load(data + part * (codes * 4) + t * (codes * 16), wanted, left[None, t], 0, codes)
+            ptx.copy_or_zeros(slot + t * (_LANES * count), data + part * count + t * (count * 4), size, count)
+        if part < SCALE_WORDS[record] // 2:
+            ptx.copy_or_zeros(scales + part * 8, scale + part * 8, cutlass.select_(there, Int32(8), Int32(0)), 8)
 
     @cute.jit
     def _load_right(self, data: Any, there: Any, part: Any, right: Any, rotary: Any) -> None:
@@ -132,9 +185,9 @@ class Gather:
         codes = CODE_WORDS[self.work.plan.record]
         wanted = Int32(there)
         for t in cutlass.range_constexpr(_HALF_TILES - 1):
-            _load(data + part * (codes * 4) + (_HALF_TILES + t) * (codes * 16), wanted, right[None, t], 0, codes)
+            _load(data + part * (codes * 4) + (_HALF_TILES + t) * (codes * 16), wanted, right[None, t], codes)
         for i in cutlass.range_constexpr(2):
-            _load(data + _CODED * codes * 16 + part * 32 + i * 16, wanted, rotary[None, i], 0, 4)
+            _load(data + _CODED * codes * 16 + part * 32 + i * 16, wanted, rotary[None, i], 4)
 
     @cute.jit
     def _arrive(self, barrier: Any, lane: Any) -> None:
@@ -173,7 +226,7 @@ class Gather:
                     swizzled = at * (TILE * 2) + (chunk ^ at % 8) * 16
                     for t in cutlass.range_constexpr(_HALF_TILES):
                         source = data[s] + (h * _HALF_TILES + t) * (TILE * 2) + chunk * 16
-                        ptx.copy_or_zeros(target + t * TILE_BYTES + swizzled, source, size[s])
+                        ptx.copy_or_zeros(target + t * TILE_BYTES + swizzled, source, size[s], 16)
                 cute.arch.cp_async_mbarrier_arrive_noinc(self.full + 2 * stage + h)
                 if cutlass.const_expr(h == 0):
                     self._mask(stage, warp, lane, size)
@@ -199,9 +252,22 @@ class Gather:
             ptx.store_byte(self.masks + stage * 8 + warp, bits)
 
 
-def _load(address: Any, wanted: Any, words: Any, at: int, count: int) -> None:
+def _load(address: Any, wanted: Any, words: Any, count: int) -> None:
     for i, word in enumerate(ptx.load_or_zeros(address, wanted, count)):
-        words[at + i] = word
+        words[i] = word
+
+
+def _words(slot: Any, t: int, codes: int) -> Any:
+    """A lane's codes of a tile of the left half."""
+    address = slot + t * (_LANES * codes * 4)
+    return load_words(address) if codes == 4 else ptx.load_pair(address)
+
+
+def _scales(record: str, address: Any) -> list[Any]:
+    """All scales of a key."""
+    if SCALE_WORDS[record] == 2:
+        return [*ptx.load_pair(address)]
+    return [word for at in range(0, SCALE_WORDS[record], 4) for word in load_words(address + at * 4)]
 
 
 def _store(row: Any, chunk: Any, pairs: list[Any]) -> None:

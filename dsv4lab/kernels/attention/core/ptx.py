@@ -3,7 +3,7 @@
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Uint32
+from cutlass import Int32, Uint32
 
 
 def load_or_zeros(address: Any, wanted: Any, words: int) -> tuple[Any, ...]:
@@ -18,10 +18,15 @@ def load_or_zeros(address: Any, wanted: Any, words: int) -> tuple[Any, ...]:
     return found
 
 
-def copy_or_zeros(target: Any, source: Any, size: Any) -> None:
-    """16 bytes, asynchronously, from global to shared memory; of these `size`, 16 or 0, are read and the rest are zeros."""
-    code = "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};"
+def copy_or_zeros(target: Any, source: Any, size: Any, count: int) -> None:
+    """`count` bytes, 8 or 16, asynchronously, from global to shared memory; of these `size` are read and the rest are zeros."""
+    code = f"cp.async.{'cg' if count == 16 else 'ca'}.shared.global [{{$r0}}], [{{$r1}}], {count}, {{$r2}};"
     cute.arch.inline_ptx(code, read_only_args=[target, source, size])
+
+
+def copy_word(target: Any, source: Any) -> None:
+    """4 bytes, asynchronously, from global to shared memory."""
+    cute.arch.inline_ptx("cp.async.ca.shared.global [{$r0}], [{$r1}], 4;", read_only_args=[target, source])
 
 
 def store_byte(address: Any, value: Any) -> None:
@@ -46,6 +51,11 @@ def load_pair(address: Any) -> tuple[Any, Any]:
     code = "ld.shared.v2.b32 {{$w0}, {$w1}}, [{$r0}];"
     low, high = cute.arch.inline_ptx(code, write_only_types=[Uint32] * 2, read_only_args=[address])
     return low, high
+
+
+def load_word(address: Any) -> Any:
+    """A word of shared memory."""
+    return cute.arch.inline_ptx("ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
 
 
 def permute(a: Any, b: Any, selector: Any) -> Any:

@@ -15,11 +15,12 @@ With several parts for a query, each leaves O / sum and log2(sum) + M in float32
 
 Cost of a block, 64 heads x 64 keys: 8.4 MFLOP, 2048 cycles of a multiprocessor's tensor cores (4096 FLOP a cycle). Shared
 memory, 128 bytes a cycle: Q and K for the scores 1024 cycles, K again and the half of the probabilities that another warpgroup
-has for the sums 640, the gathered keys written 512: 2176, which is the bound, 94 % of the matrix rate. Issue slots, of 2048 a
-scheduler: decoding FP8 about 1000 (two warps), softmax 250, a new maximum 256, products 300. Bytes: 584 a key as FP8, 384 as
-NVFP4: a block in 1.1 us is 34 GB/s a multiprocessor, 4.4 TB/s in all, of which the second tile of 128 heads and neighbouring
-queries find most in L2. So prefill and large batches are bound by shared memory and tensor cores, small batches by latency:
-launch, three dependent reads (position and index, page, record), Q K^T, P V.
+has for the sums 640, the gathered keys written 512: 2176, which is the bound, 94 % of the matrix rate; packed codes of half a
+block, written and read, add 256 (FP8: 84 %) or 128. Issue slots, of 2048 a scheduler: decoding FP8 about 940 (two warps),
+softmax 250, a new maximum 256, products 300. Bytes: 584 a key as FP8, 384 as NVFP4: a block in 1.1 us is 34 GB/s a
+multiprocessor, 4.4 TB/s in all, of which the second tile of 128 heads and neighbouring queries find most in L2. So prefill and
+large batches are bound by shared memory and tensor cores, small batches by latency: launch, three dependent reads (position
+and index, page, record), Q K^T, P V.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -29,7 +30,7 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import BFloat16, Float32, Int32, Int64, Uint64
+from cutlass import BFloat16, Float32, Int32, Int64, Uint32, Uint64
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
@@ -47,7 +48,7 @@ from dsv4lab.kernels.attention.core.config import (
     AttentionConfig,
 )
 from dsv4lab.kernels.attention.core.consume import Consume
-from dsv4lab.kernels.attention.core.gather import Gather
+from dsv4lab.kernels.attention.core.gather import Gather, packed_words
 from dsv4lab.kernels.attention.core.work import Work
 
 _CONSUME_REGISTERS, _GATHER_REGISTERS = 192, 64  # of a thread; it is launched with 128
@@ -155,13 +156,14 @@ class AttentionSm90:
         shared_q, shared_k, shared_p = (
             memory.allocate_tensor(BFloat16, tile.outer, byte_alignment=1024, swizzle=tile.inner) for tile in tiles
         )
+        packed = memory.allocate_array(Uint32, max(packed_words(plan.record), 1))
         # The same keys with dims as the product's N: (dim, key, half of a stage), eight keys of 64 dims in 1024 bytes.
         shape = ((TILE, _HALF // TILE), (8, KEYS // 8), STAGES * HALVES)
         stride = ((1, KEYS * TILE), (TILE, 8 * TILE), KEYS * _HALF)
         shared_v = cute.make_tensor(shared_k.iterator, cute.make_layout(shape, stride=stride))
 
         work = Work(plan, window_pages, entry_pages, table, positions, seq_idx, chosen, ring_len, ratio, parts, head_tiles)
-        gather = Gather(work, shared_k.iterator.toint(), masks.toint(), full, empty)
+        gather = Gather(work, shared_k.iterator.toint(), packed.toint(), masks.toint(), full, empty)
         if warp == 0:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_init(queries, 1)

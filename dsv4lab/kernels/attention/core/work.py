@@ -96,18 +96,32 @@ class Work:
     def index(self, query: Any, place: Any) -> Any:
         """The entry at a place, if there is one: negative where it is empty, anything past the entries."""
         if cutlass.const_expr(self.plan.kind == "chosen"):
-            width = Int32(self.chosen.shape[1])
-            return _flat(self.chosen)[query * width + cutlass.min(place, width - 1)]
+            return _flat(self.chosen)[self._nth_index(query, place)]
         return place
+
+    def index_address(self, query: Any, place: Any) -> Any:
+        """Where `index` looks."""
+        return self.chosen.iterator.toint() + Int64(self._nth_index(query, place)) * 4
+
+    def _nth_index(self, query: Any, place: Any) -> Any:
+        width = Int32(self.chosen.shape[1])
+        return query * width + cutlass.min(place, width - 1)
 
     @cute.jit
     def page(self, seq: Any, index: Any) -> Any:
         """The page of an entry, that of any if there is no such entry."""
         if cutlass.const_expr(self.plan.kind == "window"):
             return Int32(0)
+        return cutlass.max(_flat(self.table)[self._nth_page(seq, index)], 0)
+
+    def page_address(self, seq: Any, index: Any) -> Any:
+        """Where `page` looks, for a number of which it takes 0 if it is negative."""
+        return self.table.iterator.toint() + Int64(self._nth_page(seq, index)) * 4
+
+    def _nth_page(self, seq: Any, index: Any) -> Any:
         width = Int32(self.table.shape[1])
         at = Int32(Uint32(cutlass.max(index, 0)) // self.plan.entry_page)
-        return cutlass.max(_flat(self.table)[seq * width + cutlass.min(at, width - 1)], 0)
+        return seq * width + cutlass.min(at, width - 1)
 
     @cute.jit
     def record(self, span: Any, place: Any, index: Any, page: Any) -> tuple[Any, Any, Any]:

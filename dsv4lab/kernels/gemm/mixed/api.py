@@ -84,6 +84,31 @@ def linear(
     return y
 
 
+def partial_argmax(x: torch.Tensor, weight: PreparedWeight, *, config: MixedConfig | None = None) -> torch.Tensor:
+    """Of each row of x W^T the largest number in every part of W's rows, without writing the product.
+
+    x (M, K) bf16, contiguous; weight: one matrix (N, K), no pair -> (M, parts) int64, M * parts < 2^31: in the upper word
+    the float32's bits in an order of unsigned integers, in the lower one ~row, so that the largest of a row is its argmax, of
+    equals the lowest (`head.sampler.device.pack`). NaN is above all numbers. The numbers compared are those of `linear` in
+    float32, to the bit: configurations are the same but for `out`.
+    Raises ValueError on shapes, TypeError on dtypes.
+    """
+    matrices, n, k = weight.shape
+    _check_x(x, torch.float32, (k,))
+    if matrices != 1 or weight.paired:
+        raise ValueError(f"weight must be one matrix, no pair, got a stack of {matrices} and paired={weight.paired}")
+    m = x.shape[0]
+    if config is None:
+        config = choose(weight.format, "argmax", max(m, 1), n, weight.records.shape[1] * TILE)
+    parts = -(-weight.slabs // config.slabs) * (config.rows // config.part_rows)
+    if m * parts >= 2**31:
+        raise ValueError(f"x must have M * {parts} < 2^31, got M={m}")
+    found = torch.empty((m, parts), dtype=torch.int64, device=x.device)
+    if m:
+        _launch(config, x, weight, found, None, None, None, n, None)
+    return found
+
+
 def grouped(
     x: torch.Tensor,
     weight: PreparedWeight,
@@ -159,6 +184,9 @@ def _launch(
     want = (weight.format, weight.paired, factor is not None, slots is not None, tiles is not None)
     if flags != want:
         raise ValueError(f"config must have (format, paired, scaled, slotted, grouped) = {want}, got {flags}")
+    out = ELEMENT.get(y.dtype, "argmax")
+    if config.out != out:
+        raise ValueError(f"config must have out = {out}, got {config.out!r}")
     if weight.records.shape[1] % config.chunks:
         raise ValueError(f"config must have chunks that divide K / {TILE} = {weight.records.shape[1]}, got {config.chunks}")
     runtime = runtime_of(x)
@@ -200,11 +228,15 @@ def _compiled(config: MixedConfig, runtime: Runtime) -> Callable[..., Any]:
 
         i32, f32 = cutlass.Int32, cutlass.Float32
         free = cute.sym_int
+        if config.out == "argmax":
+            result = fake(cutlass.Int64, free(), free(), align=8)
+        else:
+            result = fake({"bf16": cutlass.BFloat16, "f32": f32}[config.out], free(), free(divisibility=8))
         examples = (
             fake(cutlass.BFloat16, free(), free(divisibility=8)),
             fake(i32, free(), free(divisibility=2), record_words(config.format)),
             fake(f32, free(), 2, align=4),
-            fake({"bf16": cutlass.BFloat16, "f32": f32}[config.out], free(), free(divisibility=8)),
+            result,
             fake(f32, free(), align=4),
             fake(i32, free(), align=4),
             fake(f32, free(), align=4),

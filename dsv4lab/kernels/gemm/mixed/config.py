@@ -23,7 +23,8 @@ _SMALL_BYTES = 6 << 20  # a weight that arrives in less time than a launch takes
 
 @dataclass(frozen=True)
 class MixedConfig:
-    """format: of the weight. out: "bf16" or "f32". tokens: of an output tile; narrow: of the products that
+    """format: of the weight. out: "bf16", "f32", or "argmax" (of each token and part of the rows, the largest result and its
+    row, as `head.sampler.device.pack` has them). tokens: of an output tile; narrow: of the products that
     do for a tile with fewer (with four widths, ptxas waits for every `wgmma`). slabs: of 16 weight rows of a tile.
     chunks: tiles of 64 along K in a stage. stages: of the ring. splits: warps that share a slab's K, and per_warp: slabs
     of a warp, where warps multiply on their own. cluster: CTAs that share a tile's K.
@@ -125,6 +126,11 @@ class MixedConfig:
         return 4 * self.rows_out // self.slabs * 2 + ROW_PAD
 
     @property
+    def part_rows(self) -> int:
+        """Rows whose largest result leaves as one number: a tile's, or as many as the lanes of a warp have, four each."""
+        return min(self.rows, 128)
+
+    @property
     def sum_floats(self) -> int:
         """Of the epilogue's buffer."""
         if self.direct:
@@ -144,8 +150,11 @@ class MixedConfig:
         """Raises ValueError naming the choice that cannot be."""
         if self.format not in PLANES:
             raise ValueError(f"format must be one of {', '.join(PLANES)}, got {self.format!r}")
-        if self.out not in ("bf16", "f32"):
-            raise ValueError(f"out must be bf16 or f32, got {self.out!r}")
+        if self.out not in ("bf16", "f32", "argmax"):
+            raise ValueError(f"out must be bf16, f32 or argmax, got {self.out!r}")
+        if self.out == "argmax" and (self.paired or self.grouped or self.scaled != "no"):
+            got = f"paired={self.paired}, grouped={self.grouped}, scaled={self.scaled!r}"
+            raise ValueError(f"argmax needs one matrix's products as they are, got {got}")
         if self.tokens not in (8, 16, 32, 64, 128, 192, 256):
             raise ValueError(f"tokens must be 8, 16, 32, 64, 128, 192 or 256, got {self.tokens}")
         if list(self.widths) != sorted(set(self.widths)) or len(self.narrow) > 2 or any(w % 32 or not w for w in self.narrow):

@@ -9,6 +9,9 @@ The CTAs of a cluster read each other's, each its share of the slice:
 
     ready   all CTAs of the cluster have written         read   all have read: the buffer may be written again
 
+Where out is argmax, results themselves are not written, but for every token and part of the tile's rows the largest one and its
+row. They are those of a float32 y, to the bit; the lanes that have a token's compare theirs.
+
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
 
@@ -17,10 +20,12 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Int64, Uint32, Uint64
 
 from dsv4lab.kernels._common.ptx import exp2
 from dsv4lab.kernels.gemm.mixed.config import PITCH_PAD
+from dsv4lab.kernels.head.greedy.device import largest_of_lanes
+from dsv4lab.kernels.head.sampler.device import image, largest_of, pack
 
 _BARRIER = 1  # named barrier of the multiplying warps; the next ones are each warpgroup's own
 _LOG2_E = 1.4426950408889634
@@ -168,7 +173,9 @@ class Epilogue:
             token, quad = (low + share) // quads, (low + share) % quads
             row = first + s * plan.slice + token
             column = row_tile * plan.rows_out + 4 * quad
-            if share < units and row < last and column < self.y.shape[1]:
+            if cutlass.const_expr(plan.out == "argmax"):
+                self._store_largest(share < units and row < last, row, column, quad, token * pitch)
+            elif share < units and row < last and column < self.y.shape[1]:
                 self._store_quad(matrix, row, column, quad, token * pitch)
         if cutlass.const_expr(plan.cluster > 1):
             self._tell(self.read)
@@ -195,6 +202,22 @@ class Epilogue:
                 value[e] = added[e] * weight
         result.store(value.load().to(self.y.element_type))
         cute.autovec_copy(result, cute.local_tile(self.y[row, None], (4,), (column // 4,)))
+
+    @cute.jit
+    def _store_largest(self, counts: Any, row: Any, column: Any, quad: Any, offset: Any) -> None:
+        """Of four neighbouring columns, and of the other lanes' with the same row and part, the largest. All lanes come here.
+
+        counts: whether the row is one. Columns past the last, group_rows, are none and leave 0, which is below every float.
+        """
+        plan = self.plan
+        best = Uint64(0)
+        if counts and column < self.group_rows:
+            added = self._added(offset + 4 * quad, self.alpha[0, 0])
+            best = largest_of([pack(image(added[e]), column + e) for e in range(4)])
+        lanes = plan.part_rows // 4  # a power of two: tokens begin at multiples of it
+        best = largest_of_lanes(best, lanes)
+        if counts and quad % lanes == 0:
+            self.y[row, column // plan.part_rows] = Int64(best)
 
     @cute.jit
     def _added(self, at: Any, gain: Any) -> Any:

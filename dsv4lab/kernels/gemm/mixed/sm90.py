@@ -73,7 +73,8 @@ class MixedLinearSm90:
         ctas: Int32,
         stream: Any,
     ) -> None:
-        """x (rows, columns) bf16; records (E * slabs, tiles, words) i32; alpha (E, 2) f32; y (M, N) bf16 or f32.
+        """x (rows, columns) bf16; records (E * slabs, tiles, words) i32; alpha (E, 2) f32; y (M, N) bf16 or f32, or (M, parts)
+        i64 for argmax, whose group_rows is N.
 
         factor: (M,) f32, of groups (M, G), of slots (tokens,); slots (M,) i32, slot_weight (slots,) f32 and top_k if slotted;
         tiles (T, 4) i32 (matrix, first row, end row, -) and num_tiles (1,) i32 if grouped. group_rows: rows of y^T that share

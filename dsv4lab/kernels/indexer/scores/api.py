@@ -27,17 +27,19 @@ def index_scores(
     record: str,
     page_size: int,
     max_entries: int,
+    scale: float = 1.0,
     config: IndexScoresConfig | None = None,
 ) -> torch.Tensor:
-    """I[t, j] = sum_h w[t, h] relu(q[t, h] . k_j) over the entries of the query's own sequence.
+    """I[t, j] = sum_h scale w[t, h] relu(q[t, h] . k_j) over the entries of the query's own sequence.
 
     q (M, Hi, 128) bf16, Hi <= 256; head_weights (M, Hi) f32; pages of `page_size` records, a multiple of 4: plain (P,
     page_size, 128) bf16, fp8 and fp4 (P, page bytes) u8; block_table (num_seqs, nb) i32, page numbers; seq_idx and num_visible
     (M,) i32 or i64, rows of one sequence next to each other for speed; all contiguous; max_entries up to 2^28
     -> (M, max_entries) f32, -inf from num_visible on. num_visible is cut to max_entries; a page of -1 counts as page 0.
-    Products are exact, sums float32's: a score is within 2^-17 sum |w relu(q . k)| + 2^-21 sum |w| sum |q k| of the exact one
-    (2^-18 sum |w relu(q . k)| in the simulator, whose tensor core cuts nothing off). `decode` has the limits of scales. A NaN
-    in a query, a plain key or a scale leaves its scores without a finite value.
+    A weight times scale is rounded once. Products are exact, sums float32's: a score is within 2^-17 sum |w relu(q . k)| +
+    2^-21 sum |w| sum |q k| of the exact one (2^-18 sum |w relu(q . k)| in the simulator, whose tensor core cuts
+    nothing off). `decode` has the limits of scales. A NaN in a query, a plain key or a scale leaves its scores
+    without a finite value.
     Raises ValueError on shapes, TypeError on dtypes. Source: `reference.indexer.index_scores`.
     """
     why = refuses(
@@ -66,7 +68,7 @@ def index_scores(
     runtime = runtime_of(q)
     span = config.span(q.shape[0], max_entries, runtime.multiprocessors)
     flat = pages.view(torch.uint8).view(pages.shape[0], -1)
-    runtime.call(_compiled(config, runtime), q, head_weights, flat, block_table, seq_idx, num_visible, out, span)
+    runtime.call(_compiled(config, runtime), q, head_weights, flat, block_table, seq_idx, num_visible, out, span, scale)
     return out
 
 
@@ -81,6 +83,7 @@ def refuses(
     record: str,
     page_size: int,
     max_entries: int,
+    scale: float = 1.0,
 ) -> Exception | None:
     """What is wrong with these arguments."""
     if record not in INDEX_RECORDS:
@@ -140,6 +143,7 @@ def _compiled(config: IndexScoresConfig, runtime: Runtime) -> Callable[..., Any]
             fake(types[config.visible], m, align=types[config.visible].width // 8),
             fake(cutlass.Float32, m, cute.sym_int(), align=4),
             cutlass.Int32(1),
+            cutlass.Float32(1.0),
             fake_stream(),
         )
         return IndexScoresSm90(config), examples

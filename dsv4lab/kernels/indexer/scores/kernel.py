@@ -68,6 +68,7 @@ class IndexScoresSm90:
         num_visible: Any,
         out: Any,
         span: Int32,
+        scale: Float32,
         stream: Any,
     ) -> None:
         """q (M, Hi, 128) bf16, head_weights (M, Hi) f32, pages (P, bytes) u8, block_table (num_seqs, nb) i32, seq_idx and
@@ -86,7 +87,7 @@ class IndexScoresSm90:
         )
         layout = hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (TILE, plan.columns, _SLAB), BFloat16, DIM // _SLAB)
         tiles = cute.ceil_div(q.shape[0], plan.queries)
-        self.kernel(mma, q, head_weights, pages, block_table, seq_idx, num_visible, out, span, layout).launch(
+        self.kernel(mma, q, head_weights, pages, block_table, seq_idx, num_visible, out, span, scale, layout).launch(
             grid=[tiles, cute.ceil_div(out.shape[1], span), 1],
             block=[plan.threads, 1, 1],
             min_blocks_per_mp=1,
@@ -106,6 +107,7 @@ class IndexScoresSm90:
         num_visible: Any,
         out: Any,
         span: Int32,
+        scale: Float32,
         layout: cute.ComposedLayout,
     ) -> None:
         plan = self.plan
@@ -143,7 +145,7 @@ class IndexScoresSm90:
         else:
             if cutlass.const_expr(plan.hands_over):
                 cute.arch.setmaxregister_increase(_MANY_REGISTERS)
-            self._arrange(q, head_weights, first, thread, queries, weights)
+            self._arrange(q, head_weights, scale, first, thread, queries, weights)
             cute.arch.fence_view_async_shared()
             cute.arch.barrier(barrier_id=1, number_of_threads=multiply)
             self._multiply(mma, runs, sees, first, low, high, stages, queries, weights, ring, out)
@@ -221,7 +223,7 @@ class IndexScoresSm90:
 
     # ---- products ------------------------------------------------------------------------------------------------------
     @cute.jit
-    def _arrange(self, q: Any, head_weights: Any, first: Any, thread: Any, queries: Any, weights: Any) -> None:
+    def _arrange(self, q: Any, head_weights: Any, scale: Any, first: Any, thread: Any, queries: Any, weights: Any) -> None:
         """Queries in the order of `decode`, weights beside them; zeros for heads that are none."""
         plan = self.plan
         heads, columns = plan.heads, plan.columns
@@ -251,7 +253,8 @@ class IndexScoresSm90:
             query, head = column // plan.padded, column % plan.padded
             weight = Float32(0.0)
             if head < heads:
-                weight = head_weights[cutlass.min(first + query, last), head] * Float32(WEIGHT_FACTOR[plan.record] / 2)
+                weight = head_weights[cutlass.min(first + query, last), head] * scale
+                weight = weight * Float32(WEIGHT_FACTOR[plan.record] / 2)  # a power of two
             weights[column] = weight
 
     @cute.jit

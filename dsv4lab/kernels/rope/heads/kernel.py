@@ -9,7 +9,7 @@ last 8, an FP8 group of 128: only these two rotate. Lane l of a warp that rotate
 heads of its token, and shuffles hand each lane those of its 8 pairs (`angles`). Encoding is the row quantisers' own.
 
 The reference works in float64. Here a rotated value has two roundings to float32 before its last, one more after a norm, and
-sines are good to 1.2 units: results lie within 2^-22 of the pair's length. Of BF16, 3e-5 differ from the reference's by the
+sines are good to 1.25 units: results lie within 2^-22 of the pair's length. Of BF16, 3e-5 differ from the reference's by the
 last bit; by more where the pair's products cancel. What is not rotated is the reference's, but for 2^-47 in norms.
 
 Bytes, the floor of the time: x once, codes and scales once: 4 a value for BF16 to itself, 3.01 to FP8, 2.56 to NVFP4, whose

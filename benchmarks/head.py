@@ -1,0 +1,212 @@
+"""The head: logits, greedy tokens without logits, sampling, verification of drafts, the prediction block's input.
+
+Bound: the head's weight, or the logits, once over copy bandwidth. Peers: torch, in float32 where it samples: `logits.argmax`,
+softmax and `multinomial`, with a sort where there is a filter; cuBLAS BF16 for the head and for the input's two products.
+Tokens are compared with the reference's; where a filter's edge is within rounding of an element they may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import common, operations
+from benchmarks.common import Bench, Call, Failure
+from benchmarks.operations import EPS, FLASH, PRO
+from dsv4lab.formats import BF16, PackedWeight
+from dsv4lab.kernels._common.launch import runtime_of
+from dsv4lab.ops.weights import pack_all
+from dsv4lab.reference import sampling
+
+VOCAB = FLASH.vocab_size
+BAR_PERCENT = 80.0  # of the head's bound, 1 to 16 tokens
+KINDS = {"greedy": (0.0, 0, 1.0), "noise": (1.0, 0, 1.0), "filtered": (0.8, 50, 0.9)}
+
+Args = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+# ---- peers -------------------------------------------------------------------------------------------------------------
+def filtered(logits: torch.Tensor, temperature: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Probabilities with both filters, by a sort."""
+    values, ids = (logits / temperature.clamp_min(1e-5)[:, None]).sort(-1, descending=True)
+    kept = values.softmax(-1)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    kept = torch.where((rank < top_k) if top_k else (rank >= 0), kept, 0.0)
+    kept = torch.where(kept.cumsum(-1) - kept < top_p * kept.sum(-1, keepdim=True), kept, 0.0)
+    return torch.zeros_like(kept).scatter_(-1, ids, kept / kept.sum(-1, keepdim=True))
+
+
+def torch_sample(kind: str, logits: torch.Tensor, temperature: torch.Tensor, *rest: Any) -> torch.Tensor:
+    t, k, p = KINDS[kind]
+    if not t:
+        return logits.argmax(-1)
+    probs = filtered(logits, temperature, k, p) if k else (logits / temperature[:, None]).softmax(-1)
+    return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+
+
+def torch_probabilities(kind: str, logits: torch.Tensor, temperature: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return filtered(logits, temperature, *KINDS[kind][1:])
+
+
+def torch_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, weight)
+
+
+def torch_greedy(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, weight).argmax(-1)
+
+
+def torch_input(
+    embedding: Any, streams: Any, enorm: Any, hnorm: Any, fmts: Any, codes: Any, *rest: Any, **how: Any
+) -> torch.Tensor:
+    d = embedding.shape[1]
+    e, h = torch.rms_norm(embedding, (d,), enorm, EPS) @ codes[0].t(), torch.rms_norm(streams, (d,), hnorm, EPS) @ codes[1].t()
+    return e[:, None] + h
+
+
+# ---- cases -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Case:
+    """make: arguments on a device. nbytes, flops: of a call. peer: None where torch has nothing like it."""
+
+    name: str
+    operation: str
+    m: int
+    make: Callable[[str], Args]
+    nbytes: float
+    flops: float = 0.0
+    peer: Callable[..., Any] | None = None
+    check: Callable[[Any, Args], dict[str, Any]] | None = None
+    bar: float | None = None
+
+
+def head_args(m: int, d: int, device: str) -> Args:
+    x = torch.randn(m, d, device=device).bfloat16()
+    return (x, (torch.randn(VOCAB, d, device=device) * d**-0.5).bfloat16()), {}
+
+
+def head_figures(got: torch.Tensor, args: Args) -> dict[str, Any]:
+    return operations.accuracy_fields(got, args[0][0].double() @ args[0][1].double().t())
+
+
+def greedy_figures(got: torch.Tensor, args: Args) -> dict[str, Any]:
+    logits = args[0][0].double() @ args[0][1].double().t()
+    return {"equal": float((logits.gather(-1, got[:, None])[:, 0] >= logits.amax(-1) - 1e-4).float().mean())}
+
+
+def sample_args(kind: str, m: int, device: str, *, draw: bool = True) -> Args:
+    t, k, p = KINDS[kind]
+    logits = 3 * torch.randn(m, VOCAB, device=device)
+    numbers = dict(device=device)
+    knobs = (torch.full((m,), t, **numbers), torch.full((m,), k, **numbers), torch.full((m,), p, **numbers))  # type: ignore[call-overload]
+    which = torch.arange(m, device=device)
+    return ((logits, *knobs, which, which * 7) if draw else (logits, *knobs)), {}
+
+
+def sampled_figures(got: torch.Tensor, args: Args) -> dict[str, Any]:
+    logits, t, k, p, seed, position = args[0]
+    want = sampling.sample(logits, temperature=t, top_k=k, top_p=p, seed=seed, position=position)
+    return {"equal": float((got == want).float().mean())}
+
+
+def probability_figures(got: torch.Tensor, args: Args) -> dict[str, Any]:
+    logits, t, k, p = (a[:8] for a in args[0])
+    return operations.accuracy_fields(got[:8], sampling.probabilities(logits, temperature=t, top_k=k, top_p=p))
+
+
+def draft_args(m: int, device: str) -> Args:
+    target, draft = (torch.rand(m, n, VOCAB, device=device).softmax(-1) for n in (3, 2))
+    which = torch.arange(m, device=device)
+    return (target, draft, which[:, None].expand(-1, 2).contiguous() * 100, which, which * 7), {}
+
+
+def draft_figures(got: Any, args: Args) -> dict[str, Any]:
+    target, draft, ids, seed, position = args[0]
+    want = sampling.accept_drafts(target, draft, ids, seed=seed, position=position)
+    return {"equal": float(all(torch.equal(a, b) for a, b in zip(got, want, strict=True)))}
+
+
+def input_args(m: int, d: int, device: str) -> Args:
+    weights = [PackedWeight(BF16, (torch.randn(d, d, device=device) * d**-0.5).bfloat16()) for _ in range(2)]
+    norms = [operations.norm_weight(d, device) for _ in range(2)]
+    rows = (torch.randn(m, d, device=device).bfloat16(), torch.randn(m, FLASH.hc_mult, d, device=device).bfloat16())
+    return (*rows, *norms, *pack_all(*weights)), dict(eps=EPS, act="none")
+
+
+def input_figures(got: torch.Tensor, args: Args) -> dict[str, Any]:
+    return operations.accuracy_fields(got, torch_input(*args[0]))
+
+
+def cases(*, quick: bool) -> Iterator[tuple[Case]]:
+    return ((case,) for case in _cases(quick))
+
+
+def _cases(quick: bool) -> Iterator[Case]:
+    for config, size in ((FLASH, "flash"), (PRO, "pro")):
+        d = config.hidden_size
+        for m in (1, 16) if quick else (1, 4, 8, 16, 64, 256):
+            make, weight, flops = partial(head_args, m, d), 2.0 * VOCAB * d, 2.0 * m * VOCAB * d
+            bar = BAR_PERCENT if m <= 16 else None
+            yield Case(f"{size} lm_head", "lm_head", m, make, weight + 4.0 * m * VOCAB, flops, torch_head, head_figures, bar)
+            yield Case(f"{size} lm_head_greedy", "lm_head_greedy", m, make, weight, flops, torch_greedy, greedy_figures, bar)
+    for m in (1, 256) if quick else (1, 64, 256):
+        row = 4.0 * m * VOCAB
+        for kind in KINDS:
+            make = partial(sample_args, kind, m)
+            yield Case(f"flash sample, {kind}", "sample", m, make, row, 0.0, partial(torch_sample, kind), sampled_figures)
+        make, peer = partial(sample_args, "filtered", m, draw=False), partial(torch_probabilities, "filtered")
+        yield Case("flash probabilities", "probabilities", m, make, 2 * row, 0.0, peer, probability_figures)
+    for m in (1, 64):
+        make = partial(draft_args, m)  # at the least both distributions at the place of the first rejected draft
+        yield Case("flash accept_drafts", "accept_drafts", m, make, 8.0 * m * VOCAB, 0.0, None, draft_figures)
+    d = FLASH.hidden_size
+    for m in (1, 64):
+        moved = 4.0 * d * d + 2.0 * m * d * (1 + 2 * FLASH.hc_mult)
+        flops = 2.0 * m * d * d * (1 + FLASH.hc_mult)
+        yield Case("flash mtp_input", "mtp_input", m, partial(input_args, m, d), moved, flops, torch_input, input_figures)
+
+
+def label(case: Case) -> str:
+    """What `--match` looks at."""
+    return f"{case.name} {case.m}"
+
+
+def touch(case: Case) -> None:
+    """The call on tensors without memory: asks for the kernels that the measurement will."""
+    args, named = case.make("meta")
+    operations.call(case.operation, *args, **named)
+
+
+def run(bench: Bench) -> None:
+    """All rows. Raises Broken."""
+    for (case,) in cases(quick=bench.quick):
+        if bench.wants(label(case)):
+            try:
+                measure(bench, case)
+            except Exception as error:
+                bench.failed(case.name, {"m": case.m, "format": "", "operation": case.operation}, error)
+
+
+def measure(bench: Bench, case: Case, device: str = "cuda") -> None:
+    fields: dict[str, Any] = {"m": case.m, "format": "", "operation": case.operation}
+    fields |= {"bar_percent": case.bar} if case.bar else {}
+    first = case.make(device)
+    sets = [first, *(case.make(device) for _ in range(min(common.num_copies(case.nbytes), 8) - 1))]
+    ours: Sequence[Call] | Failure = [partial(operations.call, case.operation, *a, **named) for a, named in sets]
+    try:
+        with common.seeing(first[0][0]) as names:
+            got = operations.call(case.operation, *first[0], **first[1])
+        fields |= case.check(got, first) if case.check else {}
+        fields |= common.kernel_fields(common.kernels_of(names, runtime_of(first[0][0]).arch))
+    except Exception as error:
+        ours = Failure(common.reason_of(error))
+        if device == "cuda":
+            common.still_alive()
+    candidates: dict[str, Sequence[Call] | Failure] = {"ours": ours}
+    if case.peer is not None:
+        candidates["torch"] = [partial(case.peer, *a, **named) for a, named in sets]
+    bench.measure(case.name, fields, candidates, nbytes=case.nbytes, flops=case.flops)

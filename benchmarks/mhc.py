@@ -1,0 +1,209 @@
+"""Hyper-connections and the embedding: time, percent of copy bandwidth, peers, and how exact `comb` is.
+
+Bound: the streams (and y) once, what comes out once, `fn` once, over copy bandwidth. Peers: the same in float32 of torch
+(`mhc_*` below), torch.compile of it at 8,192 tokens, and Triton's pre and post (`triton_mhc`). comb_error: largest relative
+error against float64; comb_sums: by how much rows and columns of `comb` miss 1. Random streams and weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import common, eager, operations, triton_mhc
+from benchmarks.common import Bench, Call, Failure
+from benchmarks.operations import EPS, FLASH, PRO
+from dsv4lab.kernels._common.launch import runtime_of
+from dsv4lab.reference import mhc as reference
+
+TOKENS = (8192, 64, 8, 1)
+QUICK_TOKENS = (8192, 1)
+BAR_PERCENT, BAR_US = 85.0, 8.0
+S = FLASH.hc_mult
+HOW = dict(eps=EPS, hc_eps=FLASH.hc_eps, sinkhorn_iters=FLASH.hc_sinkhorn_iters)
+_VOCAB = 16384  # rows of the table: only their bytes matter
+
+Args = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+# ---- peers -------------------------------------------------------------------------------------------------------------
+def mhc_pre(streams: Any, fn: Any, base: Any, scale: Any, weight: Any, **how: Any) -> tuple[torch.Tensor, ...]:
+    flat = streams.flatten(1).float()
+    mix = (flat @ fn.t()) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + EPS)
+    pre = torch.sigmoid(mix[:, :S] * scale[0] + base[:S]) + FLASH.hc_eps
+    post = 2 * torch.sigmoid(mix[:, S : 2 * S] * scale[1] + base[S : 2 * S])
+    comb = torch.softmax((mix[:, 2 * S :] * scale[2] + base[2 * S :]).view(-1, S, S), -1) + FLASH.hc_eps
+    comb = comb / (comb.sum(-2, keepdim=True) + FLASH.hc_eps)
+    for _ in range(FLASH.hc_sinkhorn_iters - 1):
+        comb = comb / (comb.sum(-1, keepdim=True) + FLASH.hc_eps)
+        comb = comb / (comb.sum(-2, keepdim=True) + FLASH.hc_eps)
+    u = (pre[:, :, None] * streams.float()).sum(1).to(streams.dtype)
+    return eager.rmsnorm(u, weight), post, comb
+
+
+def mhc_post(y: Any, streams: Any, post: Any, comb: Any) -> torch.Tensor:
+    mixed = torch.einsum("mji,mjd->mid", comb, streams.float())
+    return (post[:, :, None] * y.float()[:, None] + mixed).to(streams.dtype)
+
+
+def mhc_post_pre(y: Any, streams: Any, post: Any, comb: Any, *rest: Any, **how: Any) -> tuple[torch.Tensor, ...]:
+    new = mhc_post(y, streams, post, comb)
+    return new, *mhc_pre(new, *rest)
+
+
+def mhc_head(streams: Any, fn: Any, base: Any, scale: Any, weight: Any, **how: Any) -> torch.Tensor:
+    flat = streams.flatten(1).float()
+    mix = (flat @ fn.t()) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + EPS)
+    pre = torch.sigmoid(mix * scale + base) + FLASH.hc_eps
+    return eager.rmsnorm((pre[:, :, None] * streams.float()).sum(1).to(streams.dtype), weight)
+
+
+def embed_streams(ids: Any, table: Any, *, num_streams: int) -> torch.Tensor:
+    return table[ids][:, None].expand(-1, num_streams, -1).contiguous()
+
+
+# ---- cases -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Case:
+    """An operation at a width, for so many tokens. streams: rows of D that are read and written for a token."""
+
+    name: str
+    operation: str
+    width: int
+    m: int
+    streams: float
+    peer: Callable[..., Any]
+
+    @property
+    def outputs(self) -> int:
+        return {"mhc_pre": S * (S + 2), "mhc_post_pre": S * (S + 2), "mhc_head": S}.get(self.operation, 0)
+
+    @property
+    def nbytes(self) -> float:
+        small = {"mhc_pre": 80, "mhc_post": 80, "mhc_post_pre": 160, "mhc_head": 0, "embed_streams": 8}[self.operation]
+        return self.m * (2.0 * self.streams * self.width + small) + 4.0 * self.outputs * S * self.width
+
+    def args(self, device: str) -> Args:
+        d, m, n = self.width, self.m, self.outputs
+        if self.operation == "embed_streams":
+            table = torch.randn(_VOCAB, d, device=device).bfloat16()
+            ids = (
+                torch.randint(_VOCAB, (m,), device=device)
+                if device != "meta"
+                else torch.empty(m, dtype=torch.int64, device=device)
+            )
+            return (ids, table), dict(num_streams=S)
+        streams = torch.randn(m, S, d, device=device).bfloat16()
+        fn = torch.randn(n, S * d, device=device) * (S * d) ** -0.5
+        mix = (fn, torch.randn(n, device=device), torch.ones(1 if n == S else 3, device=device))
+        rest = (*mix, operations.norm_weight(d, device))
+        y = torch.randn(m, d, device=device).bfloat16()
+        given = (torch.rand(m, S, device=device), torch.rand(m, S, S, device=device) / S)
+        if self.operation == "mhc_post":
+            return (y, streams, *given), {}
+        if self.operation == "mhc_post_pre":
+            return (y, streams, *given, *rest), dict(HOW)
+        how = HOW if self.operation == "mhc_pre" else {k: v for k, v in HOW.items() if k != "sinkhorn_iters"}
+        return (streams, *rest), dict(how)
+
+
+def cases(*, quick: bool) -> Iterator[tuple[Case]]:
+    return ((case,) for case in _cases(quick))
+
+
+def _cases(quick: bool) -> Iterator[Case]:
+    for m in QUICK_TOKENS if quick else TOKENS:
+        for config, size in ((FLASH, "flash"), (PRO, "pro")):
+            d = config.hidden_size
+            yield Case(f"{size} pre", "mhc_pre", d, m, S + 1, mhc_pre)
+            yield Case(f"{size} post", "mhc_post", d, m, 2 * S + 1, mhc_post)
+            yield Case(f"{size} post_pre", "mhc_post_pre", d, m, 2 * S + 2, mhc_post_pre)
+            yield Case(f"{size} head", "mhc_head", d, m, S + 1, mhc_head)
+            yield Case(f"{size} embed", "embed_streams", d, m, S + 1, embed_streams)
+
+
+def label(case: Case) -> str:
+    """What `--match` looks at."""
+    return f"{case.name} {case.m}"
+
+
+def touch(case: Case) -> None:
+    """The call on tensors without memory: asks for the kernels that the measurement will."""
+    args, named = case.args("meta")
+    operations.call(case.operation, *args, **named)
+
+
+def run(bench: Bench) -> None:
+    """All rows. Raises Broken."""
+    for (case,) in cases(quick=bench.quick):
+        if bench.wants(label(case)):
+            try:
+                measure(bench, case)
+            except Exception as error:
+                bench.failed(case.name, {"m": case.m, "format": "", "operation": case.operation}, error)
+
+
+def measure(bench: Bench, case: Case, device: str = "cuda") -> None:
+    fields: dict[str, Any] = {"m": case.m, "format": "", "operation": case.operation}
+    fields |= {"bar_percent": BAR_PERCENT} if case.m == max(TOKENS) else {"bar_us": BAR_US}
+    first = case.args(device)
+    sets = [first, *(case.args(device) for _ in range(common.num_copies(case.nbytes) - 1))]
+    sets = [((*a[:-4], *first[0][-4:]) if case.outputs else a, named) for a, named in sets]  # one fn, prepared once
+    ours: Sequence[Call] | Failure = [partial(operations.call, case.operation, *a, **named) for a, named in sets]
+    try:
+        with common.seeing(first[0][0]) as names:
+            fields |= compared(case, first)
+        fields |= common.kernel_fields(common.kernels_of(names, runtime_of(first[0][0]).arch))
+    except Exception as error:
+        ours = Failure(common.reason_of(error))
+        if device == "cuda":
+            common.still_alive()
+    candidates: dict[str, Sequence[Call] | Failure] = {"ours": ours, "torch": calls(case.peer, sets)}
+    many = case.m == max(TOKENS) and case.name.startswith("flash") and not bench.quick
+    if many:
+        compiled = eager.compiled(case.peer, *first[0], **first[1])
+        candidates["torch.compile"] = compiled if isinstance(compiled, Failure) else calls(compiled, sets)
+    else:
+        candidates["torch.compile"] = Failure(f"of Flash at {max(TOKENS)} tokens only, to save time")
+    peer = {"mhc_pre": triton_mhc.mhc_pre, "mhc_post": triton_mhc.mhc_post}.get(case.operation)
+    if peer is not None:
+        candidates["triton"] = calls(peer, sets)
+    bench.measure(case.name, fields, candidates, nbytes=case.nbytes, flops=0.0)
+
+
+def calls(function: Callable[..., Any], sets: Sequence[Args]) -> list[Call]:
+    return [partial(function, *args, **named) for args, named in sets]
+
+
+def compared(case: Case, args: Args) -> dict[str, Any]:
+    """Figures of the normalised input or the streams, on some rows; of `comb`, too, where it is made."""
+    rows = common.sampled(case.m)
+    got = operations.call(case.operation, *args[0], **args[1])
+    if case.operation == "embed_streams":
+        return {"equal": float(torch.equal(got, embed_streams(*args[0], **args[1])))}
+    per_token = {"mhc_pre": 1, "mhc_head": 1}.get(case.operation, 4)
+    some = (*(a[rows] for a in args[0][:per_token]), *args[0][per_token:])
+    want = getattr(reference, case.operation)(*some, **args[1])
+    got, want = ((r if isinstance(r, tuple) else (r,)) for r in (got, want))
+    fields = operations.accuracy_fields(got[0][rows], want[0])
+    if case.operation in ("mhc_pre", "mhc_post_pre"):
+        comb, exact = (
+            got[-1][rows].double(),
+            exact_comb(want[0] if case.operation == "mhc_post_pre" else some[0], args[0][-4:-1]),
+        )
+        sums = torch.stack([comb.sum(-1), comb.sum(-2)])
+        fields |= {"comb_error": float(((comb - exact).abs() / exact).max()), "comb_sums": float((sums - 1).abs().max())}
+    return fields
+
+
+def exact_comb(streams: torch.Tensor, mix: Sequence[torch.Tensor]) -> torch.Tensor:
+    """In float64 throughout."""
+    fn, base, scale = (t.double() for t in mix)
+    v = streams.double().flatten(1)
+    found = (v @ fn.t()) * torch.rsqrt(v.square().mean(-1, keepdim=True) + EPS)
+    logits = (found[:, 2 * S :] * scale[2] + base[2 * S :]).view(-1, S, S)
+    return reference.sinkhorn(logits, iters=FLASH.hc_sinkhorn_iters, eps=FLASH.hc_eps)

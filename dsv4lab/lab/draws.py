@@ -1,0 +1,54 @@
+"""Draws against the distribution that they should come from, and drafts against the model that judges them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from dsv4lab.model.cache import Batch
+
+if TYPE_CHECKING:
+    from dsv4lab.model.model import Model
+
+
+class Fit(NamedTuple):
+    """A chi-squared test. p_value: how often chance alone gives as large a statistic."""
+
+    statistic: float
+    freedom: int
+    p_value: float
+
+
+def chi_squared(counts: torch.Tensor, probabilities: torch.Tensor, *, least: float = 10.0) -> Fit:
+    """Whether counts (V,) int are of draws from `probabilities` (V,), which sum to 1.
+
+    Outcomes that are expected less than `least` times count as one. A draw of what cannot be drawn gives a p-value of 0.
+    Raises ValueError where shapes differ, or fewer than two groups of outcomes are left.
+    """
+    if counts.shape != probabilities.shape or counts.dim() != 1:
+        raise ValueError(f"counts must be (V,) like probabilities {tuple(probabilities.shape)}, got {tuple(counts.shape)}")
+    seen, p = counts.double().cpu(), probabilities.double().cpu()
+    expected = p / p.sum() * seen.sum()
+    common = expected >= least
+    rare = torch.stack([seen[~common].sum(), expected[~common].sum()])[:, None]
+    seen_of, expected_of = torch.cat([torch.stack([seen[common], expected[common]]), rare], 1)
+    some = expected_of > 0
+    freedom = int(some.sum()) - 1
+    if freedom < 1:
+        raise ValueError(f"there must be two groups of outcomes expected {least:g} times, got {freedom + 1}")
+    if bool((seen[p == 0] > 0).any()):
+        return Fit(float("inf"), freedom, 0.0)
+    statistic = ((seen_of - expected_of).square() / expected_of)[some].sum()
+    return Fit(float(statistic), freedom, float(torch.special.gammaincc(torch.tensor(freedom / 2).double(), statistic / 2)))
+
+
+def judged_drafts(model: Model, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the backbone and of the prediction block for the same tokens, ids[2:] and the one after: two (n, V)."""
+    cache = model.new_cache(max_seqs=1, max_tokens=len(ids), max_step=len(ids))
+    seq = cache.open()
+    _, streams = model.run_step(cache, [(seq, list(ids))])
+    batch = Batch.plan(cache, [(seq, list(ids[1:]))], starts=[0])
+    _, drafts = model.predict_next(streams[:-1], batch.token_ids, batch)
+    return model.head_logits(streams)[1:], drafts

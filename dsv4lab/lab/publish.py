@@ -1,0 +1,171 @@
+"""Executed notebooks made small enough to be kept in the repository: `executed/<device>/`.
+
+Of each output one form stays (a picture, or its text, not HTML and text), and pictures become WebP of the best quality with
+which the whole folder keeps its budget. The folder gets `index.md` and `report.html`, which is made from the records of checks
+before those leave the notebooks, where their tables stay; it has no thumbnails, the notebooks beside it have the pictures.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from PIL import Image
+
+from dsv4lab.lab.checks import MIME
+from dsv4lab.lab.files import write_atomically
+from dsv4lab.lab.notebooks import NotebookError
+from dsv4lab.lab.report import write_report
+from dsv4lab.lab.runner import NOTEBOOKS
+
+NOTEBOOK_BYTES = 400_000  # of one notebook, the house's limit
+PICTURES = (
+    (911, 60),
+    (800, 45),
+    (720, 35),
+    (640, 25),
+    (560, 20),
+    (480, 20),
+    (480, 10),
+)  # pixels across, WebP quality: best first
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was written: bytes of the folder and of its largest notebook, and how its pictures are kept."""
+
+    folder: Path
+    bytes: int
+    largest: int
+    notebooks: int
+    width: int
+    quality: int
+    passed: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.notebooks} notebooks in {self.folder}: {self.bytes:,} bytes, the largest notebook {self.largest:,}; "
+            f"pictures up to {self.width} px, WebP quality {self.quality}"
+        )
+
+
+def publish(source: Path, destination: Path, *, budget: int, most: int | None = None, notebooks: Path = NOTEBOOKS) -> Published:
+    """Write the executed notebooks of `source` compactly to `destination`, replacing it, in at most `budget` bytes.
+
+    most: pictures of a notebook that are kept, the first ones; all by default. Each notebook stays under NOTEBOOK_BYTES. Raises
+    NotebookError where `source` has no notebook, where the folders are one, or where even the smallest pictures do not fit;
+    `destination` is then as it was.
+    """
+    executed = sorted(source.glob("*.ipynb"))
+    if not executed:
+        raise NotebookError(f"there are no executed notebooks in {source}; `dsv4lab run` makes them")
+    if source.resolve() == destination.resolve():
+        raise NotebookError(f"what is published must go to another folder than {source}")
+    if source.resolve() in destination.resolve().parents or destination.resolve() in source.resolve().parents:
+        raise NotebookError(f"neither of {source} and {destination} may lie in the other")
+    for width, quality in PICTURES:
+        with tempfile.TemporaryDirectory(prefix="dsv4lab-publish-") as scratch:
+            folder = Path(scratch) / "published"
+            folder.mkdir()
+            for path in executed:
+                write_atomically(folder / path.name, compact(path, width=width, quality=quality, most=most))
+            report = write_report(folder, notebooks=notebooks, pictures=False)
+            write_atomically(folder / "index.md", _index(json.loads(report.data.read_text(encoding="utf-8"))))
+            report.data.unlink()
+            for path in folder.glob("*.ipynb"):
+                write_atomically(path, _without_records(path))
+            sizes = {path: path.stat().st_size for path in folder.iterdir()}
+            total, largest = sum(sizes.values()), max(size for path, size in sizes.items() if path.suffix == ".ipynb")
+            if total <= budget and largest < NOTEBOOK_BYTES:
+                if destination.exists():
+                    shutil.rmtree(destination)
+                shutil.copytree(folder, destination)
+                return Published(destination, total, largest, len(executed), width, quality, report.passed)
+    raise NotebookError(
+        f"{source} must fit {budget:,} bytes, a notebook {NOTEBOOK_BYTES:,}; "
+        f"with the smallest pictures it takes {total:,} and {largest:,}"
+    )
+
+
+def compact(path: Path, *, width: int, quality: int, most: int | None = None) -> str:
+    """An executed notebook with the same cells, records, texts and errors, its first pictures as WebP: JSON, a line a cell."""
+    pictures = 0
+    stored = json.loads(nbformat.writes(nbformat.read(path, as_version=4)))
+    for cell in stored["cells"]:
+        cell["source"] = "".join(cell["source"])
+        for output in cell.get("outputs", []):
+            if "data" in output:
+                if "image/png" in output["data"]:
+                    pictures += 1
+                    if most is not None and pictures > most:
+                        output["data"] = {"text/plain": "(this picture is not published; running the notebook draws it)"}
+                output["data"] = _smallest(output["data"], width, quality)
+                output["metadata"] = {}
+            if "text" in output:
+                output["text"] = "".join(output["text"])
+    return _lines_of(stored)
+
+
+def _without_records(path: Path) -> str:
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for cell in stored["cells"]:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(MIME, None)
+    return _lines_of(stored)
+
+
+def _lines_of(notebook: dict[str, Any]) -> str:
+    cells = ",\n".join(_json(cell) for cell in notebook["cells"])
+    return f'{{"cells":[\n{cells}\n],{_json({key: v for key, v in notebook.items() if key != "cells"})[1:]}\n'
+
+
+def _smallest(data: dict[str, Any], width: int, quality: int) -> dict[str, Any]:
+    """A picture where there is one; else the text, or HTML without a text of its own; records of checks always."""
+    kept = {MIME: data[MIME]} if MIME in data else {}
+    if "image/png" in data:
+        return kept | {"image/webp": _webp("".join(data["image/png"]), width, quality)}
+    plain = "".join(data.get("text/plain", ""))
+    if plain and not plain.startswith("<"):  # "<IPython.core.display.HTML object>" says nothing
+        return kept | {"text/plain": plain}
+    return kept | {
+        kind: "".join(v) if isinstance(v, list) else v for kind, v in data.items() if kind not in (MIME, "text/plain")
+    }
+
+
+def _webp(png: str, width: int, quality: int) -> str:
+    image: Image.Image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    image.thumbnail((width, 4 * width), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, format="WEBP", quality=quality, method=6)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _index(data: dict[str, Any]) -> str:
+    return "\n".join(_lines(data)) + "\n"
+
+
+def _lines(data: dict[str, Any]) -> Iterator[str]:
+    facts = data["environment"]
+    yield f"# Executed notebooks: {facts.get('device') or data['host']}"
+    yield ""
+    yield f"{data['notebooks_passed']} of {data['notebooks_run']} passed, {data['checks']} checks,"
+    yield f"{data['checks_failed']} of them short; {data['seconds']:.0f} s together. [Report](report.html)"
+    yield ""
+    yield "| Notebook | | Checks | Seconds |"
+    yield "|---|---|---|---|"
+    for entry in data["notebooks"]:
+        if "file" in entry:
+            name = f"[{entry['title'] or entry['name']}]({entry['file']})"
+            yield f"| {name} | {entry['status']} | {len(entry['checks'])} | {entry['seconds']} |"

@@ -1,0 +1,107 @@
+"""Published notebooks: what stays of them, and that the budgets are kept."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from dsv4lab.lab import publish
+from dsv4lab.lab.checks import MIME
+from dsv4lab.lab.notebooks import NotebookError
+
+RECORD = {"kind": "check", "name": "close", "passed": True, "cosine": 1.0, "numbers": {}}
+
+
+def executed(path: Path, *, pictures: int = 2, status: str = "passed") -> None:
+    """A notebook as a run leaves it, with noisy pictures, which are hard to compress."""
+    rng = np.random.default_rng(0)
+    cell = nbformat.v4.new_code_cell("draw()\n")
+    for _ in range(pictures):
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (100, 911, 3), dtype=np.uint8)).save(stream, format="PNG")
+        png = base64.b64encode(stream.getvalue()).decode()
+        cell.outputs.append(nbformat.v4.new_output("display_data", {"image/png": png, "text/plain": "<Figure>"}))
+    cell.outputs.append(nbformat.v4.new_output("display_data", {"text/html": "<b>12 us</b>", "text/plain": "12 us"}))
+    cell.outputs.append(nbformat.v4.new_output("display_data", {"text/html": "<b>only</b>", "text/plain": "<IPython object>"}))
+    cell.outputs.append(nbformat.v4.new_output("stream", name="stdout", text="said\n"))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A title\nText"), cell])
+    notebook.metadata["dsv4lab"] = {"status": status, "seconds": 1.5, "cells": 2, "cells_started": 2}
+    nbformat.write(notebook, path)
+
+
+def read(path: Path) -> tuple[list[set[str]], nbformat.NotebookNode]:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return [set(output.get("data", {})) for output in notebook.cells[1].outputs], notebook
+
+
+def test_one_form_of_each_output_stays(tmp_path: Path) -> None:
+    source, out = tmp_path / "raw", tmp_path / "h200"
+    source.mkdir()
+    executed(source / "01_a.ipynb")
+    written = publish.publish(source, out, budget=2_000_000, notebooks=source)
+    kinds, notebook = read(out / "01_a.ipynb")
+    assert kinds == [{"image/webp"}, {"image/webp"}, {"text/plain"}, {"text/html"}, set()]
+    assert notebook.cells[0].source == "# A title\nText"
+    assert notebook.cells[1].source == "draw()\n"
+    assert notebook.cells[1].outputs[-1].text == "said\n"
+    assert notebook.metadata["dsv4lab"]["status"] == "passed"
+    assert written.passed
+    assert written.bytes == sum(path.stat().st_size for path in out.iterdir())
+    assert {path.name for path in out.iterdir()} == {"01_a.ipynb", "index.md", "report.html"}
+    assert "[A title](01_a.ipynb) | passed | 0 | 1.5" in (out / "index.md").read_text()
+
+
+def test_records_make_the_report_and_leave_the_notebook(tmp_path: Path) -> None:
+    kept = publish._smallest({MIME: RECORD, "text/html": "<table>", "text/plain": "close 1.0"}, 100, 10)
+    assert kept == {MIME: RECORD, "text/plain": "close 1.0"}
+    path = tmp_path / "a.ipynb"
+    executed(path, pictures=0)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].outputs.append(nbformat.v4.new_output("display_data", kept))
+    nbformat.write(notebook, path)
+    assert MIME in publish.compact(path, width=100, quality=10)
+    path.write_text(publish.compact(path, width=100, quality=10))
+    assert read(path)[0][-1] == {MIME, "text/plain"}
+    path.write_text(publish._without_records(path))
+    assert read(path)[0][-1] == {"text/plain"}
+
+
+def test_pictures_shrink_until_the_budget_is_kept(tmp_path: Path) -> None:
+    source = tmp_path / "raw"
+    source.mkdir()
+    executed(source / "01_a.ipynb")
+    wide = publish.publish(source, tmp_path / "wide", budget=2_000_000, notebooks=source)
+    tight = publish.publish(source, tmp_path / "tight", budget=wide.bytes // 2, notebooks=source)
+    assert (wide.width, wide.quality) == publish.PICTURES[0]
+    assert tight.width < wide.width
+    assert tight.bytes <= wide.bytes // 2
+    with pytest.raises(NotebookError, match=r"must fit 1,000 bytes"):
+        publish.publish(source, tmp_path / "tight", budget=1000, notebooks=source)
+    assert (tmp_path / "tight" / "01_a.ipynb").exists()  # what was published stays
+
+
+def test_a_picture_left_out_is_said(tmp_path: Path) -> None:
+    executed(tmp_path / "a.ipynb")
+    text = publish.compact(tmp_path / "a.ipynb", width=200, quality=10, most=1)
+    assert text.count("image/webp") == 1
+    assert text.count("not published") == 1
+
+
+def test_a_failed_run_is_not_called_passed_and_folders_differ(tmp_path: Path) -> None:
+    source = tmp_path / "raw"
+    source.mkdir()
+    with pytest.raises(NotebookError, match="no executed notebooks"):
+        publish.publish(source, tmp_path / "out", budget=10**6)
+    executed(source / "01_a.ipynb", pictures=0, status="failed")
+    assert not publish.publish(source, tmp_path / "out", budget=10**6, notebooks=source).passed
+    with pytest.raises(NotebookError, match="another folder"):
+        publish.publish(source, source, budget=10**6)
+    with pytest.raises(NotebookError, match="may lie in the other"):
+        publish.publish(source, tmp_path, budget=10**6)

@@ -1,0 +1,148 @@
+"""The whole model on our kernels: that there is one for everything it does, and on a GPU that it says what the reference says.
+
+Two ways to compute the same logits differ in rounding, so greedy texts may part where two logits are closer than that. Where
+they do, the gap must be smaller than the difference measured there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsv4lab
+from dsv4lab import dispatch, ops
+from dsv4lab.lab import trace
+from dsv4lab.lab.perplexity import held_out_files, held_out_windows, log_probabilities, perplexity, token_losses
+from dsv4lab.model.checkpoint import quantize_checkpoint
+from dsv4lab.model.model import Model
+
+NEW, PROMPTS = 100, 10
+WAYS = {"official": ("official", None), "nvfp4": ("nvfp4", None), "w4a4": ("nvfp4", "w4a4")}
+KNOBS = {"plain": {}, "drafts": dict(num_drafts=2), "sampled": dict(num_drafts=2, temperature=0.8, top_p=0.9)}
+
+
+def checkpoint(layout: str, folder: Path) -> Path:
+    if layout == "official":
+        return dsv4lab.nano()
+    if not (folder / layout).exists():
+        quantize_checkpoint(dsv4lab.nano(), folder / layout, layout=layout, progress=False)
+    return folder / layout
+
+
+def prompts(model: Model, count: int = PROMPTS) -> list[list[int]]:
+    """Beginnings of held-out files, of different lengths: some see compressed entries from the start, some come to them."""
+    assert model.tokenizer is not None
+    texts = [t for text in held_out_files().values() for t in (text[:300], text[900:2500])]
+    return [[model.tokenizer.bos_id, *model.tokenizer.encode(t)][: 30 + 61 * i] for i, t in enumerate(texts[:count])]
+
+
+@pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS)
+def test_every_operation_of_a_generation_has_a_kernel_that_takes_it(knobs: dict[str, float]) -> None:
+    model = dsv4lab.load(dsv4lab.nano(), dtype=torch.bfloat16)
+    with ops.observe() as calls:
+        model.complete(prompts(model, 2), max_new_tokens=4, **knobs)  # type: ignore[arg-type]
+    for call in calls:
+        operation = dispatch._operations[call.name]
+        bound = operation.signature.bind(**call.inputs)
+        assert operation.missing("sm_90a", *bound.args, **bound.kwargs) is None
+    assert {"attention", "moe_experts", "lm_head_greedy" if "temperature" not in knobs else "sample"} <= {c.name for c in calls}
+
+
+# ---- GPU ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+def on_gpu(way: str, folder: Path) -> Model:
+    layout, numerics = WAYS[way]
+    return dsv4lab.load(checkpoint(layout, folder), device="cuda", dtype=torch.bfloat16, numerics=numerics)
+
+
+def logits(model: Model, ids: list[int], backend: str) -> torch.Tensor:
+    with dsv4lab.backend(backend):
+        return model.logits(ids)[0]
+
+
+def parted_by_rounding(model: Model, prompt: list[int], a: list[int], b: list[int]) -> bool:
+    """Whether two greedy texts are the same up to a place where kernels and reference differ by more than the two tokens do."""
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    if at is None:
+        return a == b
+    kernel, plain = (logits(model, [*prompt, *a[:at]], backend)[-1] for backend in ("kernel", "reference"))
+    error = float((kernel - plain).abs().max())
+    gap = float((plain[a[at]] - plain[b[at]]).abs())
+    return gap <= 2 * error + 1e-3 * float(plain.std()) and bool(plain[[a[at], b[at]]].min() >= plain.max() - 2 * error - gap)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy_texts_are_the_reference_s(way: str, folder: Path) -> None:
+    """Every token that the kernels chose, by graph replays, is the reference's for the same text, too; and a text that the
+    reference wrote alone is the same up to a divergence that rounding explains."""
+    model = on_gpu(way, folder)
+    given = prompts(model)
+    with dsv4lab.backend("kernel"):
+        ours = [c.ids for c in model.complete(given, max_new_tokens=NEW, stop_ids=())]
+        ahead = [c.ids for c in model.complete(given, max_new_tokens=NEW, stop_ids=(), num_drafts=2)]
+    with dsv4lab.backend("reference"):
+        theirs = [c.ids for c in model.complete(given, max_new_tokens=NEW, stop_ids=())]
+    different = 0
+    for prompt, text, drafted, reference in zip(given, ours, ahead, theirs, strict=True):
+        assert len(text) == len(drafted) == NEW
+        ids = [*prompt, *text]
+        kernel, plain = (logits(model, ids, backend)[len(prompt) - 1 : -1] for backend in ("kernel", "reference"))
+        error = (kernel - plain).abs().amax(-1)
+        chosen = torch.tensor(text, device="cuda")
+        for values in (kernel, plain):  # decode equals prefill, and the reference
+            gap = values.amax(-1) - values.gather(-1, chosen[:, None])[:, 0]
+            assert bool((gap <= 2 * error + 1e-3 * values.std()).all()), float((gap / error).max())
+        for other in (reference, drafted):
+            assert parted_by_rounding(model, prompt, text, other)
+            different += text != other
+    assert different <= 6, different  # of 20 pairs of texts of 100 tokens
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_perplexity_is_the_reference_s(way: str, folder: Path) -> None:
+    model = on_gpu(way, folder)
+    assert model.tokenizer is not None
+    windows = held_out_windows(model.tokenizer, count=8, length=512)
+    found = {}
+    for backend in ("kernel", "reference"):
+        with dsv4lab.backend(backend):
+            found[backend] = perplexity(token_losses(log_probabilities(model, windows), windows))
+    assert abs(found["kernel"] / found["reference"] - 1) < 0.005, found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS)
+def test_nothing_but_our_kernels_and_copies_runs(knobs: dict[str, float], folder: Path) -> None:
+    """In prefill, in the first steps and in a graph's replays, once everything is compiled and prepared."""
+    model = on_gpu("nvfp4", folder)
+    given = prompts(model, 3)
+    with dsv4lab.backend("kernel"):
+        model.complete(given, max_new_tokens=8, stop_ids=(), **knobs)  # type: ignore[arg-type]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            model.complete(given, max_new_tokens=8, stop_ids=(), **knobs)  # type: ignore[arg-type]
+    found = trace.foreign(profile)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.gpu
+def test_drafted_and_sampled_texts_do_not_depend_on_their_batch(folder: Path) -> None:
+    """Sequences of different lengths, some that end early: the same texts as alone, up to what rounding explains."""
+    model = on_gpu("nvfp4", folder)
+    given = prompts(model, 5)
+    with dsv4lab.backend("kernel"):
+        stop = model.complete(given[:1], max_new_tokens=40, stop_ids=())[0].ids[11]
+        together = [c.ids for c in model.complete(given, max_new_tokens=40, stop_ids=[stop], num_drafts=2)]
+        alone = [model.complete([p], max_new_tokens=40, stop_ids=[stop], num_drafts=2)[0].ids for p in given]
+        drawn = [model.complete(given, max_new_tokens=40, stop_ids=(), temperature=0.7, seed=3) for _ in range(2)]
+    assert len(together[0]) <= 12 and together[0][-1] == stop
+    assert all(parted_by_rounding(model, *texts) for texts in zip(given, together, alone, strict=True))
+    assert sum(a == b for a, b in zip(together, alone, strict=True)) >= 2
+    assert [c.ids for c in drawn[0]] == [c.ids for c in drawn[1]]
