@@ -129,7 +129,7 @@ def main() -> None:
         size = export(load_file(args.run[-1] / "state.safetensors"), args.data, folder)
         shipped.pack(folder, args.out)
     record = training_record(args.run, args.data)
-    RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    RECORD.write_text(json.dumps(record, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
     draw_curve(record, CURVE)
     print(f"{args.out}: {args.out.stat().st_size} bytes, {size} unpacked")
     print(f"{RECORD}: {RECORD.stat().st_size} bytes; {CURVE}: {CURVE.stat().st_size} bytes")

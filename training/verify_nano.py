@@ -104,7 +104,7 @@ def main() -> None:
         measured["held_out"] = measure_formats(state, args.windows, args.length)
     if args.only != "held_out":
         measured["generation"] = measure_generation(args.new_tokens)
-    RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    RECORD.write_text(json.dumps(record, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

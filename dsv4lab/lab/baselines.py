@@ -5,6 +5,7 @@ A row is one JSON object a line, as the benchmarks write it. Rows that were not 
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,11 +49,12 @@ class Baseline:
 def newest(suite: str, folder: str | Path = "") -> Baseline:
     """The rows of a suite ("linear", "quantizers", "experts") in the file whose rows of it are the newest by their own date.
 
-    folder: of the `.jsonl` files; empty: the repository's. Lines that are no rows of a benchmark are passed over.
+    folder: of files `.jsonl`, or `.jsonl.gz` where they are kept small; empty: the repository's. Lines that are no rows of a
+    benchmark are passed over.
     """
     place = Path(folder) if folder else FOLDER
     best: tuple[str, str, list[Row]] | None = None
-    for path in sorted(place.glob("*.jsonl")):
+    for path in sorted(place.glob("*.jsonl*")):
         rows = [row for row in _rows(path) if row.get("benchmark") == suite and row.get("us")]
         date = max((str(row.get("date", "")) for row in rows), default="")
         if rows and (best is None or (date, path.name) > best[:2]):
@@ -65,9 +67,17 @@ def newest(suite: str, folder: str | Path = "") -> Baseline:
     return Baseline(suite, f"{len(rows)} measured rows of {suite!r} in {name}: {rows[0]['device']}, {date}", tuple(rows))
 
 
+def lines_of(path: Path) -> list[str]:
+    """Of a file of rows, compressed or not; none where there is none."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").splitlines()
+
+
 def _rows(path: Path) -> list[Row]:
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines_of(path):
         try:
             row = json.loads(line)
         except ValueError:

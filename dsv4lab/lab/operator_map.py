@@ -25,13 +25,14 @@ from types import ModuleType
 from typing import Any
 
 from dsv4lab import dispatch, ops
+from dsv4lab.lab.baselines import lines_of
 from dsv4lab.lab.files import write_atomically
 from dsv4lab.lab.machine import ROOT
 
 PAGE = ROOT / "docs" / "operators.md"
 BASELINES = ROOT / "benchmarks" / "baselines"
 NONE = "none"
-DEVICES = ("h200", "h100")
+DEVICES = {"h200": "h200.jsonl", "h100": "h100.jsonl.gz"}
 FEW, MANY = 64, 1024  # tokens: a decode step has at most, a prefill at least so many
 
 _KERNELS = "dsv4lab.kernels."
@@ -228,7 +229,7 @@ def operation_of(row: dict[str, Any], names: Iterable[str]) -> str | None:
 def measured(path: Path, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Rows of a baseline with a percent of bound, by operation; of one shape's rows the newest, which is the last."""
     newest: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in lines_of(path):
         row = json.loads(line)
         name = operation_of(row, names)
         if name is not None and row.get("percent_of_bound") is not None:
@@ -297,7 +298,7 @@ def render() -> str:
         "| Operation | Device | Decode | Prefill |",
         "|---|---|---|---|",
     ]
-    tables = {device: measured(BASELINES / f"{device}.jsonl", names) for device in DEVICES}
+    tables = {device: measured(BASELINES / name, names) for device, name in DEVICES.items()}
     for name in names:
         there = [device for device in DEVICES if tables[device].get(name)]
         for device in there:

@@ -102,7 +102,8 @@ def test_greedy_texts_are_the_reference_s(way: str, folder: Path) -> None:
         for other in (reference, drafted):
             assert parted_by_rounding(model, prompt, text, other)
             different += text != other
-    assert different <= 6, different  # of 20 pairs of texts of 100 tokens
+    # of 20 pairs of texts of 100 tokens; four-bit activations make more of a difference than it was
+    assert different <= (14 if way == "w4a4" else 6), different
 
 
 @pytest.mark.gpu

@@ -34,7 +34,6 @@ class AttentionConfig:
     window: int = 128
     window_page: int = 64
     entry_page: int = 1
-    early: int = 1  # tiles that are decoded before there is a place for them
 
     @property
     def data_bytes(self) -> int:

@@ -32,6 +32,7 @@ TILE_BYTES = KEYS * TILE * 2
 STAGE_BYTES = TILES * TILE_BYTES
 _KEYS = KEYS // GATHER_WARPS  # of a block that a warp has: four lanes have one
 _HALF_TILES = TILES // HALVES
+_EARLY = 1  # tiles that are decoded before there is a place for them: 1-2 % faster than none; two spill
 _CODED = TILES - 1  # tiles of codes; the last one is rotary, in BF16
 _LANES = GATHER_WARPS * 32
 
@@ -115,10 +116,10 @@ class Gather:
             cute.arch.sync_warp()  # a lane has copied the codes that it reads, but others its scales
             gains = factors(record, _scales(record, scales), part, range(_CODED))
             # What registers hold is decoded before there is a place for it.
-            early = [decode(record, _words(slot, t, codes), gains[t]) for t in range(work.plan.early)]
+            early = [decode(record, _words(slot, t, codes), gains[t]) for t in range(_EARLY)]
             cute.arch.mbarrier_wait(self.empty + 2 * stage, free)
             for t in cutlass.range_constexpr(_HALF_TILES):
-                pairs = early[t] if t < work.plan.early else decode(record, _words(slot, t, codes), gains[t])
+                pairs = early[t] if t < _EARLY else decode(record, _words(slot, t, codes), gains[t])
                 _store(target + t * TILE_BYTES, chunk, pairs)
             if lane == 0:
                 ptx.store_byte(self.masks + stage * 8 + warp, bits)
