@@ -194,7 +194,7 @@ def test_unknown_forms_name_themselves_when_reached():
 
 @pytest.mark.parametrize("name", ["red.relaxed.cluster.shared::cluster.max.u64", "red.shared::cluster.min.s64"])
 def test_atomics_that_ptxas_does_not_make_atomic_are_refused(name):
-    with pytest.raises(UnknownInstruction, match="not atomic .* a slot of its own"):
+    with pytest.raises(UnknownInstruction, match=r"not atomic .* a slot of its own"):
         run(f".reg .b64 %rl2; mov.b64 %rl2, 1; {name} [%r1], %rl2; ret;", data=np.zeros(1, np.uint32))
 
 

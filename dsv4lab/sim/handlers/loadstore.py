@@ -428,8 +428,8 @@ def atomic(d: Decoder, i: Instruction, f: Form) -> Action:
     if space == "shared::cluster" and size == 8 and name in ("min", "max"):
         # SASS of sm_90a and sm_100a: QSPC, a CAS loop for memory of the own CTA, and for another's LD, comparison, ST
         raise UnknownInstruction(
-            f"{i.opcode}: ptxas makes a 64-bit min or max on another CTA's shared memory a load and a store, which are not atomic "
-            "(updates were lost on an H200); give each CTA a slot of its own and read them all"
+            f"{i.opcode}: ptxas makes a 64-bit min or max on another CTA's shared memory a load and a store, which are not "
+            "atomic (updates were lost on an H200); give each CTA a slot of its own and read them all"
         )
     returns = f.family == "atom"
     operands = i.operands[1:] if returns else i.operands
