@@ -189,7 +189,7 @@ a, scores, visible = call.inputs, call.output, call.inputs["num_visible"]
 j = torch.arange(a["max_entries"], device=target)
 slots = a["block_table"][seq].long()[j // a["page_size"]] * a["page_size"] + j % a["page_size"]
 keys = index_key_read(a["pages"], slots, record=a["record"], page_size=a["page_size"], dim=config.index_head_dim).double()
-weights, q = a["head_weights"].double(), a["q"].double()
+weights, q = (a["head_weights"] * a["scale"]).double(), a["q"].double()
 again = torch.einsum("th,thj->tj", weights, torch.relu(q @ keys.T))
 size = torch.einsum("th,thj->tj", weights.abs(), q.abs() @ keys.abs().T)  # what rounding errors are relative to
 may_see = j < visible[:, None]

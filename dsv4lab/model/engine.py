@@ -167,7 +167,8 @@ class _Engine:
 
     # ---- decoding ------------------------------------------------------------------------------------------------------
     def _decode(self, rows: list[_Request]) -> None:
-        """Rounds over `rows` until all have finished; those that have stand still until half of them can be left out."""
+        """Rounds over `rows` until all have finished. Those that have are left out at once, or where a graph would have to be
+        captured anew stand still until that is half of them."""
         n = self.num_drafts
         step = Round(
             self.model,
@@ -193,7 +194,7 @@ class _Engine:
             live = [i for i, r in enumerate(rows) if not self._finished(r)]
             if not live:
                 return
-            if 2 * len(live) <= len(rows):
+            if len(live) <= (len(rows) // 2 if step.graph is not None else len(rows) - 1):
                 rows = [rows[i] for i in live]
                 step.keep(live)
 

@@ -164,7 +164,9 @@ def _element_copy(d: Decoder, i: Instruction, f: Form) -> Run | Action:
                 for row in np.flatnonzero(counts):
                     flat[row, : counts[row]] = machine.memory.span(int(at[row]), int(counts[row]))
             cta.shared.store(to, values, width, count)
-            machine.observers.read("global", None, 0, at.view(np.int64), size)
+            for read in (size,) if counts is None else np.unique(counts[counts > 0]).tolist():  # zeros are read nowhere
+                chosen = at if counts is None else at[counts == read]
+                machine.observers.read("global", None, 0, chosen.view(np.int64), read)
             machine.observers.write("shared", cta, 0, to.view(np.int64), size)
             for group in mine:
                 group.outstanding -= 1
