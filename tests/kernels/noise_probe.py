@@ -9,8 +9,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Uint32
 
+from dsv4lab.kernels._common.order import image, value_of
 from dsv4lab.kernels.head.sampler import noise
-from dsv4lab.kernels.head.sampler.device import image, value_of
 
 THREADS = 128
 

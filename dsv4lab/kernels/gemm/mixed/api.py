@@ -89,7 +89,7 @@ def partial_argmax(x: torch.Tensor, weight: PreparedWeight, *, config: MixedConf
 
     x (M, K) bf16, contiguous; weight: one matrix (N, K), no pair -> (M, parts) int64, M * parts < 2^31: in the upper word
     the float32's bits in an order of unsigned integers, in the lower one ~row, so that the largest of a row is its argmax, of
-    equals the lowest (`head.sampler.device.pack`). NaN is above all numbers. The numbers compared are those of `linear` in
+    equals the lowest (`_common.order.pack`). NaN is above all numbers. The numbers compared are those of `linear` in
     float32, to the bit: configurations are the same but for `out`.
     Raises ValueError on shapes, TypeError on dtypes.
     """

@@ -24,7 +24,7 @@ _SMALL_BYTES = 6 << 20  # a weight that arrives in less time than a launch takes
 @dataclass(frozen=True)
 class MixedConfig:
     """format: of the weight. out: "bf16", "f32", or "argmax" (of each token and part of the rows, the largest result and its
-    row, as `head.sampler.device.pack` has them). tokens: of an output tile; narrow: of the products that
+    row, as `_common.order.pack` has them). tokens: of an output tile; narrow: of the products that
     do for a tile with fewer (with four widths, ptxas waits for every `wgmma`). slabs: of 16 weight rows of a tile.
     chunks: tiles of 64 along K in a stage. stages: of the ring. splits: warps that share a slab's K, and per_warp: slabs
     of a warp, where warps multiply on their own. cluster: CTAs that share a tile's K.

@@ -22,10 +22,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, Uint64
 
+from dsv4lab.kernels._common.order import image, largest_of, largest_of_lanes, pack
 from dsv4lab.kernels._common.ptx import exp2
 from dsv4lab.kernels.gemm.mixed.config import PITCH_PAD
-from dsv4lab.kernels.head.greedy.device import largest_of_lanes
-from dsv4lab.kernels.head.sampler.device import image, largest_of, pack
 
 _BARRIER = 1  # named barrier of the multiplying warps; the next ones are each warpgroup's own
 _LOG2_E = 1.4426950408889634

@@ -17,9 +17,8 @@ import cutlass.cute as cute
 from cutlass import Int64, Uint64
 from cutlass.memory import SmemAllocator
 
+from dsv4lab.kernels._common.order import largest_of, largest_of_lanes, token_in
 from dsv4lab.kernels.head.greedy.config import WARP, PickConfig
-from dsv4lab.kernels.head.greedy.device import largest_of_lanes
-from dsv4lab.kernels.head.sampler.device import largest_of, token_in
 
 _AT_ONCE = 4  # loads of a thread in flight
 

@@ -21,27 +21,21 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, Uint64
 from cutlass.memory import SmemAllocator
 
+from dsv4lab.kernels._common.order import choose, floor_of, image, image_in, largest_of, pack, token_in, value_of
 from dsv4lab.kernels.head.sampler import noise
 from dsv4lab.kernels.head.sampler.config import GROUP, WARP, AcceptConfig
 from dsv4lab.kernels.head.sampler.device import (
     arrive,
-    floor_of,
-    image,
-    image_in,
-    largest_of,
     leave,
     load_group,
     low_high,
-    pack,
     part,
     shared_max,
     shared_now,
-    token_in,
-    value_of,
     wait,
     zeros_below_ones,
 )
-from dsv4lab.kernels.head.sampler.noise import choose, larger
+from dsv4lab.kernels.head.sampler.noise import larger
 
 _MARGIN = 2.0**-18  # of the quantities compared: above all rounding in them
 _HALF_EXPONENT = 1.3864  # E <= this times w for w <= 1/2

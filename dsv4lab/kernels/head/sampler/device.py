@@ -1,4 +1,4 @@
-"""Small device functions of the sampler: comparable bits, packed maxima, shared memory of the cluster, loads of a group.
+"""Small device functions of the sampler: arithmetic, shared memory of the CTA and of the cluster, loads of a group.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -12,44 +12,6 @@ import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Int64, Uint32, Uint64
 
 from dsv4lab.kernels.head.sampler.config import GROUP
-from dsv4lab.kernels.head.sampler.noise import choose
-
-LOWEST = 0x007FFFFF  # image of -inf
-
-
-# ---- order -------------------------------------------------------------------------------------------------------------
-def image(value: Any) -> Any:
-    """Bits of a float that compare as unsigned integers; both zeros are one."""
-    code = "{ .reg .b32 raw, flip; .reg .f32 sum; add.rn.f32 sum, {$r0}, 0f00000000; mov.b32 raw, sum;"
-    code += " shr.s32 flip, raw, 31; or.b32 flip, flip, 0x80000000; xor.b32 {$w0}, raw, flip; }"
-    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[value])
-
-
-def value_of(code: Any) -> Any:
-    """The float that has this image."""
-    text = "{ .reg .b32 flip; not.b32 flip, {$r0}; shr.s32 flip, flip, 31; or.b32 flip, flip, 0x80000000;"
-    text += " xor.b32 {$w0}, {$r0}, flip; }"
-    return cute.arch.inline_ptx(text, write_only_types=[Float32], read_only_args=[code])
-
-
-def pack(code: Any, token: Any) -> Any:
-    """One number whose largest is the largest image, and of equals the lowest id."""
-    text = "{ .reg .b32 low; not.b32 low, {$r1}; mov.b64 {$w0}, {low, {$r0}}; }"
-    return cute.arch.inline_ptx(text, write_only_types=[Uint64], read_only_args=[code, Uint32(token)])
-
-
-def floor_of(code: Any) -> Any:
-    """The same for an image that belongs to no element, only to something no larger than one."""
-    return cute.arch.inline_ptx("mov.b64 {$w0}, {0, {$r0}};", write_only_types=[Uint64], read_only_args=[code])
-
-
-def image_in(packed: Any) -> Any:
-    return Uint32(packed >> Uint64(32))
-
-
-def token_in(packed: Any) -> Any:
-    """The id, int32."""
-    return Int32(~Uint32(packed & Uint64(0xFFFFFFFF)))
 
 
 # ---- arithmetic --------------------------------------------------------------------------------------------------------
@@ -161,13 +123,6 @@ def leave(address: Any, rank: Any, value: Any) -> None:
     """
     code = "{ .reg .b32 there; mapa.shared::cluster.u32 there, {$r0}, {$r1}; st.shared::cluster.u64 [there], {$r2}; }"
     cute.arch.inline_ptx(code, read_only_args=[address, Int32(rank), value])
-
-
-def largest_of(numbers: list[Any]) -> Any:
-    best = numbers[0]
-    for other in numbers[1:]:
-        best = choose(other > best, other, best)
-    return best
 
 
 @cute.jit

@@ -17,22 +17,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
+from dsv4lab.kernels._common.order import choose, floor_of, image, image_in, pack, value_of
 from dsv4lab.kernels._common.ptx import exp2, log2
 from dsv4lab.kernels.head.sampler import noise
 from dsv4lab.kernels.head.sampler.config import GROUP, WARP, SamplerConfig
-from dsv4lab.kernels.head.sampler.device import (
-    floor_of,
-    fma,
-    image,
-    image_in,
-    load_group,
-    magnitude,
-    pack,
-    shared_max,
-    shared_now,
-    value_of,
-)
-from dsv4lab.kernels.head.sampler.noise import choose, larger, smaller
+from dsv4lab.kernels.head.sampler.device import fma, load_group, magnitude, shared_max, shared_now
+from dsv4lab.kernels.head.sampler.noise import larger, smaller
 
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 _INFINITY = float("inf")

@@ -27,29 +27,24 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Uint32
 
+from dsv4lab.kernels._common.order import choose, image, image_in, largest_of, token_in, value_of
 from dsv4lab.kernels.head.sampler import noise
 from dsv4lab.kernels.head.sampler.config import BINS, BINS_A_NAT, GROUP, SHARE_BITS, WARP, SamplerConfig
 from dsv4lab.kernels.head.sampler.device import (
     arrive,
     double,
     exp_minus,
-    image,
-    image_in,
-    largest_of,
     load_group,
     nearest_uint,
     remote,
     shared_add,
     shuffle_up_double,
     significant_bits,
-    token_in,
-    value_of,
     wait,
     widened,
     zeros_below_ones,
 )
 from dsv4lab.kernels.head.sampler.draw import MAX_TOKEN, submit
-from dsv4lab.kernels.head.sampler.noise import choose
 
 _INFINITY = float("inf")
 _ALL = 0xFFFFFFFF

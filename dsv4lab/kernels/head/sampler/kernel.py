@@ -27,26 +27,13 @@ import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Int64, Uint32, Uint64
 from cutlass.memory import SmemAllocator
 
+from dsv4lab.kernels._common.order import LOWEST, choose, largest_of, pack, token_in
 from dsv4lab.kernels._common.ptx import exp2
 from dsv4lab.kernels.head.sampler import noise
 from dsv4lab.kernels.head.sampler.config import GROUP, WARP, SamplerConfig
-from dsv4lab.kernels.head.sampler.device import (
-    LOWEST,
-    arrive,
-    fma,
-    largest_of,
-    leave,
-    low_high,
-    pack,
-    part,
-    remote,
-    token_in,
-    wait,
-    widened,
-)
+from dsv4lab.kernels.head.sampler.device import arrive, fma, leave, low_high, part, remote, wait, widened
 from dsv4lab.kernels.head.sampler.draw import LOG2E, MAX_TOKEN, Draw
 from dsv4lab.kernels.head.sampler.filter import Filter
-from dsv4lab.kernels.head.sampler.noise import choose
 
 MIN_TEMPERATURE = 1e-5
 _LOG2E_HIGH, _LOG2E_LOW = 1.44269502162933349609375, 1.9259629911266174681e-08  # their sum is log2(e) to 48 bits

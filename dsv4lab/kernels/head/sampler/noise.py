@@ -9,9 +9,10 @@ Without `from __future__ import annotations`: CuTeDSL reads the annotations them
 import struct
 from typing import Any
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
+
+from dsv4lab.kernels._common.order import choose
 
 SAMPLE, ACCEPT, RESIDUAL = 0, 1, 2  # streams
 GROUP = 4  # words of a call
@@ -21,12 +22,6 @@ _ROUNDS = 10
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440054690583e-4
 _SQRT_HALF_BITS = 0x3F3504F3
 _LARGEST = 1.0 - 2.0**-24
-
-
-def choose(condition: Any, yes: Any, no: Any) -> Any:
-    """yes or no, of yes's type, without a branch."""
-    yes = cutlass.as_numeric(yes)
-    return type(yes)(cutlass.select_(cutlass.Boolean(condition), yes, type(yes)(no)))
 
 
 def mul(a: Any, b: Any) -> Any:
