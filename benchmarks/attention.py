@@ -36,9 +36,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import common, eager, operations
 from benchmarks.common import Bench, Call, Failure, attempt
-from benchmarks.operations import BLOCK, DIM, FLASH, PRO, ROPE_DIM, WINDOW, WINDOW_PAGE, record_bytes
+from benchmarks.operations import BLOCK, DIM, FLASH, PRO, ROPE_DIM, WINDOW, WINDOW_PAGE, Args, record_bytes
 from dsv4lab.config import CSA, HCA, ModelConfig
-from dsv4lab.kernels._common.launch import runtime_of
 from dsv4lab.reference import attention as reference
 
 RECORDS = ("plain", "fp8", "nvfp4")
@@ -147,7 +146,6 @@ def label(shape: Shape, record: str) -> str:
 
 
 # ---- inputs ------------------------------------------------------------------------------------------------------------
-Args = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def inputs(shape: Shape, record: str, device: str, copies: int = 1) -> list[Args]:
@@ -200,20 +198,10 @@ def measure(bench: Bench, shape: Shape, record: str, device: str = "cuda") -> No
         fields[f"bar_{shape.bar[0]}"] = shape.bar[1]
     nbytes = shape.nbytes(record)
     sets = inputs(shape, record, device, operations.cold_copies(nbytes))
-    candidates: dict[str, Sequence[Call] | Failure] = {"ours": attempt(lambda: our_calls(sets, fields))}
+    candidates: dict[str, Sequence[Call] | Failure] = {"ours": operations.checked(fields, "attention", sets, accuracy)}
     if record == _PEER_RECORD:  # a peer's keys are BF16 whatever the record was
         candidates |= peers(bench, shape, sets)
     bench.measure(shape.name, fields, candidates, nbytes=nbytes, flops=shape.flops)
-
-
-def our_calls(sets: Sequence[Args], fields: dict[str, Any]) -> list[Call]:
-    """After a first call, whose kernels and figures go into the fields."""
-    args, named = sets[0]
-    with common.seeing(args[0]) as names:
-        y = operations.call("attention", *args, **named)
-    fields.update(accuracy(sets[0], y))
-    fields.update(common.kernel_fields(common.kernels_of(names, runtime_of(args[0]).arch)))
-    return [partial(operations.call, "attention", *a, **n) for a, n in sets]
 
 
 def oracle(args: Args, rows: Any) -> torch.Tensor:

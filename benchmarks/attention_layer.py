@@ -162,7 +162,11 @@ def fill_cache(cache: Cache, kind: str, device: str) -> None:
 
 def touch(shape: Shape, fmt: str) -> None:
     """The layer on tensors without memory, then its kernels: asks for those that the measurement will."""
-    calls = Layer.make(shape, fmt, "meta").observed()
+    ask_again(Layer.make(shape, fmt, "meta").observed())
+
+
+def ask_again(calls: Sequence[ops.Call]) -> None:
+    """Make observed calls of kernels on tensors without memory. Raises MissingKernel, once all have been asked for."""
     missing = []
     with mock.patch.object(prepared_weights, "prepare", prepared_shape):
         for call in calls:

@@ -16,17 +16,14 @@ import torch
 
 from benchmarks import common, operations
 from benchmarks.common import Bench, Call, Failure
-from benchmarks.operations import EPS, FLASH, PRO
+from benchmarks.operations import EPS, FLASH, PRO, Args
 from dsv4lab.formats import BF16, PackedWeight
-from dsv4lab.kernels._common.launch import runtime_of
 from dsv4lab.ops.weights import pack_all
 from dsv4lab.reference import sampling
 
 VOCAB = FLASH.vocab_size
 BAR_PERCENT = 80.0  # of the head's bound, 1 to 16 tokens
 KINDS = {"greedy": (0.0, 0, 1.0), "noise": (1.0, 0, 1.0), "filtered": (0.8, 50, 0.9)}
-
-Args = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 # ---- peers -------------------------------------------------------------------------------------------------------------
@@ -78,9 +75,9 @@ class Case:
     m: int
     make: Callable[[str], Args]
     nbytes: float
-    flops: float = 0.0
-    peer: Callable[..., Any] | None = None
-    check: Callable[[Any, Args], dict[str, Any]] | None = None
+    flops: float
+    peer: Callable[..., Any] | None
+    check: Callable[[Args, Any], dict[str, Any]]
     bar: float | None = None
 
 
@@ -89,11 +86,11 @@ def head_args(m: int, d: int, device: str) -> Args:
     return (x, (torch.randn(VOCAB, d, device=device) * d**-0.5).bfloat16()), {}
 
 
-def head_figures(got: torch.Tensor, args: Args) -> dict[str, Any]:
+def head_figures(args: Args, got: torch.Tensor) -> dict[str, Any]:
     return operations.accuracy_fields(got, args[0][0].double() @ args[0][1].double().t())
 
 
-def greedy_figures(got: torch.Tensor, args: Args) -> dict[str, Any]:
+def greedy_figures(args: Args, got: torch.Tensor) -> dict[str, Any]:
     logits = args[0][0].double() @ args[0][1].double().t()
     return {"equal": float((logits.gather(-1, got[:, None])[:, 0] >= logits.amax(-1) - 1e-4).float().mean())}
 
@@ -107,13 +104,13 @@ def sample_args(kind: str, m: int, device: str, *, draw: bool = True) -> Args:
     return ((logits, *knobs, which, which * 7) if draw else (logits, *knobs)), {}
 
 
-def sampled_figures(got: torch.Tensor, args: Args) -> dict[str, Any]:
+def sampled_figures(args: Args, got: torch.Tensor) -> dict[str, Any]:
     logits, t, k, p, seed, position = args[0]
     want = sampling.sample(logits, temperature=t, top_k=k, top_p=p, seed=seed, position=position)
     return {"equal": float((got == want).float().mean())}
 
 
-def probability_figures(got: torch.Tensor, args: Args) -> dict[str, Any]:
+def probability_figures(args: Args, got: torch.Tensor) -> dict[str, Any]:
     logits, t, k, p = (a[:8] for a in args[0])
     return operations.accuracy_fields(got[:8], sampling.probabilities(logits, temperature=t, top_k=k, top_p=p))
 
@@ -124,7 +121,7 @@ def draft_args(m: int, device: str) -> Args:
     return (target, draft, which[:, None].expand(-1, 2).contiguous() * 100, which, which * 7), {}
 
 
-def draft_figures(got: Any, args: Args) -> dict[str, Any]:
+def draft_figures(args: Args, got: Any) -> dict[str, Any]:
     target, draft, ids, seed, position = args[0]
     want = sampling.accept_drafts(target, draft, ids, seed=seed, position=position)
     return {"equal": float(all(torch.equal(a, b) for a, b in zip(got, want, strict=True)))}
@@ -137,7 +134,7 @@ def input_args(m: int, d: int, device: str) -> Args:
     return (*rows, *norms, *pack_all(*weights)), dict(eps=EPS, act="none")
 
 
-def input_figures(got: torch.Tensor, args: Args) -> dict[str, Any]:
+def input_figures(args: Args, got: torch.Tensor) -> dict[str, Any]:
     return operations.accuracy_fields(got, torch_input(*args[0]))
 
 
@@ -194,19 +191,9 @@ def run(bench: Bench) -> None:
 def measure(bench: Bench, case: Case, device: str = "cuda") -> None:
     fields: dict[str, Any] = {"m": case.m, "format": "", "operation": case.operation}
     fields |= {"bar_percent": case.bar} if case.bar else {}
-    first = case.make(device)
-    sets = [first, *(case.make(device) for _ in range(min(common.num_copies(case.nbytes), 8) - 1))]
-    ours: Sequence[Call] | Failure = [partial(operations.call, case.operation, *a, **named) for a, named in sets]
-    try:
-        with common.seeing(first[0][0]) as names:
-            got = operations.call(case.operation, *first[0], **first[1])
-        fields |= case.check(got, first) if case.check else {}
-        fields |= common.kernel_fields(common.kernels_of(names, runtime_of(first[0][0]).arch))
-    except Exception as error:
-        ours = Failure(common.reason_of(error))
-        if device == "cuda":
-            common.still_alive()
+    sets = [case.make(device) for _ in range(min(common.num_copies(case.nbytes), 8))]
+    ours = operations.checked(fields, case.operation, sets, case.check)
     candidates: dict[str, Sequence[Call] | Failure] = {"ours": ours}
     if case.peer is not None:
-        candidates["torch"] = [partial(case.peer, *a, **named) for a, named in sets]
+        candidates["torch"] = operations.calls_of(case.peer, sets)
     bench.measure(case.name, fields, candidates, nbytes=case.nbytes, flops=case.flops)

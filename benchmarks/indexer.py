@@ -23,9 +23,8 @@ import torch
 
 from benchmarks import common, eager, operations
 from benchmarks.common import Bench, Call, Failure, attempt
-from benchmarks.operations import BLOCK, FLASH, INDEX_DIM, PRO, record_bytes
+from benchmarks.operations import BLOCK, FLASH, INDEX_DIM, PRO, Args, record_bytes
 from benchmarks.quantizers import equal_part
-from dsv4lab.kernels._common.launch import runtime_of
 from dsv4lab.reference import indexer as reference
 
 HEADS, RATIO = FLASH.index_n_heads, FLASH.csa_ratio
@@ -132,7 +131,6 @@ def label(shape: Scores | Choice, record: str) -> str:
 
 
 # ---- inputs ------------------------------------------------------------------------------------------------------------
-Args = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def scores_args(shape: Scores, record: str, device: str, copies: int = 1) -> list[Args]:
@@ -196,7 +194,7 @@ def measure_scores(bench: Bench, shape: Scores, record: str, device: str = "cuda
     fields = fields_of(shape, record)
     nbytes = shape.nbytes(record)
     sets = scores_args(shape, record, device, operations.cold_copies(nbytes))
-    ours = checked(fields, "index_scores", sets, compared_scores)
+    ours = operations.checked(fields, "index_scores", sets, compared_scores)
     peers: dict[str, Sequence[Call] | Failure] = {}
     if record == _PEER_RECORD:  # a peer's keys are BF16 whatever the record was
         peers["torch"] = attempt(lambda: peer_calls(shape, sets))
@@ -209,25 +207,9 @@ def measure_scores(bench: Bench, shape: Scores, record: str, device: str = "cuda
 def measure_choice(bench: Bench, shape: Choice, device: str = "cuda") -> None:
     fields = fields_of(shape, "")
     sets = choice_args(shape, device, operations.cold_copies(shape.nbytes))
-    ours = checked(fields, "index_topk", sets, compared_choice)
+    ours = operations.checked(fields, "index_topk", sets, compared_choice)
     peer: list[Call] = [partial(torch.topk, args[0], shape.k, sorted=False) for args, _ in sets]
     bench.measure(shape.name, fields, {"ours": ours, "torch.topk": peer}, nbytes=shape.nbytes, flops=0.0)
-
-
-def checked(
-    fields: dict[str, Any], name: str, sets: Sequence[Args], compare: Callable[[Args, torch.Tensor], dict[str, Any]]
-) -> Sequence[Call] | Failure:
-    """Our calls, after a first one whose kernels and figures go into the fields; or why there are none. Raises Broken."""
-    args, named = sets[0]
-
-    def first() -> list[Call]:
-        with common.seeing(args[0]) as names:
-            y = operations.call(name, *args, **named)
-        fields.update(compare(sets[0], y))
-        fields.update(common.kernel_fields(common.kernels_of(names, runtime_of(args[0]).arch)))
-        return [partial(operations.call, name, *a, **n) for a, n in sets]
-
-    return attempt(first)
 
 
 def compared_scores(args: Args, y: torch.Tensor) -> dict[str, Any]:

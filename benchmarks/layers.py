@@ -27,18 +27,17 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest import mock
 
 import torch
 
 from benchmarks import attention_layer, common, operations, work
-from benchmarks.attention_layer import KINDS, filled_cache
+from benchmarks.attention_layer import KINDS, ask_again, filled_cache
 from benchmarks.common import Bench, Ceilings
-from benchmarks.linear import prepared_shape, random_weight
-from benchmarks.work import Shape, again, flops_of, kept_bytes, name_of
+from benchmarks.linear import random_weight
+from benchmarks.work import Shape, flops_of, kept_bytes, name_of
 from dsv4lab import ops
 from dsv4lab.config import CSA, SCORE, ModelConfig
-from dsv4lab.dispatch import MissingKernel, backend
+from dsv4lab.dispatch import backend
 from dsv4lab.kernels._common import cache as kernel_cache
 from dsv4lab.kernels._common import launch
 from dsv4lab.kernels.gemm.mixed import prepared as prepared_weights
@@ -138,10 +137,6 @@ class Step:
     @classmethod
     def make(cls, block: Block, shape: Shape, device: str) -> Step:
         cache, batch = filled_cache(shape, block.attn.numerics, device, fixed=is_decode(shape))
-        # a sequence cannot have as many entries as the pool of 64 of them has places
-        limits = {kind: shape.model.max_position_embeddings // shape.model.ratio(kind) for kind in batch.entries}
-        entries = {kind: replace(plan, max_visible=min(plan.max_visible, limits[kind])) for kind, plan in batch.entries.items()}
-        batch = replace(batch, entries=entries)
         streams = torch.randn(shape.rows, shape.config.hc_mult, shape.config.hidden_size, device=device).bfloat16()
         return cls(block, shape, cache.layers[0], batch, streams)
 
@@ -168,15 +163,7 @@ def touch(shape: Shape, fmt: str) -> None:
         with ops.observe() as seen:
             block(made.streams, made.batch, made.cache)
         calls += seen
-    missing = []
-    with mock.patch.object(prepared_weights, "prepare", prepared_shape):
-        for call in calls:
-            try:
-                again(call)
-            except MissingKernel as error:
-                missing.append(str(error))
-    if missing:
-        raise MissingKernel("; ".join(dict.fromkeys(missing)))
+    ask_again(calls)
 
 
 # ---- what must hold ----------------------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ import torch
 
 from benchmarks import common, eager, operations, triton_mhc
 from benchmarks.common import Bench, Call, Failure
-from benchmarks.operations import EPS, FLASH, PRO
-from dsv4lab.kernels._common.launch import runtime_of
+from benchmarks.operations import EPS, FLASH, PRO, Args
 from dsv4lab.reference import mhc as reference
 
 TOKENS = (8192, 64, 8, 1)
@@ -27,13 +26,15 @@ S = FLASH.hc_mult
 HOW = dict(eps=EPS, hc_eps=FLASH.hc_eps, sinkhorn_iters=FLASH.hc_sinkhorn_iters)
 _VOCAB = 16384  # rows of the table: only their bytes matter
 
-Args = tuple[tuple[Any, ...], dict[str, Any]]
-
 
 # ---- peers -------------------------------------------------------------------------------------------------------------
+def mix_of(v: torch.Tensor, fn: torch.Tensor) -> torch.Tensor:
+    """Products of the flattened streams (M, 4 D) over their root mean square, in their dtype."""
+    return (v @ fn.t()) * torch.rsqrt(v.square().mean(-1, keepdim=True) + EPS)
+
+
 def mhc_pre(streams: Any, fn: Any, base: Any, scale: Any, weight: Any, **how: Any) -> tuple[torch.Tensor, ...]:
-    flat = streams.flatten(1).float()
-    mix = (flat @ fn.t()) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + EPS)
+    mix = mix_of(streams.flatten(1).float(), fn)
     pre = torch.sigmoid(mix[:, :S] * scale[0] + base[:S]) + FLASH.hc_eps
     post = 2 * torch.sigmoid(mix[:, S : 2 * S] * scale[1] + base[S : 2 * S])
     comb = torch.softmax((mix[:, 2 * S :] * scale[2] + base[2 * S :]).view(-1, S, S), -1) + FLASH.hc_eps
@@ -56,8 +57,7 @@ def mhc_post_pre(y: Any, streams: Any, post: Any, comb: Any, *rest: Any, **how: 
 
 
 def mhc_head(streams: Any, fn: Any, base: Any, scale: Any, weight: Any, **how: Any) -> torch.Tensor:
-    flat = streams.flatten(1).float()
-    mix = (flat @ fn.t()) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + EPS)
+    mix = mix_of(streams.flatten(1).float(), fn)
     pre = torch.sigmoid(mix * scale + base) + FLASH.hc_eps
     return eager.rmsnorm((pre[:, :, None] * streams.float()).sum(1).to(streams.dtype), weight)
 
@@ -153,36 +153,23 @@ def measure(bench: Bench, case: Case, device: str = "cuda") -> None:
     first = case.args(device)
     sets = [first, *(case.args(device) for _ in range(common.num_copies(case.nbytes) - 1))]
     sets = [((*a[:-4], *first[0][-4:]) if case.outputs else a, named) for a, named in sets]  # one fn, prepared once
-    ours: Sequence[Call] | Failure = [partial(operations.call, case.operation, *a, **named) for a, named in sets]
-    try:
-        with common.seeing(first[0][0]) as names:
-            fields |= compared(case, first)
-        fields |= common.kernel_fields(common.kernels_of(names, runtime_of(first[0][0]).arch))
-    except Exception as error:
-        ours = Failure(common.reason_of(error))
-        if device == "cuda":
-            common.still_alive()
-    candidates: dict[str, Sequence[Call] | Failure] = {"ours": ours, "torch": calls(case.peer, sets)}
+    ours = operations.checked(fields, case.operation, sets, partial(compared, case))
+    candidates: dict[str, Sequence[Call] | Failure] = {"ours": ours, "torch": operations.calls_of(case.peer, sets)}
     many = case.m == max(TOKENS) and case.name.startswith("flash") and not bench.quick
     if many:
         compiled = eager.compiled(case.peer, *first[0], **first[1])
-        candidates["torch.compile"] = compiled if isinstance(compiled, Failure) else calls(compiled, sets)
+        candidates["torch.compile"] = compiled if isinstance(compiled, Failure) else operations.calls_of(compiled, sets)
     else:
         candidates["torch.compile"] = Failure(f"of Flash at {max(TOKENS)} tokens and whole runs only, to save time")
     peer = {"mhc_pre": triton_mhc.mhc_pre, "mhc_post": triton_mhc.mhc_post}.get(case.operation)
     if peer is not None:
-        candidates["triton"] = calls(peer, sets)
+        candidates["triton"] = operations.calls_of(peer, sets)
     bench.measure(case.name, fields, candidates, nbytes=case.nbytes, flops=0.0)
 
 
-def calls(function: Callable[..., Any], sets: Sequence[Args]) -> list[Call]:
-    return [partial(function, *args, **named) for args, named in sets]
-
-
-def compared(case: Case, args: Args) -> dict[str, Any]:
+def compared(case: Case, args: Args, got: Any) -> dict[str, Any]:
     """Figures of the normalised input or the streams, on some rows; of `comb`, too, where it is made."""
     rows = common.sampled(case.m)
-    got = operations.call(case.operation, *args[0], **args[1])
     if case.operation == "embed_streams":
         return {"equal": float(torch.equal(got, embed_streams(*args[0], **args[1])))}
     per_token = {"mhc_pre": 1, "mhc_head": 1}.get(case.operation, 4)
@@ -203,7 +190,5 @@ def compared(case: Case, args: Args) -> dict[str, Any]:
 def exact_comb(streams: torch.Tensor, mix: Sequence[torch.Tensor]) -> torch.Tensor:
     """In float64 throughout."""
     fn, base, scale = (t.double() for t in mix)
-    v = streams.double().flatten(1)
-    found = (v @ fn.t()) * torch.rsqrt(v.square().mean(-1, keepdim=True) + EPS)
-    logits = (found[:, 2 * S :] * scale[2] + base[2 * S :]).view(-1, S, S)
+    logits = (mix_of(streams.double().flatten(1), fn)[:, 2 * S :] * scale[2] + base[2 * S :]).view(-1, S, S)
     return reference.sinkhorn(logits, iters=FLASH.hc_sinkhorn_iters, eps=FLASH.hc_eps)

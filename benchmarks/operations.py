@@ -8,11 +8,14 @@ are random, in ascending order.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks import common
+from benchmarks.common import Call, Failure, attempt
 from dsv4lab.config import ModelConfig
 from dsv4lab.dispatch import MissingKernel
 from dsv4lab.kernels._common.launch import runtime_of
@@ -27,6 +30,7 @@ DIM, ROPE_DIM, INDEX_DIM = FLASH.head_dim, FLASH.qk_rope_head_dim, FLASH.index_h
 WINDOW, WINDOW_PAGE = FLASH.sliding_window, 64
 BLOCK = FLASH.block_tokens  # tokens of a page of entries, whatever their ratio
 EPS = FLASH.rms_norm_eps
+Args = tuple[tuple[Any, ...], dict[str, Any]]
 _UNIQUE = 8192  # keys that differ, of a pool
 _CHUNK = 1 << 16  # keys that are decoded at once
 _MOST_COPIES = 256  # of what a call of few bytes reads: 60 MB of it are enough to have most of it cold
@@ -43,6 +47,27 @@ def call(name: str, *args: Any, **named: Any) -> Any:
     if why is not None:
         raise MissingKernel(f"{name} has no kernel for {arch} that takes these arguments: {why}")
     return entry.function(*args, **named)
+
+
+def calls_of(function: Callable[..., Any], sets: Sequence[Args]) -> list[Call]:
+    """A call for each set of arguments."""
+    return [partial(function, *args, **named) for args, named in sets]
+
+
+def checked(
+    fields: dict[str, Any], name: str, sets: Sequence[Args], compare: Callable[[Args, Any], dict[str, Any]]
+) -> Sequence[Call] | Failure:
+    """Our calls, after a first one whose kernels and figures go into the fields; or why there are none. Raises Broken."""
+    args, named = sets[0]
+
+    def first() -> list[Call]:
+        with common.seeing(args[0]) as names:
+            y = call(name, *args, **named)
+        fields.update(compare(sets[0], y))
+        fields.update(common.kernel_fields(common.kernels_of(names, runtime_of(args[0]).arch)))
+        return calls_of(partial(call, name), sets)
+
+    return attempt(first)
 
 
 # ---- pages -------------------------------------------------------------------------------------------------------------

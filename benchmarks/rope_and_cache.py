@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import common, eager, operations
 from benchmarks.common import Bench, Call, Failure
-from benchmarks.operations import BLOCK, DIM, EPS, FLASH, INDEX_DIM, PRO, ROPE_DIM, WINDOW_PAGE, inv_freq, record_bytes
+from benchmarks.operations import BLOCK, DIM, EPS, FLASH, INDEX_DIM, PRO, ROPE_DIM, WINDOW_PAGE, Args, inv_freq, record_bytes
 from benchmarks.quantizers import equal_part
 from dsv4lab import ops
 from dsv4lab.config import CSA, HCA
@@ -47,7 +47,6 @@ _COMPILED = (
     "index_query fp4",
 )
 
-Args = tuple[tuple[Any, ...], dict[str, Any]]
 Parts = tuple[torch.Tensor, ...]
 
 
@@ -347,17 +346,13 @@ def measure(bench: Bench, operation: Operation, m: int, device: str = "cuda") ->
         ours = Failure(common.reason_of(error))
         if device == "cuda":
             common.still_alive()
-    candidates: dict[str, Sequence[Call] | Failure] = {"ours": ours, "torch": peer_calls(operation.eager, sets)}
+    candidates: dict[str, Sequence[Call] | Failure] = {"ours": ours, "torch": operations.calls_of(operation.eager, sets)}
     if m != max(TOKENS) or operation.name not in _COMPILED or bench.quick:
         candidates["torch.compile"] = Failure(f"of {', '.join(_COMPILED)} at {max(TOKENS)} tokens only, to save time")
     else:
         compiled = eager.compiled(operation.eager, *first[0], **first[1])
-        candidates["torch.compile"] = compiled if isinstance(compiled, Failure) else peer_calls(compiled, sets)
+        candidates["torch.compile"] = compiled if isinstance(compiled, Failure) else operations.calls_of(compiled, sets)
     bench.measure(operation.name, fields, candidates, nbytes=nbytes, flops=0.0)
-
-
-def peer_calls(function: Callable[..., Any], sets: Sequence[Args]) -> list[Call]:
-    return [partial(function, *args, **named) for args, named in sets]
 
 
 def compared(operation: Operation, args: Args) -> dict[str, Any]:

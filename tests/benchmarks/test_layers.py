@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -225,7 +226,7 @@ def test_launches_of_experts_are_the_steps_they_are_taken_for(scene: str, fmt: s
     with ops.observe() as calls:
         block(step.streams, step.batch, step.cache)
     found = {}
-    with layers.mock.patch.object(layers.prepared_weights, "prepare", layers.prepared_shape):
+    with mock.patch.object(layers.prepared_weights, "prepare", attention_layer.prepared_shape):
         for name in layers._EXPERTS:
             with compiling.asking(lambda name: False) as asked:
                 work.again(next(call for call in calls if call.name == name))

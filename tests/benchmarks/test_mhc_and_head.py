@@ -60,7 +60,7 @@ def test_the_head_on_the_reference(
 
 
 def test_a_failure_is_a_row(tmp_path: Path, on_reference: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(mhc, "compared", lambda case, args: 1 / 0)
+    monkeypatch.setattr(mhc, "compared", lambda *_: 1 / 0)
     (case,) = next(iter(mhc.cases(quick=True)))
     place = bench(tmp_path / "rows.jsonl", "mhc")
     mhc.measure(place, replace(case, width=96, m=2), "cpu")
