@@ -218,7 +218,8 @@ class _Engine:
             torch.tensor(values, dtype=torch.int64, device=streams.device)
             for values in ([r.seed for r in requests], [len(r.tokens) for r in requests])
         )
-        return draw(self.model, self.sampling, self.model.collapse(streams), seed, position).tolist()
+        arguments = self.sampling.tensors(len(requests), streams.device)
+        return draw(self.model, self.model.collapse(streams), arguments, seed, position).tolist()
 
     def _emit(self, r: _Request, ids: list[int]) -> None:
         """Append new ids up to a stop id or the limit."""

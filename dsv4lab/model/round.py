@@ -41,12 +41,10 @@ class Sampling:
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise ValueError(f"seed must be a 64-bit integer, got {self.seed}")
 
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
-    def tensors(self, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """Arguments of the sampling operations for a batch of requests."""
+    def tensors(self, rows: int, device: torch.device) -> dict[str, torch.Tensor] | None:
+        """Arguments of the sampling operations for a batch of requests, which greedy ones do without: None."""
+        if self.temperature == 0:
+            return None
         return {
             "temperature": torch.full((rows,), self.temperature, dtype=torch.float32, device=device),
             "top_k": torch.full((rows,), self.top_k, dtype=torch.int64, device=device),
@@ -54,12 +52,16 @@ class Sampling:
         }
 
 
-def draw(model: Model, sampling: Sampling, hidden: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """One token a row: hidden (B, D); seed, position (B,) int64 -> ids (B,) int64. Greedy ones without any logits in memory."""
-    if sampling.greedy:
+def draw(
+    model: Model, hidden: torch.Tensor, arguments: dict[str, torch.Tensor] | None, seed: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    """One token a row: hidden (B, D); arguments: `Sampling.tensors`; seed, position (B,) int64 -> ids (B,) int64.
+
+    Without arguments the likeliest ones, with no logits in memory.
+    """
+    if arguments is None:
         return ops.lm_head_greedy(hidden, model.head.weight)
-    logits = ops.lm_head(hidden, model.head.weight)
-    return ops.sample(logits, **sampling.tensors(len(hidden), hidden.device), seed=seed, position=position)
+    return ops.sample(ops.lm_head(hidden, model.head.weight), **arguments, seed=seed, position=position)
 
 
 class Round:
@@ -89,7 +91,7 @@ class Round:
         self.known, self.limit, self.seqs, self.seed = (self._integers(v) for v in (known, limit, seqs, seed))
         self.step_ids = self._integers(last)[:, None].repeat(1, num_drafts + 1)
         self.draft_probs = None
-        if num_drafts and not sampling.greedy:
+        if num_drafts and sampling.temperature:
             self.draft_probs = torch.zeros(len(seqs), num_drafts, model.config.vocab_size, device=cache.device)
         self._prepare()
 
@@ -148,13 +150,13 @@ class Round:
         batch = self._batch(self.step_ids.flatten(), -1, longest)
         streams = model(batch)
         hidden = model.collapse(streams)
-        if self.sampling.greedy:
+        if self.arguments is None:
             choices = ops.lm_head_greedy(hidden, model.head.weight).view_as(self.step_ids)
             count, token = ops.match_drafts(choices, self.step_ids)
         elif not n:
-            count, token = self.none, draw(model, self.sampling, hidden, self.seed, self.known)
+            count, token = self.none, draw(model, hidden, self.arguments, self.seed, self.known)
         else:
-            assert self.draft_probs is not None
+            assert self.draft_probs is not None and self.verified is not None
             target = ops.probabilities(ops.lm_head(hidden, model.head.weight), **self.verified)
             target = target.unflatten(0, self.step_ids.shape)
             count, token = ops.accept_drafts(target, self.draft_probs, self.step_ids[:, 1:], self.seed, self.known)
@@ -174,7 +176,7 @@ class Round:
     def _draft(self, streams: torch.Tensor, hidden: torch.Tensor) -> None:
         """Draft on. The block's own streams stand in for the backbone's at drafted positions."""
         for depth in range(self.num_drafts):
-            if self.draft_probs is None:
+            if self.arguments is None or self.draft_probs is None:
                 token = ops.lm_head_greedy(hidden, self.model.head.weight)
             else:
                 logits = ops.lm_head(hidden, self.model.head.weight)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from dsv4lab.reference.sampling import check_vectors
+
 
 def decode_plan(
     known: torch.Tensor, seqs: torch.Tensor, *, tokens: int, offset: int, ring_len: int, ratios: list[int]
@@ -19,7 +21,7 @@ def decode_plan(
     window ring -> (4 + len(ratios), B * tokens) int64, rows: positions, places, window slots, each sequence's last position,
     and for each ratio the compressed entries that the token may see. Raises ValueError on shapes, TypeError on dtypes.
     """
-    check_counts(known=known, seqs=seqs)
+    check_vectors(known.numel(), known=known, seqs=seqs)
     if tokens < 1 or ring_len < 1 or any(r < 1 for r in ratios):
         raise ValueError(f"tokens, ring_len and ratios must be >= 1, got {tokens}, {ring_len} and {ratios}")
     positions = known[:, None] + offset + torch.arange(tokens, device=known.device)
@@ -50,10 +52,8 @@ def advance_decode(
     Raises ValueError on shapes, TypeError on dtypes.
     """
     _check_steps(step_ids=step_ids)
-    check_counts(known=known, limit=limit, num_accepted=num_accepted, next_ids=next_ids)
     batch, length = step_ids.shape
-    if known.shape[0] != batch:
-        raise ValueError(f"known must have {batch} elements like step_ids, got {known.shape[0]}")
+    check_vectors(batch, known=known, limit=limit, num_accepted=num_accepted, next_ids=next_ids)
     place = torch.arange(length, device=known.device)
     drafted = step_ids.roll(-1, 1)
     new_ids = torch.where(place < num_accepted[:, None], drafted, next_ids[:, None])
@@ -61,16 +61,6 @@ def advance_decode(
     known.copy_(torch.minimum(known + num_accepted + 1, limit))
     step_ids[:, 0] = next_ids
     return new_ids, rows
-
-
-def check_counts(**vectors: torch.Tensor) -> None:
-    """Raises ValueError or TypeError unless all are (B,) int64 of one length."""
-    first = next(iter(vectors.values()))
-    for name, value in vectors.items():
-        if value.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {value.dtype}")
-        if value.ndim != 1 or value.shape != first.shape:
-            raise ValueError(f"{name} must be (B,) = {tuple(first.shape)}, got {tuple(value.shape)}")
 
 
 def _check_steps(**steps: torch.Tensor) -> None:

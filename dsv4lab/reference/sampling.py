@@ -46,7 +46,7 @@ def sample(
     Raises ValueError on shapes, TypeError on dtypes. Logits must not be NaN.
     """
     scaled = _scaled(logits, temperature, top_k, top_p)
-    _check_vectors(logits.shape[0], seed=seed, position=position)
+    check_vectors(logits.shape[0], seed=seed, position=position)
     keys = scaled + gumbel_noise(seed, position, logits.shape[1])
     return torch.where(temperature <= 0, logits.float().argmax(-1), keys.argmax(-1))
 
@@ -89,7 +89,7 @@ def accept_drafts(
             raise TypeError(f"{name} must be float32, got {tensor.dtype}")
     if draft_ids.dtype != torch.int64:
         raise TypeError(f"draft_ids must be int64, got {draft_ids.dtype}")
-    _check_vectors(batch, seed=seed, position=position)
+    check_vectors(batch, seed=seed, position=position)
 
     at = position[:, None] + torch.arange(length, device=position.device)  # (B, n + 1)
     p_draft = target_probs[:, :drafts].gather(-1, draft_ids[..., None]).squeeze(-1)
@@ -127,7 +127,7 @@ def _scaled(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Te
         raise ValueError(f"logits must be (B, V) with V >= 1, got {tuple(logits.shape)}")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
-    _check_vectors(logits.shape[0], temperature=temperature, top_k=top_k, top_p=top_p)
+    check_vectors(logits.shape[0], temperature=temperature, top_k=top_k, top_p=top_p)
     scaled = logits.float() / temperature.clamp_min(_MIN_TEMPERATURE)[:, None]
     if top_k is None and top_p is None:
         return scaled
@@ -145,7 +145,8 @@ def _scaled(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Te
     return scaled.masked_fill(~torch.empty_like(keep).scatter_(-1, order, keep), -torch.inf)
 
 
-def _check_vectors(batch: int, **vectors: Tensor | None) -> None:
+def check_vectors(batch: int, **vectors: Tensor | None) -> None:
+    """Raises ValueError or TypeError unless each is (batch,), and int64 unless its name is that of a sampling parameter."""
     for name, tensor in vectors.items():
         if tensor is None:
             continue

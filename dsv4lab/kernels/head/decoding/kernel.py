@@ -14,6 +14,16 @@ from cutlass import Int32, Int64
 from dsv4lab.kernels.head.decoding.config import THREADS, AdvanceConfig, MatchConfig, PlanConfig
 
 
+def _row() -> Any:
+    """This thread's token or sequence, once what came before has ended."""
+    thread, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    row = block * THREADS + thread
+    cute.arch.griddepcontrol_launch_dependents()
+    cute.arch.griddepcontrol_wait()
+    return row
+
+
 class Plan:
     """The kernel for one `PlanConfig`; B is the call's."""
 
@@ -31,11 +41,7 @@ class Plan:
     @cute.kernel
     def kernel(self, known: Any, seqs: Any, out: Any, offset: Int64, ring_len: Int64) -> None:
         plan = self.plan
-        thread, _, _ = cute.arch.thread_idx()
-        block, _, _ = cute.arch.block_idx()
-        row = block * THREADS + thread
-        cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.griddepcontrol_wait()
+        row = _row()
         if row < out.shape[1]:
             batch = row // plan.tokens
             first, seq = Int64(known[batch]) + offset, Int64(seqs[batch])
@@ -64,11 +70,7 @@ class Match:
 
     @cute.kernel
     def kernel(self, choices: Any, step_ids: Any, accepted: Any, next_ids: Any) -> None:
-        thread, _, _ = cute.arch.thread_idx()
-        block, _, _ = cute.arch.block_idx()
-        row = block * THREADS + thread
-        cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.griddepcontrol_wait()
+        row = _row()
         if row < accepted.shape[0]:
             count, going = Int32(0), Int32(1)
             for i in cutlass.range_constexpr(self.plan.drafts):
@@ -105,11 +107,7 @@ class Advance:
     @cute.kernel
     def kernel(self, step_ids: Any, known: Any, limit: Any, accepted: Any, next_ids: Any, new_ids: Any, rows: Any) -> None:
         length = self.plan.drafts + 1
-        thread, _, _ = cute.arch.thread_idx()
-        block, _, _ = cute.arch.block_idx()
-        row = block * THREADS + thread
-        cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.griddepcontrol_wait()
+        row = _row()
         if row < known.shape[0]:
             count, token = Int64(accepted[row]), Int64(next_ids[row])
             for i in cutlass.range_constexpr(length):
