@@ -31,9 +31,9 @@ class Case:
     def to(self, device: str) -> Case:
         return replace(self, args=tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in self.args))
 
-    def run(self, parts: int | None = None) -> torch.Tensor:
+    def run(self, parts: int | None = None, unpack: bool | None = None) -> torch.Tensor:
         how = {name: value for name, value in self.how.items() if name != "rope_dim"}
-        return kernel(*self.args, **how, parts=parts)
+        return kernel(*self.args, **how, parts=parts, unpack=unpack)
 
 
 def make_case(

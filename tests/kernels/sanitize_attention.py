@@ -87,6 +87,7 @@ def attentions() -> None:
     for record, kind, parts in (("fp8", "chosen", 2), ("nvfp4", "visible", 1), ("plain", "window", 1)):
         case = make_case(record, kind, [(700, 2), (130, 1)], 64, k=200, device="cuda")
         judge(case, case.run(parts))
+        judge(case, case.run(parts, unpack=True))
 
 
 if __name__ == "__main__":

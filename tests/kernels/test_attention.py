@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ import dsv4lab
 from dsv4lab import ops, sim
 from dsv4lab.dispatch import register_kernel
 from dsv4lab.kernels._common.launch import running_on
+from dsv4lab.kernels.attention.core import api as attention_api
 from dsv4lab.kernels.attention.core.config import (
     KEYS,
     AttentionConfig,
     block_range,
     capacity,
     divide,
+    unpacks,
 )
 from dsv4lab.kernels.attention.operators import ENTRIES
 from dsv4lab.records import kv_record
@@ -26,10 +29,11 @@ from dsv4lab.reference.cache import cache_read
 from tests.kernels.attention import BF16, WINDOW, Case, judge, make_case
 
 
-def simulated(case: Case, parts: int | None = None, ctas: int = 4, **how: object) -> torch.Tensor:
+def simulated(case: Case, parts: int | None = None, ctas: int = 4, *, unpack: bool = False, **how: object) -> torch.Tensor:
+    """Keys are decoded in the kernel: few CTAs, to whom four queries are many, would have them unpacked."""
     sim.enable("sm_90a", multiprocessors=ctas)
     with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):  # type: ignore[arg-type]
-        return case.run(parts)
+        return case.run(parts, unpack)
 
 
 # ---- plan arithmetic ---------------------------------------------------------------------------------------------------
@@ -54,6 +58,62 @@ def test_parts_have_every_block_once_and_fill_the_gpu() -> None:
                 if queries >= 128:
                     assert plan.parts == 1
     assert capacity("window", 128, 512) == 128 and capacity("visible", 128, 512) == 640
+
+
+def way(record: str, queries: int, heads: int, k: int, *, rings: int, ring: int, reach: int) -> bool:
+    """reach: entries that the call can reach. k 0: all visible ones."""
+    keys = capacity("chosen" if k else "visible" if reach else "window", 128, k or reach)
+    division = divide(queries, heads, keys, 132)
+    return unpacks(division, record, keys, rings=rings, window=128, tokens=rings * ring, entries=reach)
+
+
+@pytest.mark.parametrize("record", ["fp8", "nvfp4"])
+@pytest.mark.parametrize(("heads", "k"), [(64, 512), (128, 1024)])
+def test_prefill_unpacks_and_decode_does_not(record: str, heads: int, k: int) -> None:
+    for queries in (129, 512, 4096):  # of one sequence of 8,192 tokens, in caches for one and for many sequences
+        assert way(record, queries, heads, k, rings=1, ring=4224, reach=2048)
+    for rings in (1, 16, 64):
+        assert way(record, 4096, heads, k, rings=rings, ring=8320, reach=rings * 2048)
+        assert way(record, 4096, heads, 0, rings=rings, ring=8320, reach=rings * 512), "all visible entries"
+        assert way(record, 4096, heads, 0, rings=rings, ring=8320, reach=0), "a window only"
+    for seqs in (1, 8, 64, 128, 256):  # a query of each
+        for context in (1024, 16_384, 131_072):
+            assert not way(record, seqs, heads, k, rings=seqs, ring=192, reach=seqs * context // 4)
+            assert not way(record, seqs, heads, 0, rings=seqs, ring=192, reach=seqs * context // 128)
+        assert not way(record, seqs, heads, 0, rings=seqs, ring=192, reach=0)
+    assert not way("plain", 4096, heads, k, rings=1, ring=4224, reach=2048)
+    assert not way(record, 4096, heads, k, rings=1025, ring=192, reach=2048), "more sequences than a CTA has threads"
+    assert not way(record, 4096, heads, k, rings=0, ring=4224, reach=2048)
+    assert not way(record, 1024, heads, k, rings=1, ring=1152, reach=4_000_000), "a pool that takes longer than it saves"
+
+
+def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes are told as they are: a table that names less than the pool has, rings of the window's pool."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(attention_api, "unpacks", lambda *_, **sizes: told.append(sizes))
+    for name in ("_compiled", "_compiled_combine"):
+        monkeypatch.setattr(attention_api, name, lambda *_: None)
+    case = make_case("fp8", "chosen", [(300, 1), (200, 2)], 4, k=20)
+    window, far, table = case.args[2:5]
+    with running_on(Silent()):
+        case.run()
+        replace(case, args=(*case.args[:4], table[:, :1].contiguous(), *case.args[5:])).run()
+        make_case("nvfp4", "window", [(300, 1)], 4).run()
+    tokens, rings = window.shape[0] * 64, window.shape[0] * 64 // case.how["ring_len"]
+    assert rings == 2 and told[0] == dict(rings=2, window=128, tokens=tokens, entries=min(far.shape[0], table.numel()) * 32)
+    assert told[1] == told[0] | dict(entries=2 * 32) and told[2]["entries"] == 0
+
+
+class Silent:
+    """A runtime that launches nothing."""
+
+    arch, multiprocessors, libraries = "sm_90a", 132, ()
+
+    def know(self, ptx: str, cubin: bytes) -> None:
+        pass
+
+    def call(self, function: Any, *args: Any) -> None:
+        pass
 
 
 def test_records_and_pages() -> None:
@@ -176,6 +236,29 @@ def test_sinks_and_empty_entries() -> None:
         assert bool((found[:, 0] == 0).all()) and bool((found[:, 3].float().norm(dim=-1) > 0.1).all())
 
 
+@pytest.mark.parametrize(
+    ("record", "kind", "sequences", "k"),
+    [("fp8", "chosen", [(700, 1), (30, 1)], 40), ("nvfp4", "visible", [(300, 1), (100, 1)], 0)],
+)
+def test_attention_is_the_same_to_the_bit(record: str, kind: str, sequences: list[tuple[int, int]], k: int) -> None:
+    """As where it decodes for itself."""
+    case = make_case(record, kind, sequences, 4, k=k)
+    found = simulated(case, 1, unpack=True)
+    judge(case, found)
+    assert torch.equal(found, simulated(case, 1, unpack=False))
+
+
+def test_a_window_is_as_its_plain_keys() -> None:
+    case = make_case("nvfp4", "window", [(1, 1), (190, 1)], 4)
+    found = simulated(case, 1, unpack=True)
+    judge(case, found)
+    window = case.args[2]
+    how = dict(record="nvfp4", page_size=64, dim=512, rope_dim=64)
+    keys = cache_read(window, torch.arange(window.shape[0] * 64), **how).to(BF16).view(-1, 64, 512)
+    plain = replace(case, args=(*case.args[:2], keys, *case.args[3:]), how=case.how | dict(record="plain"))
+    assert torch.equal(found, simulated(plain, 1, unpack=True)), "plain keys are not unpacked, whatever is asked for"
+
+
 def test_the_operator_in_the_simulator() -> None:
     entry = ENTRIES[0]
     register_kernel(entry.operation, entry.arch, entry.function, refuses=entry.refuses)
@@ -229,3 +312,44 @@ def test_a_cuda_graph_replays_with_new_inputs(kind: str) -> None:
         assert found.dtype == BF16
         error = (found.double() - reference(*case.args, **case.how).double()).norm() / found.double().norm()
         assert error < 0.004
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("record", ["fp8", "nvfp4"])
+@pytest.mark.parametrize(("heads", "k"), [(64, 512), (128, 1024)])
+def test_unpacked_keys_give_the_same_bits_on_the_gpu(record: str, heads: int, k: int, seed: int) -> None:
+    """Flash's and Pro's, ragged batches."""
+    for kind in ("window", "chosen", "visible"):
+        for sequences in ([(8192, 1025)], [(700, 300), (5000, 129)], [(20_001, 513), (130, 130), (900, 1), (64, 3)]):
+            case = make_case(record, kind, sequences, heads, k=k, seed=seed, device="cuda")
+            found = case.run(unpack=True)
+            assert torch.equal(found, case.run(unpack=False)) and torch.equal(found, case.run(unpack=True))
+            if sum(n for _, n in sequences) < 500:
+                judge(case, found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("record", "kind"), [("fp8", "chosen"), ("nvfp4", "visible")])
+def test_a_cuda_graph_unpacks_what_is_seen_then(record: str, kind: str) -> None:
+    """What is unpacked is found from what is on the device."""
+    cases: list[Case] = [
+        make_case(record, kind, [(n, 150), (n // 2, 70)], 64, k=512, seed=n, device="cuda") for n in (9000, 400, 5000, 8999)
+    ]
+    first = cases[0]
+    first.run(unpack=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = first.run(unpack=True)
+    for case in cases:
+        for held, new in zip(first.args, case.args, strict=True):
+            if held is not None and held.shape == new.shape:
+                held.copy_(new)
+            elif held is not None:  # smaller pools and tables
+                held.view(torch.uint8).fill_(255)
+                held[tuple(slice(n) for n in new.shape)] = new
+        graph.replay()
+        torch.cuda.synchronize()
+        want = reference(*case.args, **case.how).double()
+        assert (found.double() - want).norm() / want.norm() < 0.004

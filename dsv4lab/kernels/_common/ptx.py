@@ -30,6 +30,18 @@ def store_words(address: Any, words: Any) -> None:
     cute.arch.inline_ptx(code, read_only_args=[address, *words])
 
 
+def load_matrices(address: Any) -> Any:
+    """Four 8 x 8 matrices of 16 bits from shared memory; lane l gives the address of row l % 8 of matrix l / 8."""
+    code = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];"
+    return cute.arch.inline_ptx(code, write_only_types=[Uint32] * 4, read_only_args=[address])
+
+
+def store_matrices(address: Any, words: Any) -> None:
+    """The reverse."""
+    code = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};"
+    cute.arch.inline_ptx(code, read_only_args=[address, *words])
+
+
 # ---- values ------------------------------------------------------------------------------------------------------------
 def mul_bf16x2(a: Any, b: Any) -> Any:
     """Two products of BF16, rounded."""

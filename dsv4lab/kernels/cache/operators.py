@@ -31,8 +31,10 @@ def cache_write(
     record: str,
     page_size: int,
 ) -> None:
+    settled = norm_weight.is_contiguous() and inv_freq.is_contiguous()  # a copy is a kernel's result
     x, norm_weight, positions, inv_freq, slots = (t.contiguous() for t in (x, norm_weight, positions, inv_freq, slots))
-    write_keys(x, norm_weight, positions, inv_freq, pages, slots, eps=eps, record=record, page_size=page_size, kind="kv")
+    keys = (x, norm_weight, positions, inv_freq, pages, slots)
+    write_keys(*keys, eps=eps, record=record, page_size=page_size, kind="kv", settled=settled)
 
 
 def cache_read(pages: Tensor, slots: Tensor, *, record: str, page_size: int, dim: int, rope_dim: int) -> Tensor:

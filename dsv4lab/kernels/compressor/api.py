@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def compress(
     page_size: int,
     key: str,
     rounded: bool,
+    settled: bool = True,
     config: CompressConfig | None = None,
 ) -> None:
     """Pool the entries that a step's tokens complete, store them as keys, move the tokens into the ring; in place.
@@ -46,7 +48,8 @@ def compress(
     o d) f32, R at least the tokens that an entry pools; norm_weight (d,) bf16 or f32; inv_freq (32,) f32; pages: a pool of
     `record`, plain ones bf16 or f32; positions, seq_idx, first_row, last_position (M,) i64; block_table (num_seqs, nb) i32,
     all contiguous. ratio 4 with overlap or 128 without; d is 512 for kv keys, 128 for index keys. State is the reference's in
-    every bit, pooled values are within 2^-20 of the largest value pooled, the rest as in `kernels.cache.key`.
+    every bit, pooled values are within 2^-20 of the largest value pooled, the rest as in `kernels.cache.key`. settled: ape,
+    norm_weight and inv_freq are no results of the kernel before, which may still run when they are read.
     Raises ValueError on shapes, TypeError on dtypes. Source: `reference.compressor.compress`.
     """
     tokens, width = _check_tokens(values, scores)
@@ -61,7 +64,7 @@ def compress(
         element="bf16" if rounded else "f32",
         weight=ELEMENT[norm_weight.dtype],
     )
-    config = config or CompressConfig.for_shape(tokens, ratio, keys, overlap=overlap)
+    config = replace(config or CompressConfig.for_shape(tokens, ratio, keys, overlap=overlap), settled=settled)
     config.check()
     if (config.ratio, config.overlap, config.keys) != (ratio, overlap, keys):
         raise ValueError(f"config must be for ratio {ratio}, overlap {overlap} and {keys}, got {config}")

@@ -14,6 +14,8 @@ _MAX_WARPS = 32
 _MULTIPROCESSORS = 132
 _SHARED_BYTES = 228 * 1024  # the most of a multiprocessor, 1 KiB for each CTA among them
 _POOLERS = 8  # warps that share an entry of many tokens
+_HELD = 4  # vectors of such rows, of a thread
+_ENTRIES = 8  # that a CTA makes in turn, at most, of one sequence
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class CompressConfig:
     """ratio: tokens of a block. overlap: an entry pools the block before its own, too. keys: what becomes of an entry.
 
     rows: of the step, that a cluster looks through. warps: of a CTA. cluster: CTAs that share an entry's channels. resident:
-    CTAs that a multiprocessor's registers are to hold. ahead: L2 fetches a cluster's rows before it knows what they complete.
+    CTAs that a multiprocessor's registers are to hold. settled: the kernel before wrote no embeddings, norm weight or
+    frequencies, so they are read while it still runs.
     """
 
     ratio: int
@@ -31,7 +34,7 @@ class CompressConfig:
     warps: int = 4
     cluster: int = 1
     resident: int = 4
-    ahead: bool = False
+    settled: bool = True
 
     @property
     def width(self) -> int:
@@ -44,24 +47,34 @@ class CompressConfig:
         return self.ratio * (2 if self.overlap else 1)
 
     @property
+    def channels(self) -> int:
+        """Of an entry, that a CTA has."""
+        return self.keys.dim // self.cluster
+
+    @property
+    def lanes(self) -> int:
+        """Of a warp, side by side along the channels: all, or half of them where a CTA has no more channels."""
+        return min(WARP, self.channels // LANE)
+
+    @property
     def groups(self) -> int:
-        """Warps side by side along a CTA's channels of an entry."""
-        return self.keys.dim // GROUP // self.cluster
+        """Such `lanes` side by side along a CTA's channels of an entry."""
+        return self.channels // (self.lanes * LANE)
 
     @property
     def slices(self) -> int:
-        """Warps that share an entry's tokens."""
-        return min(self.span // TOKENS, self.warps // self.groups)
+        """Such `lanes` that share an entry's tokens."""
+        return min(self.span // TOKENS, self.threads // self.lanes // self.groups)
 
     @property
     def rounds(self) -> int:
-        """Times that a warp takes `TOKENS` tokens of an entry."""
+        """Times that a lane takes `TOKENS` tokens of an entry."""
         return self.span // TOKENS // self.slices
 
     @property
     def teams(self) -> int:
         """Entries that a CTA pools side by side."""
-        return self.warps // (self.groups * self.slices)
+        return self.threads // (self.lanes * self.groups * self.slices)
 
     @property
     def threads(self) -> int:
@@ -82,12 +95,19 @@ class CompressConfig:
         """Of a CTA, all but exact."""
         described = 32 * (self.rows + self.moved) + 4 * self.masks
         pooled = 0 if self.teams > 1 else (1 if self.cluster > 1 else 2) * 4 * self.keys.dim
-        parts = 0 if self.slices == 1 else 2 * 4 * 3 * self.groups * GROUP * self.slices
-        return described + pooled + parts + 64
+        parts = 0 if self.slices == 1 else 2 * 4 * 3 * self.channels * self.slices
+        constants = 4 * self.threads * LANE * self.rounds * TOKENS + 4 * WARP * self.teams * (self.weight_words + 1)
+        held = 32 * self.threads * self.units * self.moved if self.held else 0
+        return described + pooled + parts + constants + held + 64
+
+    @property
+    def weight_words(self) -> int:
+        """32-bit words of the norm weight that a lane multiplies by."""
+        return self.keys.width // (2 if self.keys.weight == "bf16" else 1)
 
     @property
     def carveout(self) -> int:
-        """Percent of L1 for shared memory: what is left keeps `ape`."""
+        """Percent of L1 for shared memory."""
         return -(-100 * self.resident * (self.shared_bytes + 1024) // _SHARED_BYTES)
 
     @property
@@ -100,6 +120,11 @@ class CompressConfig:
         """Vectors of a token's values and scores that a thread moves into the ring."""
         return 2 * self.width // LANE // self.threads
 
+    @property
+    def held(self) -> bool:
+        """Rows to be moved are few enough to be on their way with those to be pooled, in memory of their own."""
+        return self.moved <= self.teams and self.units * self.moved <= _HELD
+
     def check(self) -> None:
         """Raises ValueError naming the choice that cannot be."""
         self.keys.check()
@@ -107,11 +132,11 @@ class CompressConfig:
             raise ValueError(f"ratio must be a power of two with a span of {TOKENS} tokens or more, got {self.ratio}")
         if self.overlap and self.span != TOKENS:
             raise ValueError(f"ratio must be {TOKENS // 2} with overlap, got {self.ratio}")
-        if self.keys.dim not in (128, 512) or self.cluster not in (1, 2, 4) or self.keys.dim % (self.cluster * GROUP):
-            raise ValueError(f"dim must be 128 or 512, {GROUP} for each of the cluster's CTAs at least, got {self}")
+        if self.keys.dim not in (128, 512) or self.cluster not in (1, 2, 4, 8) or (self.cluster > 1 and self.keys.dim == 128):
+            raise ValueError(f"dim must be 128 or 512, and 512 for a cluster of 2, 4 or 8 CTAs, got {self}")
         if not 1 <= self.warps <= _MAX_WARPS or self.warps % self.groups:
             raise ValueError(f"warps must be a multiple of {self.groups} up to {_MAX_WARPS}, got {self.warps}")
-        if self.span % (self.slices * TOKENS) or self.warps % (self.groups * self.slices):
+        if self.span % (self.slices * TOKENS) or self.threads % (self.lanes * self.groups * self.slices):
             raise ValueError(f"warps must share {self.span} tokens equally, got {self.warps}")
         if self.teams > 1 and self.keys.dim != GROUP:
             raise ValueError(f"warps must all pool one entry of {self.keys.dim} channels, got {self.warps}")
@@ -126,19 +151,26 @@ class CompressConfig:
 
     @classmethod
     def for_shape(cls, tokens: int, ratio: int, keys: KeyPlan, *, overlap: bool) -> CompressConfig:
-        """A step's rows in pieces that complete one entry each where they are one sequence's; fewer rows of short steps.
+        """A step's rows in pieces that complete a few entries each where they are one sequence's; fewer rows of short steps.
 
-        In a long prefill every CTA then has the same work. In a decode step neighbouring rows may all complete entries, which
-        a CTA would make one after another, so rows are spread over all multiprocessors. Raises ValueError.
+        A long prefill is one wave of CTAs, as many as fit at once: what a CTA waits for before its first entry (positions) and
+        after its last is paid once, not once a wave. (Having L2 fetch rows ahead made it slower.) In a decode step neighbouring
+        rows may all complete entries, which a CTA would make one after another, so rows are spread over all multiprocessors.
+        Raises ValueError.
         """
         config = cls(ratio, overlap, keys)
-        config.check()
+        most = ratio
         if config.span > TOKENS:
             # Eight warps share the many tokens and four CTAs the channels: 64 entries, 8192 tokens of HCA, take two CTAs a
-            # multiprocessor, all at once.
-            config = replace(config, rows=1, warps=_POOLERS, cluster=keys.dim // GROUP, resident=2)
-        rows = _pieces(tokens, config.resident * _MULTIPROCESSORS // config.cluster, ratio)
-        return replace(config, rows=rows * config.teams, ahead=rows == ratio)
+            # multiprocessor, all at once. In a decode step of few tokens eight CTAs do, half a warp a token, so that a
+            # multiprocessor has half the bytes to take in and a lane takes all its tokens at once.
+            few = tokens * 2 * (keys.dim // GROUP) <= _MULTIPROCESSORS
+            config = replace(config, rows=1, warps=_POOLERS, cluster=keys.dim // GROUP * (2 if few else 1), resident=2)
+        elif keys.dim > GROUP:  # an entry is a CTA's
+            most = ratio * _ENTRIES
+        config.check()
+        rows = _pieces(tokens, config.resident * _MULTIPROCESSORS // config.cluster, most)
+        return replace(config, rows=rows * config.teams)
 
 
 def _pieces(tokens: int, enough: int, most: int) -> int:

@@ -5,7 +5,8 @@
 Entry j pools tokens [j m, (j + 1) m), m = ratio; with overlap the second half of their channels, and the first half of the
 block before. So every number of a step belongs to one entry, and is read once from memory, by the warp that pools it. A warp
 holds 128 channels of 8 tokens: all of an index entry (128 channels, 4 + 4 tokens), a quarter of a CSA entry (512 channels), or
-a piece of an HCA entry (512 channels, 128 tokens: 4 CTAs of a cluster take 128 channels each, 8 warps of a CTA 16 tokens each).
+a piece of an HCA entry (512 channels, 128 tokens: 4 CTAs of a cluster take 128 channels each, 8 warps of a CTA 16 tokens each;
+or, of few tokens, 8 CTAs 64 channels, and half a warp 8 tokens).
 Parts of a softmax meet in shared memory, the pooled channels of a cluster's CTAs in that of the CTA whose turn it is, where one
 warp finishes the key (`kernels.cache.key`); meanwhile the others may be at the next entry.
 
@@ -17,10 +18,12 @@ one entry only, so by one thread only. That thread then puts the newer token in 
 other tokens' numbers are nobody's in this step and go into the ring at any time. Who does what follows from positions alone
 (`_kinds`), so no thread waits for another.
 
+A lane's 16 loads are 64 of its 128 registers. All are on their way before anything waits: embeddings, norm weight and
+frequencies lie in shared memory (`_constants`), and so do a decode step's rows on their way into the ring (`_fetch`).
+
 Bytes: 8 width a token once, keys once; the tokens of the ring again from L2, 8 width more to write each. 8192 tokens of Flash:
-CSA 67 + 1.2 MB, index 16.8 + 0.3 MB, HCA 33.5 MB. `ape` comes from L1 and L2: half as much again for HCA. Predicted on an H200,
-of a copy's bandwidth: 85 % for CSA, 75 % for HCA; 3 to 4 us for a decode step, 5 where an HCA entry of 128 tokens completes.
-sm_90a and sm_100a.
+CSA 67 + 1.2 MB, index 16.8 + 0.3 MB, HCA 33.5 MB, and 16.8 MB of embeddings from L2. Start and end are about 4 us beside these:
+the kernel before, positions, first rows; the last entry's pooling and key. sm_90a and sm_100a.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -35,7 +38,8 @@ from cutlass.memory import SmemAllocator
 from dsv4lab.kernels.cache.key import KeyRow
 from dsv4lab.kernels.cache.plan import WARP
 from dsv4lab.kernels.compressor import pool
-from dsv4lab.kernels.compressor.config import GROUP, LANE, TOKENS, CompressConfig
+from dsv4lab.kernels.compressor.config import LANE, TOKENS, CompressConfig
+from dsv4lab.kernels.quant.rows import encode as enc
 
 _ONCE = ".L1::no_allocate"  # what is read once leaves room in L1 for `ape`
 _FIELDS = 8  # of a row's description
@@ -123,6 +127,16 @@ class Compress:
         rank = block % plan.cluster
         cute.arch.griddepcontrol_launch_dependents()
         memory = SmemAllocator()
+        own_ape = memory.allocate_tensor(
+            Float32, cute.make_layout((LANE, plan.threads, plan.rounds * TOKENS)), byte_alignment=16
+        )
+        layout = cute.make_layout((plan.weight_words, WARP, plan.teams))
+        weights = memory.allocate_tensor(Uint32, layout, byte_alignment=16)
+        freqs = memory.allocate_tensor(Float32, cute.make_layout((WARP, plan.teams)))
+        own_moved: Any = None
+        if cutlass.const_expr(plan.held):
+            layout = cute.make_layout((LANE, plan.threads, 2, plan.units, plan.moved))
+            own_moved = memory.allocate_tensor(Float32, layout, byte_alignment=16)
         described = memory.allocate_tensor(
             Int32, cute.make_layout((plan.rows + plan.moved, _FIELDS), stride=(_FIELDS, 1)), byte_alignment=16
         )
@@ -134,7 +148,7 @@ class Compress:
             shape = (plan.keys.dim, 1 if plan.cluster > 1 else 2)
             pooled = memory.allocate_tensor(Float32, cute.make_layout(shape), byte_alignment=16)
             if cutlass.const_expr(plan.slices > 1):
-                layout = cute.make_layout((plan.groups * GROUP, 3, plan.slices, 2))
+                layout = cute.make_layout((plan.channels, 3, plan.slices, 2))
                 parts = memory.allocate_tensor(Float32, layout, byte_alignment=16)
         if cutlass.const_expr(plan.cluster > 1):
             arrived = memory.allocate_array(Int64, 1)  # all pooled channels are here
@@ -146,16 +160,27 @@ class Compress:
         self.values, self.scores = values.iterator.toint(), scores.iterator.toint()
         self.value_stride, self.score_stride = Int64(values.stride[0]), Int64(scores.stride[0])
         self.ape, self.state, self.ring = ape.iterator.toint(), state.iterator.toint(), Int32(state.shape[1])
-        self.weight, self.inv_freq, self.pages, self.block_table, self.eps = weight, inv_freq, pages, block_table, eps
+        self.weight, self.inv_freq = weight.iterator.toint(), inv_freq.iterator.toint()
+        self.pages, self.block_table, self.eps = pages, block_table, eps
+        self.own_ape, self.own_moved, self.weights, self.freqs = own_ape, own_moved, weights, freqs
         self.described, self.pooled, self.parts, self.arrived = described, pooled, parts, arrived
+        self.count = Int32(positions.shape[0])
         self.thread, self.warp, self.lane, self.rank = thread, warp, lane, rank
+        side = plan.lanes * plan.groups
+        self.piece = thread // side if plan.teams == 1 else Int32(0)  # of an entry's tokens, `rounds` times `TOKENS`
+        self.local = (thread % side if plan.teams == 1 else lane) * LANE  # channel of the CTA's
 
+        if cutlass.const_expr(plan.settled):
+            self._constants()
         cute.arch.griddepcontrol_wait()
-        if cutlass.const_expr(plan.ahead):
-            self._ask(block // plan.cluster * plan.rows, Int32(positions.shape[0]))
+        if cutlass.const_expr(not plan.settled):
+            self._constants()
         self._describe(positions, seq_idx, first_row, last_position, masks, block, grid)
         cute.arch.barrier()
-        self._move()
+        if cutlass.const_expr(plan.held):
+            self._fetch()
+        else:
+            self._move()
         if cutlass.const_expr(plan.cluster > 1):
             cute.arch.cluster_wait()  # all CTAs are there, and their barriers
         turn = Int32(0)
@@ -170,37 +195,50 @@ class Compress:
                     if turn % plan.teams == warp:
                         self._entry(at, turn)
                 turn = turn + 1
+        if cutlass.const_expr(plan.held):
+            self._put_fetched()
+
+    # ---- what does not change --------------------------------------------------------------------------------------------
+    @cute.jit
+    def _constants(self) -> None:
+        """A thread's embeddings, and what lanes need of the norm and the angles, on their way into shared memory.
+
+        Where they are nobody's results they come while the kernel before still runs; and kept there they take no registers, of
+        which the loads of an entry need all. Embeddings are read by the thread itself, `_round` waits for them. The rest is a
+        team's: a warp's own, or warp 0's, behind whose wait there is a barrier before an entry is finished.
+        """
+        plan, thread, keys = self.plan, self.thread, self.plan.keys
+        channel = self.rank * plan.channels + self.local
+        for t in cutlass.range_constexpr(plan.rounds * TOKENS):
+            of = channel + (keys.dim if plan.overlap and t >= plan.ratio else 0)
+            token = self.piece * (plan.rounds * TOKENS) + t
+            pool.copy_async(self.own_ape[None, thread, t].iterator.toint(), self._ape_at(token, of), 16)
+        if self.warp < plan.teams:
+            size = min(4 * plan.weight_words, 16)
+            for i in cutlass.range_constexpr(0, 4 * plan.weight_words, size):
+                source = self.weight + Int64(self.lane * (4 * plan.weight_words) + i)
+                pool.copy_async(self.weights[None, self.lane, self.warp].iterator.toint() + i, source, size)
+            target = self.freqs.iterator + (self.warp * WARP + self.lane)
+            pool.copy_async(target.toint(), self.inv_freq + Int64(self.lane * 4), 4)
+        cute.arch.cp_async_commit_group()
 
     # ---- rows ------------------------------------------------------------------------------------------------------------
-    @cute.jit
-    def _ask(self, first: Any, count: Any) -> None:
-        """Have L2 fetch the rows that this CTA will mostly pool, each warp's first, while it reads whose tokens they are."""
-        plan = self.plan
-        size = 4 * plan.width // plan.cluster
-        for i in cutlass.range(self.thread, plan.rows // plan.rounds * 2, plan.threads, unroll=1):
-            row = first + i // 2 // TOKENS * (TOKENS * plan.rounds) + i // 2 % TOKENS
-            if cutlass.const_expr(plan.rounds == 1):
-                row = first + i // 2
-            stride = self.score_stride if i % 2 == 0 else self.value_stride
-            start = self.scores if i % 2 == 0 else self.values
-            if row < count:
-                pool.prefetch(start + Int64(row) * stride * 4 + self.rank * size, size)
-
     @cute.jit
     def _describe(
         self, positions: Any, seq_idx: Any, first_row: Any, last_position: Any, masks: Any, block: Any, grid: Any
     ) -> None:
         """A thread a row: those that this cluster looks through, then those that this CTA moves, spread over the grid."""
         plan = self.plan
-        thread, described, count = self.thread, self.described, Int32(positions.shape[0])
+        thread, described, count = self.thread, self.described, self.count
         row = block // plan.cluster * plan.rows + thread
         if thread >= plan.rows:
             row = (thread - plan.rows) * grid + block
         inside = row < count and thread < plan.rows + plan.moved
         completes = Boolean(False)
+        near = cutlass.min(row, count - 1)
+        position, last = Int32(positions[near]), Int32(last_position[near])
+        seq, first = Int32(seq_idx[near]), Int32(first_row[near])
         if inside:
-            position, last = Int32(positions[row]), Int32(last_position[row])
-            seq, first = Int32(seq_idx[row]), Int32(first_row[row])
             start = position - (row - first)
             completes = (position + 1) % plan.ratio == 0 and thread < plan.rows
             place = position % self.ring
@@ -213,7 +251,8 @@ class Compress:
             described[thread, _SEQ] = seq
             described[thread, _KINDS] = self._kinds(start, position, last)
         elif thread < plan.rows + plan.moved:
-            described[thread, _KINDS] = Int32(0)
+            for field in cutlass.range_constexpr(_FIELDS):  # as of row 0, nothing of which is to be moved
+                described[thread, field] = Int32(0)
         mask = Uint32(cute.arch.vote_ballot_sync(completes))
         if self.lane == 0 and self.warp < plan.masks:
             masks[self.warp] = mask
@@ -241,10 +280,9 @@ class Compress:
     def _move(self) -> None:
         """The rows of this CTA into the ring, what of them may go there at any time, a few together."""
         plan = self.plan
-        thread, described = self.thread, self.described
+        described = self.described
         kinds = described[plan.rows + cutlass.min(self.lane, plan.moved - 1), _KINDS]
         left = Uint32(cute.arch.vote_ballot_sync(kinds != 0 and self.lane < plan.moved))
-        quarter = plan.width // LANE
         at = Int32(plan.rows)
         while left != Uint32(0):
             held = cute.make_rmem_tensor((LANE, plan.units, plan.batch), Float32)
@@ -257,9 +295,7 @@ class Compress:
                 row, position, kinds = described[at, _ROW], described[at, _POSITION], described[at, _KINDS]
                 place = described[at, _RING] + described[at, _PLACE]
                 for u in cutlass.range_constexpr(plan.units):
-                    unit = thread + u * plan.threads
-                    is_score, channel = unit >= quarter, unit % quarter * LANE
-                    half = Int32(_SECOND_HALF) if channel >= plan.keys.dim else Int32(_FIRST_HALF)
+                    channel, is_score, half = self._unit(u)
                     to = self._in_ring(place, channel) + (Int64(4 * plan.width) if is_score else Int64(0))
                     there[u, b] = to if some and kinds & half != 0 else Int64(0)
                     found = self._number(row, position, channel, is_score)
@@ -271,16 +307,56 @@ class Compress:
                         pool.store(there[u, b], [held[c, u, b] for c in range(LANE)])
 
     @cute.jit
+    def _fetch(self) -> None:
+        """The rows of this CTA that go into the ring, few as they are, on their way into shared memory."""
+        plan, described = self.plan, self.described
+        for b in cutlass.range_constexpr(plan.moved):
+            row, position = described[plan.rows + b, _ROW], described[plan.rows + b, _POSITION]
+            for u in cutlass.range_constexpr(plan.units):
+                channel, is_score, _ = self._unit(u)
+                for i, source in enumerate((self._number_at(row, channel, is_score), self._ape_at(position, channel))):
+                    pool.copy_async(self.own_moved[None, self.thread, i, u, b].iterator.toint(), source, 16)
+        cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def _put_fetched(self) -> None:
+        """Those rows into the ring, what of them may go there."""
+        plan, described = self.plan, self.described
+        cute.arch.sync_warp()  # lanes that stored a scale, too: the warp waits as one
+        cute.arch.cp_async_wait_group(0)
+        for b in cutlass.range_constexpr(plan.moved):
+            kinds = described[plan.rows + b, _KINDS]
+            for u in cutlass.range_constexpr(plan.units):
+                channel, is_score, half = self._unit(u)
+                if kinds & half != 0:
+                    place = described[plan.rows + b, _RING] + described[plan.rows + b, _PLACE]
+                    to = self._in_ring(place, channel) + (Int64(4 * plan.width) if is_score else Int64(0))
+                    number, ape = (self.own_moved[None, self.thread, i, u, b] for i in range(2))
+                    pool.store(to, pool.plus(number, ape, is_score))
+
+    def _unit(self, u: int) -> tuple[Any, Any, Any]:
+        """(channel, whether it is a score's, the half) of a thread's unit of a row to be moved."""
+        unit, quarter = self.thread + u * self.plan.threads, self.plan.width // LANE
+        channel = unit % quarter * LANE
+        half = cutlass.select_(channel >= self.plan.keys.dim, Int32(_SECOND_HALF), Int32(_FIRST_HALF))
+        return channel, unit >= quarter, half
+
+    @cute.jit
     def _number(self, row: Any, position: Any, channel: Any, is_score: Any) -> Any:
         """Four values of a token of this step, or its scores with their embeddings: what the ring holds of it."""
+        found = pool.load(self._number_at(row, channel, is_score))
+        return pool.plus(found, pool.load(self._ape_at(position, channel)), is_score)
+
+    @cute.jit
+    def _number_at(self, row: Any, channel: Any, is_score: Any) -> Any:
+        """The address of a token's values, or of its scores."""
         start = self.scores if is_score else self.values
         stride = self.score_stride if is_score else self.value_stride
-        found = pool.load(start + (Int64(row) * stride + channel) * 4)
-        return pool.plus(found, self._embedding(position & (self.plan.ratio - 1), channel), is_score)
+        return start + (Int64(row) * stride + channel) * 4
 
-    def _embedding(self, place: Any, channel: Any) -> list[Any]:
-        """Four of `ape` for a token's place in its block."""
-        return pool.load(self.ape + Int64(place * self.plan.width + channel) * 4)
+    def _ape_at(self, position: Any, channel: Any) -> Any:
+        """The address of a token's embeddings."""
+        return self.ape + Int64((position & (self.plan.ratio - 1)) * self.plan.width + channel) * 4
 
     def _in_ring(self, place: Any, channel: Any) -> Any:
         """The address of values in the ring; their scores are `width` floats further."""
@@ -299,52 +375,47 @@ class Compress:
         slot = page * keys.page_size + entry % keys.page_size
         slot = slot if page >= 0 and column < columns else Int32(-1)
 
-        group = warp % plan.groups if plan.teams == 1 else 0
-        piece = warp // plan.groups if plan.teams == 1 else 0
-        local = group * GROUP + lane * LANE  # channel of the CTA's
-        channel = self.rank * (plan.groups * GROUP) + local
+        channel = self.rank * plan.channels + self.local
         found = cute.make_rmem_tensor((3, LANE), Float32)
-        if cutlass.const_expr(plan.span == TOKENS):
+        if cutlass.const_expr(plan.rounds == 1):
             self._round(found, at, 0, channel)
         else:
             part = cute.make_rmem_tensor((3, LANE), Float32)
             for c in cutlass.range_constexpr(LANE):
                 found[0, c], found[1, c], found[2, c] = Float32(pool.LOWEST), Float32(0.0), Float32(0.0)
             for r in cutlass.range(plan.rounds, unroll=1):
-                self._round(part, at, (piece * plan.rounds + r) * TOKENS, channel)
+                self._round(part, at, r, channel)
                 for c in cutlass.range_constexpr(LANE):
                     both = [(held[0, c], held[1, c], held[2, c]) for held in (found, part)]
                     found[0, c], found[1, c], found[2, c] = pool.joined(both)
-        weights = self.key.load(self.weight, lane, keys.weight)
-        freq = self.inv_freq[lane]
         mine = [pool.quotient((found[0, c], found[1, c], found[2, c])) for c in range(LANE)]
         if cutlass.const_expr(plan.teams > 1):
-            self._finish(mine, weights, freq, entry, slot)
+            self._finish(mine, entry, slot)
         else:
-            self._gather(found, mine, local, piece, turn)
+            self._gather(found, mine, turn)
             if self.rank == turn % plan.cluster and warp == turn // plan.cluster % plan.warps:
                 whole = self._whole(turn)
                 own = cute.make_rmem_tensor((keys.width,), Float32)
                 for i in cutlass.range_constexpr(keys.width // LANE):
                     vector = _swizzled(lane * (keys.width // LANE) + i)
                     cute.autovec_copy(cute.local_tile(whole, (LANE,), (vector,)), cute.local_tile(own, (LANE,), (i,)))
-                self._finish([own[i] for i in range(keys.width)], weights, freq, entry, slot)
+                self._finish([own[i] for i in range(keys.width)], entry, slot)
 
     @cute.jit
-    def _gather(self, found: Any, mine: Any, local: Any, piece: Any, turn: Any) -> None:
+    def _gather(self, found: Any, mine: Any, turn: Any) -> None:
         """An entry's pooled channels to the CTA whose turn it is. found: a lane's parts; mine: the same, as pooled values.
 
         A barrier an entry is enough. Memory of a CTA is written again two entries later, after a barrier to which those come
         who read it. In a cluster a CTA's turn comes again after every other's, and by then all have got channels that it sent
         when it had come to the barrier after its turn: its pooled channels were read.
         """
-        plan, thread, pooled, parts = self.plan, self.thread, self.pooled, self.parts
-        first = self.rank * (plan.groups * GROUP)
+        plan, thread, pooled, parts, local = self.plan, self.thread, self.pooled, self.parts, self.local
+        first = self.rank * plan.channels
         if cutlass.const_expr(plan.slices > 1):
             for kind in cutlass.range_constexpr(3):
-                _put(parts[None, kind, piece, turn % 2], local // LANE, [found[kind, c] for c in range(LANE)])
+                _put(parts[None, kind, self.piece, turn % 2], local // LANE, [found[kind, c] for c in range(LANE)])
             cute.arch.barrier()
-            if thread < plan.groups * GROUP:
+            if thread < plan.channels:
                 shares = [tuple(parts[thread, kind, s, turn % 2] for kind in range(3)) for s in range(plan.slices)]
                 value = pool.quotient(pool.joined(shares))
                 whole = first + thread
@@ -370,47 +441,62 @@ class Compress:
         return self.pooled[None, 0 if plan.cluster > 1 else turn % 2]
 
     @cute.jit
-    def _finish(self, values: Any, weights: Any, freq: Any, entry: Any, slot: Any) -> None:
+    def _finish(self, values: Any, entry: Any, slot: Any) -> None:
         """The key of an entry, by one warp."""
-        if cutlass.const_expr(self.plan.keys.element == "bf16"):
+        keys, lane = self.plan.keys, self.lane
+        team = self.warp if self.plan.teams > 1 else 0
+        weights = enc.floats([self.weights[i, lane, team] for i in range(self.plan.weight_words)], keys.weight)
+        freq = self.freqs[lane, team]
+        if cutlass.const_expr(keys.element == "bf16"):
             values = self.key.rounded(values)
         words, pair = self.key.key(values, weights, entry * self.plan.ratio, freq, self.eps, self.lane)
         self.key.store(words, pair, self.pages, slot, self.lane)
 
     @cute.jit
-    def _round(self, part: Any, at: Any, first: Any, channel: Any) -> None:
-        """Tokens first .. first + 7 of an entry's span: their parts, for the lane's channels. at: the row that completes it."""
+    def _round(self, part: Any, at: Any, r: Any, channel: Any) -> None:
+        """The lane's tokens of round r: their parts, for its channels. at: the row that completes the entry."""
         plan, described = self.plan, self.described
-        row, start, position = described[at, _ROW], described[at, _START], described[at, _POSITION]
+        first = (self.piece * plan.rounds + r) * TOKENS
+        row, start, position, last = (described[at, field] for field in (_ROW, _START, _POSITION, _LAST))
         ring, place = described[at, _RING], described[at, _PLACE]
-        z_at, a_at, present, missing, z, a, ape = [], [], [], [], [], [], []
+        z_at, a_at, present, missing, z, a = [], [], [], [], [], []
+        back = plan.span - 1 - first
+        oldest = position - back
+        z_row, a_row = (self._number_at(row, channel, Boolean(is_score)) for is_score in (True, False))
+        z_row = z_row - 4 * plan.width  # as it is in the ring, next to the values
+        z_step, a_step = z_row - Int64(back) * (self.score_stride * 4), a_row - Int64(back) * (self.value_stride * 4)
         for t in cutlass.range_constexpr(TOKENS):
-            back = plan.span - 1 - t - first
-            of = channel + (plan.keys.dim if plan.overlap and t >= plan.ratio else 0)
-            here, none = position - back >= start, position < back
-            older = place - back
-            older = self._in_ring(ring + (older + self.ring if older < 0 else older), of)
-            step = Int64(row - back if here else row)  # of a token that is none: any row, since nobody writes there
-            z_at.append(self.scores + (step * self.score_stride + of) * 4 if here or none else older + 4 * plan.width)
-            a_at.append(self.values + (step * self.value_stride + of) * 4 if here or none else older)
+            early = plan.overlap and t < plan.ratio  # one of the block before, which may not be there
+            here, none = oldest + t >= start, Boolean(early) and oldest + t < 0
+            older = place - back + t
+            older = self._in_ring(ring + (older + self.ring if older < 0 else older), channel)
+            z_from, a_from = z_step if here else older, a_step if here else older
+            if cutlass.const_expr(early):  # any row, since nobody writes there
+                z_from, a_from = z_row if none else z_from, a_row if none else a_from
+            more = plan.keys.dim if plan.overlap and not early else 0
+            z_at.append(z_from + 4 * (plan.width + more))
+            a_at.append(a_from + 4 * more)
             present.append(here)
             missing.append(none)
+            z_step, a_step = z_step + self.score_stride * 4, a_step + self.value_stride * 4
         for t in cutlass.range_constexpr(TOKENS):
             z.append(pool.load(z_at[t], _ONCE))
         for t in cutlass.range_constexpr(TOKENS):
             a.append(pool.load(a_at[t], _ONCE))
+        # All loads are on their way before anything waits. Without this line ptxas, short of registers, moves embeddings and
+        # sums between them, and the last loads wait for the first ones' data.
+        cute.arch.sync_warp()
+        cute.arch.cp_async_wait_group(1 if plan.held else 0)  # for the embeddings
         for t in cutlass.range_constexpr(TOKENS):
-            of = channel + (plan.keys.dim if plan.overlap and t >= plan.ratio else 0)
-            ape.append(self._embedding((first + t) & (plan.ratio - 1), of))
-        for t in cutlass.range_constexpr(TOKENS):
-            z[t] = pool.plus(z[t], ape[t], present[t])
+            ape = self.own_ape[None, self.thread, r * TOKENS + t]
+            z[t] = pool.plus(z[t], ape, present[t])
             if cutlass.const_expr(plan.overlap and t < plan.ratio):  # there is no block before the first
                 z[t] = pool.without(z[t], missing[t], pool.MINUS_INFINITY)
                 a[t] = pool.without(a[t], missing[t], 0.0)
         found = pool.part_of(z, a)
         for c in cutlass.range_constexpr(LANE):
             part[0, c], part[1, c], part[2, c] = found[c]
-        if position - (plan.span - 1 - first) < start:
+        if oldest < start and last - oldest >= self.ring:
             self._renew(at, first, channel)
 
     @cute.jit

@@ -39,13 +39,15 @@ def compress(
     rounded: bool,
 ) -> None:
     """`ops.compress`; what it only reads may lie anyhow."""
+    given = (ape, norm_weight, inv_freq)
+    ape, norm_weight, inv_freq = constants = tuple(_vectors(x) for x in given)
     api.compress(
         _rows(values),
         _rows(scores),
-        _vectors(ape),
+        ape,
         state,
-        _vectors(norm_weight),
-        _vectors(inv_freq),
+        norm_weight,
+        inv_freq,
         pages,
         *(plan.contiguous() for plan in (positions, seq_idx, first_row, last_position, block_table)),
         ratio=ratio,
@@ -55,6 +57,7 @@ def compress(
         page_size=page_size,
         key=key,
         rounded=rounded,
+        settled=all(mine is x for mine, x in zip(constants, given, strict=True)),  # a copy is a kernel's result
     )
 
 

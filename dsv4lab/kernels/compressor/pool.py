@@ -9,7 +9,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32
 
 from dsv4lab.kernels._common.ptx import exp2
 from dsv4lab.kernels.compressor.config import LANE, TOKENS
@@ -30,12 +30,6 @@ def store(address: Any, values: list[Any]) -> None:
     """Four floats to global memory."""
     code = "st.global.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};"
     cute.arch.inline_ptx(code, read_only_args=[address, *values])
-
-
-def prefetch(address: Any, size: int) -> None:
-    """Bytes of global memory, a multiple of 16, into L2."""
-    code = "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};"
-    cute.arch.inline_ptx(code, read_only_args=[address, Int32(size)])
 
 
 def part_of(z: list[list[Any]], a: list[list[Any]]) -> list[tuple[Any, Any, Any]]:
@@ -73,6 +67,12 @@ def quotient(part: tuple[Any, Any, Any]) -> Any:
     inverse = cute.arch.rcp_approx(total)
     found = enc.mul(pooled, inverse)
     return enc.fma(enc.fma(enc.negative(found), total, pooled), inverse, found)
+
+
+def copy_async(target: Any, source: Any, count: int) -> None:
+    """4, 8 or 16 bytes from global memory into shared memory, on their way."""
+    code = f"cp.async.{'cg' if count == 16 else 'ca'}.shared.global [{{$r0}}], [{{$r1}}], {count};"
+    cute.arch.inline_ptx(code, read_only_args=[target, source])
 
 
 @cute.jit

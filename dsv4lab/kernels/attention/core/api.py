@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
-from dsv4lab.kernels.attention.core.config import DIM, AttentionConfig, CombineConfig, capacity, divide
+from dsv4lab.kernels.attention.core.config import DIM, ROPE_DIM, AttentionConfig, CombineConfig, capacity, divide, unpacks
+from dsv4lab.kernels.cache.unpack.api import unpack_keys
 
 ARCHITECTURES = ("sm_90a",)
 _LOG2_E = 1.4426950408889634
@@ -34,6 +36,7 @@ def attention(
     window_page: int,
     entry_page: int,
     parts: int | None = None,
+    unpack: bool | None = None,
 ) -> torch.Tensor:
     """Attend from every query to its window and its compressed entries: see `reference.attention.attention`.
 
@@ -41,7 +44,9 @@ def attention(
     topk_indices (M, k) i32, no entry twice; positions, seq_idx (M,) i64; all contiguous; scale positive -> (M, H, 512) bf16.
 
     Scores and sums are float32, probabilities BF16 when they meet the values. parts: CTAs among which a query's keys are
-    divided, by default `config.divide`'s; the result depends on it as on any order of summation, and on nothing else.
+    divided, by default `config.divide`'s; the result depends on it as on any order of summation, and on nothing else. unpack:
+    whether a kernel before this one decodes packed keys, by default as `config.unpacks` has it; results are the same bits but
+    for what no key has, NaN codes and scales beyond 2^7 (`decode`).
     Raises ValueError on shapes, TypeError on dtypes.
     """
     m, heads = q.shape[:2]
@@ -62,19 +67,50 @@ def attention(
         raise ValueError(f"parts must be at least 1, got {parts}")
     config = AttentionConfig(record, kind, window, window_page, entry_page if kind != "window" else 1)
     config.check()
+    near = _bytes("window_pages", window_pages, config, window_page)
+    far = None if entry_pages is None else _bytes("entry_pages", entry_pages, config, entry_page)
+    if unpack is None:
+        tokens, held = near.shape[0] * window_page, 0 if far is None else far.shape[0] * entry_page
+        unpack = unpacks(
+            division,
+            record,
+            capacity(kind, window, entries),
+            rings=tokens // ring_len,
+            window=window,
+            tokens=tokens,
+            entries=min(held, min(m, block_table.shape[0]) * block_table.shape[1] * entry_page),
+        )
+    if unpack and record != "plain":
+        plain, plain_far = unpack_keys(
+            near,
+            far,
+            block_table,
+            positions,
+            seq_idx,
+            window=window,
+            ring_len=ring_len,
+            ratio=ratio,
+            record=record,
+            window_page=window_page,
+            entry_page=entry_page,
+            dim=DIM,
+            rope_dim=ROPE_DIM,
+        )
+        config = replace(config, record="plain")
+        near = _bytes("window_pages", plain, config, window_page)
+        far = None if plain_far is None else _bytes("entry_pages", plain_far, config, entry_page)
     rows = m * heads
     nothing = positions.view(torch.int32)
     flat = out.view(rows, DIM)
     partial = sinks.new_empty(count, rows, DIM) if count > 1 else sinks.new_empty(1, 1, DIM)
     lse = sinks.new_empty(count, rows) if count > 1 else sinks.view(1, -1)
-    pools = _bytes("window_pages", window_pages, config, window_page)
     items = division.queries * division.head_tiles * count
     runtime.call(
         _compiled(config, runtime),
         q.view(rows, DIM),
         sinks,
-        pools,
-        pools if entry_pages is None else _bytes("entry_pages", entry_pages, config, entry_page),
+        near,
+        near if far is None else far,
         block_table if kind != "window" else nothing.view(1, -1),
         positions,
         seq_idx,

@@ -28,7 +28,7 @@ import cutlass.utils.hopper_helpers as hopper
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from dsv4lab.kernels._common.ptx import exp2, log2
+from dsv4lab.kernels._common.ptx import exp2, log2, store_matrices
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import DIM, HALVES, KEYS, ROWS, TILES, WARPGROUP
 from dsv4lab.kernels.quant.rows import encode as enc
@@ -265,7 +265,7 @@ class Consume:
         # Rows of 128 bytes in the 128-byte swizzle; lane l has row l % 16 of its warp's 16, and one of a step's two chunks.
         base = self.probabilities.iterator.toint() + me * (ROWS * KEYS * 2) + (warp * 16 + lane % 16) * (KEYS * 2)
         for j in cutlass.range_constexpr(_STEPS):
-            ptx.store_matrices(base + ((2 * j + lane // 16) ^ (lane % 8)) * 16, [words[4 * j + i] for i in range(4)])
+            store_matrices(base + ((2 * j + lane // 16) ^ (lane % 8)) * 16, [words[4 * j + i] for i in range(4)])
         cute.arch.fence_view_async_shared()
         cute.arch.barrier_arrive(barrier_id=_PROBABLE + me, number_of_threads=2 * WARPGROUP)
 

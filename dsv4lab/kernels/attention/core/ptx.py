@@ -35,12 +35,6 @@ def store_byte(address: Any, value: Any) -> None:
     cute.arch.inline_ptx(code, read_only_args=[address, value])
 
 
-def store_matrices(address: Any, words: Any) -> None:
-    """Four 8 x 8 matrices of BF16; lane l gives the address of row l % 8 of matrix l / 8."""
-    code = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};"
-    cute.arch.inline_ptx(code, read_only_args=[address, *words])
-
-
 def store_global(address: Any, words: Any) -> None:
     """Two words to global memory."""
     cute.arch.inline_ptx("st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, *words])

@@ -1,8 +1,7 @@
 """Slots of a page pool -> keys as float32: gather and dequantise, every bit the reference's.
 
-A warp has a row. Of every 128 dims a lane has four consecutive ones, so that a store of the warp is 512 bytes in a row; codes
-come in words of four. All loads of a row are in flight before the first value is decoded. A slot of -1 reads slot 0, which is
-there as in any pool, and gives zeros.
+A warp has a row, whose record it decodes as `record` says: a store of the warp is 512 bytes in a row, all loads of a row are
+in flight before the first value is decoded. A slot of -1 reads slot 0, which is there as in any pool, and gives zeros.
 
 Bytes of a row of 512: 584 (fp8), 384 (nvfp4) or 1024 (plain BF16) read, 2048 written. sm_90a and sm_100a.
 
@@ -13,19 +12,11 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint8, Uint16, Uint32
+from cutlass import Float32, Int32
 
-from dsv4lab.formats import NVFP4
-from dsv4lab.kernels.cache.memory import at, load_words
-from dsv4lab.kernels.cache.plan import ROPE_DIM, WARP
+from dsv4lab.kernels.cache.plan import WARP
 from dsv4lab.kernels.cache.read.config import ReadConfig
-from dsv4lab.kernels.quant.rows import encode as enc
-from dsv4lab.records import NOPE_GROUP
-
-FOUR = 4  # dims of a lane at a time
-_SPAN = WARP * FOUR
-_NAN_BITS = 0x7FC00000
-_SMALLEST = 1 << 22  # bits of 2^-127
+from dsv4lab.kernels.cache.record import FOUR, StoredKey
 
 
 class ReadKeys:
@@ -34,9 +25,7 @@ class ReadKeys:
     def __init__(self, config: ReadConfig) -> None:
         config.check()
         self.plan = config
-        self.key = config.key
-        self.nope = config.key.dim - ROPE_DIM
-        self.packed = config.key.record != "plain"
+        self.stored = StoredKey(config.key)
 
     @cute.jit
     def __call__(self, pages: Any, slots: Any, out: Any, stream: Any) -> None:
@@ -58,84 +47,12 @@ class ReadKeys:
 
     @cute.jit
     def _read(self, pages: Any, slot: Any, out: Any, row: Any, lane: Any) -> None:
-        key, layout = self.key, self.key.layout
-        place = Uint32(cutlass.max(slot, 0))
-        page, inside = place // Uint32(key.page_size), place % Uint32(key.page_size)
-        start = pages.iterator.toint() + Int64(page) * key.page_bytes
-        data = start + Int64(inside * layout.data_bytes)
-        scales = start + Int64(key.page_size * layout.data_bytes + inside * layout.scale_bytes)
-        steps = -(-key.dim // _SPAN)
-        dims = [cutlass.min(step * _SPAN + lane * FOUR, key.dim - FOUR) for step in range(steps)]
-        loaded = [self._load(data, scales, dims[step], step) for step in range(steps)]
-        for step in cutlass.range_constexpr(steps):
-            values = self._values(loaded[step], dims[step], step)
+        data, scales = self.stored.place(pages, slot)
+        loaded = self.stored.load(data, scales, lane)
+        for step in cutlass.range_constexpr(self.stored.steps):
+            values = self.stored.values(loaded, step, lane)
             held = cute.make_rmem_tensor((FOUR,), Float32)
             for i in cutlass.range_constexpr(FOUR):
                 held[i] = values[i] if slot >= 0 else Float32(0.0)
-            if step * _SPAN + lane * FOUR < key.dim:
+            if self.stored.has(step, lane):
                 cute.autovec_copy(held, cute.local_tile(out[row, None], (FOUR,), (step * WARP + lane,)))
-
-    def _parts(self, step: int) -> tuple[bool, bool]:
-        """Whether the dims of a step hold some that are not rotary, and some that are."""
-        return step * _SPAN < self.nope, min((step + 1) * _SPAN, self.key.dim) > self.nope
-
-    @cute.jit
-    def _load(self, data: Any, scales: Any, dim: Any, step: cutlass.Constexpr) -> Any:
-        """What four dims need: words, a block's scale, the record's."""
-        key, nope = self.key, self.nope
-        codes, rotary = self._parts(step)
-        words, scale, power = [], Uint32(0), Uint32(0)
-        if cutlass.const_expr(not self.packed):
-            size = 4 if key.stored == "f32" else 2
-            words = load_words(data + Int64(dim * size), size)
-        else:
-            # Where a step has both parts a lane loads both, of its own dim and of the nearest: loads need no branch then.
-            if cutlass.const_expr(codes):
-                code_dim = cutlass.min(dim, nope - FOUR)
-                if cutlass.const_expr(key.record == "fp8"):
-                    words += load_words(data + Int64(code_dim), 1)
-                    scale = Uint32(at(scales + Int64(code_dim // NOPE_GROUP), Uint8, 1)[0])
-                else:
-                    words += [Uint32(at(data + Int64(code_dim // 2), Uint16, 1)[0])]
-                    scale = Uint32(at(scales + Int64(code_dim // NVFP4.group), Uint8, 1)[0])
-                    power = Uint32(at(scales + nope // NVFP4.group, Uint8, 1)[0])
-            if cutlass.const_expr(rotary):
-                first = key.layout.data_bytes - 2 * ROPE_DIM
-                words += load_words(data + first + Int64(cutlass.max(dim - nope, 0) * 2), 2)
-        return words, scale, power
-
-    @cute.jit
-    def _values(self, loaded: Any, dim: Any, step: cutlass.Constexpr) -> Any:
-        """Four values."""
-        words, scale, power = loaded
-        codes, rotary = self._parts(step)
-        if cutlass.const_expr(not self.packed):
-            return enc.floats(words, self.key.stored)
-        decoded, turned = [], []
-        if cutlass.const_expr(codes):
-            if cutlass.const_expr(self.key.record == "fp8"):
-                factor = _e8m0(scale)
-                raw = [*enc.from_e4m3(words[0] & Uint32(0xFFFF)), *enc.from_e4m3(words[0] >> 16)]
-                decoded = [enc.mul(value, factor) for value in raw]
-            else:
-                block_scale, _ = enc.from_e4m3(scale)
-                factor = _e8m0(power)
-                decoded = [enc.mul(enc.mul(_e2m1(words[0] >> (4 * i)), block_scale), factor) for i in range(FOUR)]
-        if cutlass.const_expr(rotary):
-            turned = enc.floats(words[-2:], "bf16")
-        if cutlass.const_expr(codes and rotary):
-            decoded = [decoded[i] if dim < self.nope else turned[i] for i in range(FOUR)]
-        return decoded if cutlass.const_expr(codes) else turned
-
-
-@cute.jit
-def _e8m0(byte: Any) -> Any:
-    """2^(byte - 127), exact; 255 is NaN."""
-    bits = byte << 23 if byte > Uint32(0) else Uint32(_SMALLEST)
-    return Uint32(_NAN_BITS).bitcast(Float32) if byte == Uint32(255) else bits.bitcast(Float32)
-
-
-def _e2m1(code: Any) -> Any:
-    """The value of a code in the low four bits of a word: its low three, as the top of a float32, are 2^-126 of it."""
-    bits = ((code & Uint32(7)) << 22) | ((code & Uint32(8)) << 28)
-    return enc.mul(bits.bitcast(Float32), Float32(2.0**126))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def write_keys(
     record: str,
     page_size: int,
     kind: str,
+    settled: bool = True,
     config: WriteConfig | None = None,
 ) -> None:
     """Normalise, rotate, quantise and store keys, in place.
@@ -38,7 +40,8 @@ def write_keys(
     below P * page_size, -1 (or any down to -2^31) = do not store, no slot twice; pages: a contiguous pool of P pages.
     kind "kv": c a multiple of 16 from 80 to 512, record "plain", "fp8" or "nvfp4"; "index": c = 128, record "plain", "fp8" or
     "fp4". A slot beyond the pool is not looked for: what lies behind the pool is overwritten. Stored bytes are the reference's
-    wherever float32 sums and rotations round to the same `x.dtype` as the reference's float64 ones.
+    wherever float32 sums and rotations round to the same `x.dtype` as the reference's float64 ones. settled: norm_weight and
+    inv_freq are no results of the kernel before, which may still run when they are read.
     Raises ValueError on shapes, names and page sizes, TypeError on dtypes.  Source: `reference.cache.cache_write`,
     `reference.indexer.index_key_write`.
     """
@@ -54,11 +57,12 @@ def write_keys(
     config.check()
     if config.key != key:
         raise ValueError(f"config must be for {key}, got {config.key}")
-    runtime = runtime_of(x)
+    runtime, weight = runtime_of(x), _aligned(norm_weight)
+    config = replace(config, settled=settled and weight is norm_weight)
     runtime.call(
         _compiled(config, runtime),
         _aligned(x).view(torch.uint32),
-        _aligned(norm_weight).view(torch.uint32),
+        weight.view(torch.uint32),
         positions,
         inv_freq,
         bytes_of(pages),

@@ -12,10 +12,13 @@ _FEW_ROWS = 132 * 16  # CTAs of one warp, 16 a multiprocessor: no SM has two row
 
 @dataclass(frozen=True)
 class WriteConfig:
-    """key: what is written. warps: of a CTA, a row each."""
+    """key: what is written. warps: of a CTA, a row each. settled: the kernel before wrote neither norm weight nor
+    frequencies, so they are read while it still runs.
+    """
 
     key: KeyPlan
     warps: int = 8
+    settled: bool = True
 
     def check(self) -> None:
         """Raises ValueError naming the choice that cannot be."""

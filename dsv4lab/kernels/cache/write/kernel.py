@@ -1,7 +1,8 @@
 """Rows of a projection, or pooled entries -> key records in the slots of a page pool; see `kernels.cache.key`.
 
 A warp has a row, from its loads to the bytes of its record; nothing is shared. What a row needs of memory (x, its position, its
-slot) is loaded at once; rows of slot -1 are computed like others and stored nowhere, so that no load waits for a slot.
+slot) is loaded at once; rows of slot -1 are computed like others and stored nowhere, so that no load waits for a slot. What all
+rows need comes before, while the last kernel ends. 8192 rows are resident at once: 32 registers, 64 warps a multiprocessor.
 
 Bytes of a row of 512 BF16: 1024 read, 584 (fp8) or 384 (nvfp4) written; 8192 rows are 13.2 or 11.5 MB, 3.1 or 2.7 us at an
 H200's copy bandwidth of 4.2 TB/s. Instructions of a row in sm_90a's code: 291 (fp8), 390 (nvfp4), 241 (plain), 291 (index fp4);
@@ -12,6 +13,7 @@ Without `from __future__ import annotations`: CuTeDSL reads the annotations them
 
 from typing import Any
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
@@ -48,13 +50,16 @@ class WriteKeys:
         lane = thread % WARP
         row = block * self.plan.warps + cute.arch.make_warp_uniform(thread // WARP)
         cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.griddepcontrol_wait()
+        if cutlass.const_expr(not self.plan.settled):
+            cute.arch.griddepcontrol_wait()
+        weights, freq = self.row.load(weight, lane, key.weight), inv_freq[lane]
+        if cutlass.const_expr(self.plan.settled):
+            cute.arch.griddepcontrol_wait()
         if row < x.shape[0]:
             slot = Int32(slots[row])
             # A slot is needed last. With a use up here (-1 is as good a position for nobody) it is loaded with the rest, not a
             # memory latency after x has come.
             position = Int32(positions[row]) | (slot >> 31)
             values = self.row.load(x[row, None], lane, key.element)
-            weights = self.row.load(weight, lane, key.weight)
-            words, pair = self.row.key(values, weights, position, inv_freq[lane], eps, lane)
+            words, pair = self.row.key(values, weights, position, freq, eps, lane)
             self.row.store(words, pair, pages, slot, lane)

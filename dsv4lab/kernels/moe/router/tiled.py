@@ -17,9 +17,10 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Uint32
+from cutlass import BFloat16, Float32
 from cutlass.memory import SmemAllocator
 
+from dsv4lab.kernels._common.ptx import load_matrices
 from dsv4lab.kernels.moe.router.config import STEP, WARP, WARP_ROWS, WARP_TOKENS, RouterConfig
 from dsv4lab.kernels.moe.router.parts import mma
 
@@ -102,11 +103,11 @@ class TiledLogits:
         b_row, b_chunk = lane % 8 + lane // 16 * 8, lane // 8 % 2
         for k in cutlass.range_constexpr(BLOCKS):
             b = [
-                _matrices(columns + (16 * n + b_row) * ROW_BYTES + ((2 * k + b_chunk) ^ (lane % 8)) * 16)
+                load_matrices(columns + (16 * n + b_row) * ROW_BYTES + ((2 * k + b_chunk) ^ (lane % 8)) * 16)
                 for n in range(WARP_TOKENS // 16)
             ]
             for m in cutlass.range_constexpr(WARP_ROWS // 16):
-                a = _matrices(rows + (16 * m + a_row) * ROW_BYTES + ((2 * k + a_chunk) ^ (lane % 8)) * 16)
+                a = load_matrices(rows + (16 * m + a_row) * ROW_BYTES + ((2 * k + a_chunk) ^ (lane % 8)) * 16)
                 for n in cutlass.range_constexpr(WARP_TOKENS // 8):
                     two = b[n // 2]
                     mma(part, 4 * (m * (WARP_TOKENS // 8) + n), list(a), [two[n % 2 * 2], two[n % 2 * 2 + 1]])
@@ -122,12 +123,3 @@ class TiledLogits:
                     column = token + 8 * n + 2 * (lane % 4) + e % 2
                     if row < self.plan.experts and column < partial.shape[1]:
                         partial[split, column, row] = total[4 * (m * (WARP_TOKENS // 8) + n) + e]
-
-
-def _matrices(address: Any) -> tuple[Any, ...]:
-    """Four 8 x 8 matrices of BF16 from shared memory, as fragments."""
-    return cute.arch.inline_ptx(
-        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
-        write_only_types=[Uint32] * 4,
-        read_only_args=[address],
-    )
