@@ -128,19 +128,21 @@ for pair in range(4):  # eight lanes: two neighbouring g, all four blocks, 16 by
 # %% [markdown]
 # ## 3. Decoding in registers
 #
-# Inside a word, bits lie so that **a shift and a mask**, or two where a code is split, put two codes onto the fields of two
-# BF16: sign on sign, the two exponent bits on the exponent's lowest, the mantissa bit on the mantissa's highest. Four pairs,
-# four operands; one multiplication by the scales finishes them. Shown: the word of lane (2, 1), block 1, followed bit by bit.
+# Inside a word, bits lie so that **a shift and a mask** put two codes onto the fields of two BF16: sign on sign, the two exponent
+# bits on the exponent's lowest, the mantissa bit on the mantissa's highest. That serves three pairs, by 0, 3 and 6 bits; no fourth
+# shift finds all that is left, so the last pair is moved by three shifts at once: one product with $2^2 + 2^7 + 2^{12}$, of bits
+# that do not meet. Four operands; one multiplication by the scales finishes them. Shown: the word of lane (2, 1), block 1.
 
 # %%
 word, names = code[32 + (2 ^ 2) * 4 + 1], bit[32 + (2 ^ 2) * 4 + 1]
 mask = 0x81C081C0  # of decode.py: sign, two exponent bits, a mantissa bit, twice
+spread = [(2, 0x00400040), (7, 0x01800180), (12, 0x80008000)]  # 4228 = 2^2 + 2^7 + 2^12, and the field each brings
 steps = {
     "word as stored": [(0, 0xFFFFFFFF)],
-    "word << 6, masked": [(6, mask)],
-    "word << 2, masked": [(2, mask)],
-    "word >> 4 and << 28, masked": [(-4, mask), (28, mask)],
-    "word, and word >> 8, masked": [(0, 0x81808180), (-8, 0x00400040)],
+    "word, masked": [(0, mask)],
+    "word << 3, masked": [(3, mask)],
+    "word turned by 6, masked": [(6, mask), (-26, mask)],
+    "that, four bits a half, times 4228, masked": [(s + turn, m) for s, m in spread for turn in (6, -26)],
 }
 owners = np.stack([np.max([bits.moved(word, *move) for move in moves], axis=0) for moves in steps.values()])
 which = np.stack([np.max([bits.moved(names, *move) for move in moves], axis=0) for moves in steps.values()])

@@ -61,7 +61,7 @@ def render_notebook(text: str) -> str:
     cells = [_cell(cell, seen) for cell in notebook.cells]
     stored = {"cells": cells, "metadata": _METADATA, "nbformat": 4, "nbformat_minor": 5}
     nbformat.validate(nbformat.from_dict(stored))
-    return json.dumps(stored, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    return json.dumps(stored, indent=0, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def render_text(notebook_json: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsv4lab import sim
-from dsv4lab.formats import F32, FP8_BLOCK, PackedWeight
+from dsv4lab.formats import F32, FP8_BLOCK, PackedWeight, get_format
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.gemm.mixed.api import linear
 from dsv4lab.kernels.gemm.mixed.config import SHARED_BYTES, MixedConfig, choose
@@ -178,6 +178,22 @@ def test_bad_input_is_refused() -> None:
 
 
 MODEL = [(4096, 1024), (1024, 4096), (320, 7168), (7168, 3072)]
+
+
+def test_every_pair_of_codes_at_every_place_of_a_word_is_exact() -> None:
+    """A column's weights are all 256 pairs of neighbouring codes, beside others at random; x picks them out one by one."""
+    random = torch.Generator().manual_seed(7)
+    codes = torch.randint(0, 256, (256, 64), dtype=torch.uint8, generator=random)
+    columns = torch.tensor([0, 5, 26, 39])  # bytes with all four places between them
+    for at in columns:
+        codes[:, at] = torch.arange(256, dtype=torch.uint8)
+    scale = torch.full((256, 8), 0x38, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    weight = PackedWeight(get_format("nvfp4"), codes, scale, torch.ones(()))
+    x = torch.zeros(8, 128, dtype=torch.bfloat16)
+    for token, at in enumerate(columns.tolist()):
+        x[2 * token, 2 * at], x[2 * token + 1, 2 * at + 1] = 1, 1
+    y = simulated(lambda: linear(x, prepare(weight), out_dtype=torch.float32, config=FEW))
+    assert torch.equal(y.double(), products(x, weight))
 
 
 @pytest.mark.gpu

@@ -15,6 +15,9 @@ from dsv4lab.kernels._common.ptx import load_words, mul_bf16x2
 from dsv4lab.kernels.gemm.mixed.layout import BLOCKS, PLANE_WORDS, PLANES
 
 _NIBBLE_MASK = 0x81C081C0  # sign, two exponent bits, one mantissa bit of two BF16
+# Bits of the fourth pair in a word turned by 6. Multiplied by three powers of two, that is moved by 2, 7 and 12 at once, each
+# comes to its field; no two of them meet there, and no carry reaches one.
+_LAST_BITS, _LAST_SPREAD = 0x001B001B, 1 << 2 | 1 << 7 | 1 << 12
 _SIGNS, _BYTE_MASK = 0x80008000, 0x07F007F0  # sign; four exponent bits and three mantissa bits of two BF16
 _NVFP4_SCALE = 0x70007000  # added to a 5-bit exponent and 3-bit mantissa in place, makes 2^107 times the scale
 
@@ -23,11 +26,11 @@ def decode_for_warpgroup(fmt: str, record: Any, lane: Any, out: Any) -> None:
     """A lane's part of a tile, block after block -> out[4 j .. 4 j + 3] for block j. record: address of its first byte."""
     g, q = lane // 4, lane % 4
     scales = record + PLANES[fmt] * PLANE_WORDS * 4
-    pair = _row_scales(fmt, scales, g)
+    factors = _row_scales(fmt, scales, g)
     for j in range(BLOCKS):
         at = record + ((j * 8 + (g ^ (2 * j))) * BLOCKS + q) * 4
         words = [_load_word(at + p * PLANE_WORDS * 4) for p in range(PLANES[fmt])]
-        _decode(fmt, words, _block_scales(fmt, pair, j), out, 4 * j)
+        _decode(fmt, words, _block_scales(fmt, factors, j), out, 4 * j)
 
 
 def decode_for_warp(fmt: str, record: Any, lane: Any, out: Any) -> None:
@@ -36,16 +39,15 @@ def decode_for_warp(fmt: str, record: Any, lane: Any, out: Any) -> None:
     scales = record + PLANES[fmt] * PLANE_WORDS * 4
     at = record + (q * 8 + (g ^ (2 * q))) * BLOCKS * 4
     planes = [load_words(at + p * PLANE_WORDS * 4) for p in range(PLANES[fmt])]
-    pair = _own_scales(fmt, scales, g, q)
+    factors = _own_scales(fmt, scales, g, q)
     for i in range(BLOCKS):
-        _decode(fmt, [plane[i] for plane in planes], pair, out, 4 * i)
+        _decode(fmt, [plane[i] for plane in planes], factors, out, 4 * i)
 
 
 def _row_scales(fmt: str, scales: Any, g: Any) -> Any:
     """What a lane needs of a record's scales, all four blocks."""
     if fmt == "nvfp4":
-        low, high = _load_two_words(scales + g * 8)
-        return low, high
+        return _load_two_words(scales + g * 8)
     if fmt == "mxfp4":
         return (_load_word(scales + g * 4),)
     if fmt == "fp8_block":
@@ -53,40 +55,39 @@ def _row_scales(fmt: str, scales: Any, g: Any) -> Any:
     return ()
 
 
-def _block_scales(fmt: str, pair: Any, j: int) -> Any:
-    """Pairs of BF16, the factors of rows g and g + 8 in block j."""
+def _block_scales(fmt: str, words: Any, j: int) -> Any:
+    """The factors of rows g and g + 8 in block j: halves of a word or, of FP8, pairs of equal ones."""
     if fmt == "nvfp4":
-        return _nvfp4_scale(pair[j // 2], 2 * (j % 2)), _nvfp4_scale(pair[j // 2], 2 * (j % 2) + 1)
+        return _nvfp4_scales(words[j // 2], 2 * (j % 2))
     if fmt == "mxfp4":
-        return _mxfp4_scale(pair[0], 2 * (j // 2)), _mxfp4_scale(pair[0], 2 * (j // 2) + 1)
-    return pair
+        return _mxfp4_scales(words[0], 2 * (j // 2))
+    return words
 
 
 def _own_scales(fmt: str, scales: Any, g: Any, q: Any) -> Any:
-    """The factors of rows g and g + 8 in block q."""
+    """The factors of rows g and g + 8 in block q, as `_block_scales` gives them."""
     if fmt == "nvfp4":
-        both = _load_half(scales + (g * BLOCKS + q) * 2)
-        return _nvfp4_scale(both, 0), _nvfp4_scale(both, 1)
+        return _nvfp4_scales(_load_half(scales + (g * BLOCKS + q) * 2), 0)
     if fmt == "mxfp4":
-        both = _load_half(scales + (g * 2 + q // 2) * 2)
-        return _mxfp4_scale(both, 0), _mxfp4_scale(both, 1)
+        return _mxfp4_scales(_load_half(scales + (g * 2 + q // 2) * 2), 0)
     if fmt == "fp8_block":
         return _load_two_words(scales)
     return ()
 
 
-def _byte_of(word: Any, at: int) -> Any:
-    return cute.arch.prmt(word, Uint32(0), Uint32(0x4440 | at))
+def _two_bytes(word: Any, at: int) -> Any:
+    """Bytes `at` and `at` + 1 of a word, a half each."""
+    return cute.arch.prmt(word, Uint32(0), Uint32(0x4040 | (at + 1) << 8 | at))
 
 
-def _nvfp4_scale(word: Any, at: int) -> Any:
-    """Byte `at` of a word as a pair of equal BF16."""
-    return _byte_of(word, at) * Uint32(0x00100010) + Uint32(_NVFP4_SCALE)
+def _nvfp4_scales(word: Any, at: int) -> Any:
+    """Two bytes of a word as two BF16."""
+    return _two_bytes(word, at) * Uint32(0x10) + Uint32(_NVFP4_SCALE)
 
 
-def _mxfp4_scale(word: Any, at: int) -> Any:
-    """Byte `at`, an exponent field, as a pair of equal BF16."""
-    return _byte_of(word, at) * Uint32(0x00800080)
+def _mxfp4_scales(word: Any, at: int) -> Any:
+    """Two bytes, exponent fields, as two BF16."""
+    return _two_bytes(word, at) * Uint32(0x80)
 
 
 def _decode(fmt: str, words: Any, scales: Any, out: Any, at: int) -> None:
@@ -99,19 +100,25 @@ def _decode(fmt: str, words: Any, scales: Any, out: Any, at: int) -> None:
         for p in range(2):
             out[at + 2 * p] = mul_bf16x2(_from_e4m3(words[p]), low)
             out[at + 2 * p + 1] = mul_bf16x2(_from_e4m3(words[p] << 8), high)
-    else:
-        low, high = scales
+    else:  # 12 instructions, of which 6 are the shifts' and logic's unit's, which takes one every other cycle
         word, mask = words[0], Uint32(_NIBBLE_MASK)
-        out[at] = mul_bf16x2((word << 6) & mask, low)
-        out[at + 1] = mul_bf16x2((word << 2) & mask, high)
-        out[at + 2] = mul_bf16x2(((word >> 4) | (word << 28)) & mask, low)
-        last = (word & Uint32(0x81808180)) | ((word >> 8) & Uint32(0x00400040))
-        out[at + 3] = mul_bf16x2(last, high)
+        turned = (word << 6) | (word >> 26)
+        spread = (turned & Uint32(_LAST_BITS)) * Uint32(_LAST_SPREAD)
+        for i, pair in enumerate((word, word << 3, turned, spread)):
+            out[at + i] = _mul_by_half(pair & mask, scales, i % 2)
 
 
 def _from_e4m3(word: Any) -> Any:
     """The upper bytes of both halves, 2^-120 of their value."""
     return (word & Uint32(_SIGNS)) | ((word >> 4) & Uint32(_BYTE_MASK))
+
+
+def _mul_by_half(pair: Any, factors: Any, which: int) -> Any:
+    """Two products of BF16 with the same half of `factors`: an operand's modifier, not an instruction."""
+    code = "{ .reg .b16 half0, half1; .reg .b32 both; mov.b32 {half0, half1}, {$r1}; "
+    code += f"mov.b32 both, {{half{which}, half{which}}}; "
+    code += "mul.rn.bf16x2 {$w0}, {$r0}, both; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[pair, factors])
 
 
 def _load_two_words(address: Any) -> Any:

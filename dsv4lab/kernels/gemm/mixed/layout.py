@@ -12,9 +12,9 @@ is its 128 words in the order (block, g ^ 2 block, q). Two readers like that:
 - a warp on its own (`mma.sync`) may pair columns with lanes as it likes, if it reads the tokens alike. It gives block q to lane
   (g, q), whose four words of a plane are then 16 consecutive bytes. Eight lanes in turn use all banks.
 
-Inside a word, bits lie so that a shift and a mask put them on BF16's sign, exponent and mantissa: `_nibble_words` and
-`_byte_words` say where. A decoded code is then its value times a power of two that no exponent field can hold beside it; the
-decoded scale brings the rest, and `alpha`, in the epilogue, what the scale could not:
+Inside a word, bits lie so that a shift and a mask, of a 4-bit format's fourth pair a product, put them on BF16's sign, exponent
+and mantissa: `_nibble_words` and `_byte_words` say where. A decoded code is then its value times a power of two that no
+exponent field can hold beside it; the decoded scale brings the rest, and `alpha`, in the epilogue, what the scale could not:
 
     format     code decodes to      scale decodes to            alpha
     nvfp4      2^-126 code          2^107 block_scale           2^19 global_scale
@@ -43,8 +43,9 @@ PLANES = {NVFP4.name: 1, MXFP4.name: 1, FP8_BLOCK.name: 2, BF16.name: 4}
 SCALE_WORDS = {NVFP4.name: 16, MXFP4.name: 8, FP8_BLOCK.name: 4, BF16.name: 0}
 _ROWS_AT_ONCE = 4096  # the scratch of a matrix of 16,384 columns is then below 1 GB
 # Bits of (sign, upper exponent, lower exponent, mantissa) in a half word, of the four codes (row g, column 2q + e), (row g + 8,
-# same), (row g, column 2q + 8 + e), (row g + 8, same); half e has column parity e. 16 + n: bit n of the other half.
-_FIELDS = ((9, 2, 1, 0), (13, 6, 5, 4), (16 + 3, 12, 11, 10), (15, 8, 7, 14))
+# same), (row g, column 2q + 8 + e), (row g + 8, same); half e has column parity e. 16 + n: bit n of the other half. Shifts by
+# 0, 3 and 6 bring three of them onto BF16's fields (15, 8, 7, 6); no fourth shift finds all bits left over.
+_FIELDS = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (16 + 13, 16 + 11, 16 + 10, 16 + 14))
 _NVFP4_ALPHA = 2.0**19
 
 

@@ -127,8 +127,13 @@ def multiply_by_warp(
                 decode_for_warp(plan.format, record, lane, words)
                 for n in cutlass.range_constexpr(plan.tokens // 8):
                     first = s * (plan.tokens // 2) + 4 * n
-                    for j in cutlass.range_constexpr(BLOCKS):
-                        _mma_sync(total, first, words, 4 * j, columns[2 * n][j], columns[2 * n + 1][j])
+                    # Columns of two neighbouring words of x, which are two neighbouring registers, as the product wants them:
+                    # the same half of the codes of two words.
+                    for half in cutlass.range_constexpr(2):
+                        x = columns[2 * n + half]
+                        for j in cutlass.range_constexpr(0, BLOCKS, 2):
+                            w = [words[4 * (j + i // 2) + 2 * half + i % 2] for i in range(4)]
+                            _mma_sync(total, first, w, x[j], x[j + 1])
         cute.arch.sync_warp()
         if lane == 0:
             cute.arch.mbarrier_arrive(empty + stage)
@@ -136,13 +141,13 @@ def multiply_by_warp(
     return stage, phase
 
 
-def _mma_sync(total: Any, first: Any, a: Any, at: Any, b0: Any, b1: Any) -> None:
-    """total[first .. first + 3] += a[at .. at + 3] b, a 16 x 8 x 16 product of BF16."""
+def _mma_sync(total: Any, first: Any, a: Any, b0: Any, b1: Any) -> None:
+    """total[first .. first + 3] += a b, a 16 x 8 x 16 product of BF16."""
     out = cute.arch.inline_ptx(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{{$w0}, {$w1}, {$w2}, {$w3}}, {{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}}, {{$r6}, {$r7}, {$r8}, {$r9}};",
         write_only_types=[Float32] * 4,
-        read_only_args=[*(a[at + i] for i in range(4)), b0, b1, *(total[first + i] for i in range(4))],
+        read_only_args=[*a, b0, b1, *(total[first + i] for i in range(4))],
     )
     for i in range(4):
         total[first + i] = out[i]
