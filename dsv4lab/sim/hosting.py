@@ -25,6 +25,10 @@ class Host:
         """The PTX of a module that will be launched."""
         self.session.kernels_of(ptx, cubin)
 
+    def clusters(self, size: int) -> int:
+        """Clusters of so many CTAs that persistent kernels may start: one at least, for here none waits for another."""
+        return max(self.multiprocessors // size, 1)
+
     def call(self, function: Callable[..., Any], *args: Any) -> None:
         """Call a loaded host function with torch CPU tensors and numbers. Raises what its kernels ran into."""
         self.session.call(function, *args)

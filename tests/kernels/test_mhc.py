@@ -10,9 +10,9 @@ import torch
 import dsv4lab.kernels.mhc.api as api
 from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
-from dsv4lab.kernels.mhc.config import EmbedConfig, MixConfig, PostConfig
+from dsv4lab.kernels.mhc.config import EmbedConfig, MixConfig, PostConfig, TogetherConfig
 from dsv4lab.kernels.mhc.operators import ENTRIES
-from dsv4lab.kernels.mhc.prepared import prepare, prepared
+from dsv4lab.kernels.mhc.prepared import prepare, prepare_halves, prepared
 from dsv4lab.reference import mhc
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -22,10 +22,15 @@ BOUND = 1e-5  # of post and comb, relative
 ULP = 2.0**-7  # of a BF16, relative to its smallest neighbour
 ROUNDED_APART = 0.005  # share of results whose exact value lies next to a boundary of BF16
 
-# Two slices, two warps to sum them. In the simulator one kernel follows the other: the first always loses its patience.
-PRE = MixConfig(128, 24, False, "bf16", warps=4, ahead=3, finish=2, ring=2, window=24, patience=5)
+# Two slices, two warps to sum them.
+PRE = MixConfig(128, 24, False, "bf16", warps=4, ahead=3, finish=2, ring=2)
 POST_PRE = MixConfig(64, 24, True, "f32", warps=2, ahead=2, finish=1, ring=3)
 HEAD = MixConfig(80, 4, False, "bf16", warps=1, ahead=2, finish=1, ring=2)  # five slices, chunks that leave lanes idle
+
+# Clusters of 16 CTAs: two stages, so that every place is used again; blocks of `fn` in registers and in shared memory.
+TOGETHER = TogetherConfig(2048, 24, False, "bf16", warps=4, held=1, collapse=8, stages=2, mixers=2)
+TOGETHER_POST = TogetherConfig(1024, 24, True, "f32", warps=4, held=2, collapse=4, stages=3)
+TOGETHER_HEAD = TogetherConfig(1024, 4, False, "bf16", warps=8, held=1, collapse=8, stages=2)
 
 Mix = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -159,6 +164,54 @@ def test_head(tokens: int) -> None:
     check_input(x, args[0], exact(*args[:4])[0], args[4])
 
 
+@pytest.mark.parametrize(
+    ("columns", "tokens", "how"),
+    [
+        (1024, 16 * 16 + 1, dict(schedule="lazy")),  # 17 tiles: a third batch of Sinkhorn, of one token
+        (2048, 33, dict(schedule="random", seed=2, **RACES)),
+    ],
+)
+def test_pre_by_clusters(columns: int, tokens: int, how: dict) -> None:
+    args, config = material(tokens, columns), replace(TOGETHER, columns=columns)
+    assert check_mix(args, *simulate("sm_90a", api.mhc_pre, *args, config=config, how=how, **HOW)) < BOUND / 2
+
+
+def test_pre_by_clusters_of_blackwell() -> None:
+    args = material(1, 2048)
+    assert check_mix(args, *simulate("sm_100a", api.mhc_pre, *args, config=TOGETHER, **HOW)) < BOUND / 2
+
+
+@pytest.mark.parametrize(("tokens", "how"), [(130, dict(schedule="random", seed=1)), (20, dict(schedule="lazy", **RACES))])
+def test_post_pre_by_clusters(tokens: int, how: dict) -> None:
+    args, before = material(tokens, 1024, weight=F32), written(tokens, 1024)
+    y, post, comb = before
+    config, many = TOGETHER_POST, dict(multiprocessors=32)  # two clusters
+    new, *found = simulate("sm_90a", api.mhc_post_pre, y, args[0], post, comb, *args[1:], config=config, how=how, **many, **HOW)
+    assert torch.equal(new, simulate("sm_90a", api.mhc_post, y, args[0], post, comb))  # in every bit
+    check_mix((new, *args[1:]), *found)
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_head_by_clusters(tokens: int) -> None:
+    args = material(tokens, 1024, 4)
+    x = simulate("sm_90a", api.mhc_head, *args, config=TOGETHER_HEAD, **HEAD_HOW)
+    check_input(x, args[0], exact(*args[:4])[0], args[4])
+
+
+def test_clusters_keep_numbers_that_are_none_and_zeros_with_their_token() -> None:
+    streams, *rest = material(20, 1024)
+    streams[3, 1, 5], streams[7, 0, 0], streams[17] = float("nan"), float("inf"), 0.0
+    streams[9] *= 2.0**-120  # FP16 has no such numbers, the scale of its block does
+    config = replace(TOGETHER, columns=1024)
+    x, post, comb = simulate("sm_90a", api.mhc_pre, streams, *rest, config=config, **HOW)
+    good = torch.tensor([token not in (3, 7) for token in range(20)])
+    for value in (x, post, comb):
+        assert bool(value[good].isfinite().all()) and bool(value[3].isnan().any()) and bool(value[7].isnan().any())
+    assert not x[17].any()
+    want = exact(streams[good], *rest[:3])
+    assert relative(post[good], want[1]) < BOUND and relative(comb[good], want[2]) < BOUND
+
+
 def test_flash_s_own_choice_for_a_few_tokens() -> None:
     args = material(3, 4096)
     found = simulate("sm_90a", api.mhc_pre, *args, multiprocessors=132, **HOW)
@@ -247,6 +300,22 @@ def test_fn_in_parts_is_fn() -> None:
     assert prepare(fn[:4]).shape == (3, 6, 32, 4)
 
 
+def test_fn_in_halves_is_fn() -> None:
+    """22 bits of every number within 2^-14 of its output's largest, and every number where `ldmatrix` has its streams."""
+    g = torch.Generator().manual_seed(1)
+    fn = torch.randn(24, 4 * 48, generator=g) * torch.exp(4 * torch.randn(24, 1, generator=g))
+    fn[5], fn[6, 1:], fn[6, 0] = 0.0, 0.0, 1e-30
+    words, unit = prepare_halves(fn)
+    assert words.shape == (3, 12, 32, 4) and unit.shape == (24,)
+    halves = words.permute(0, 2, 1, 3).reshape(3, 32, 48).contiguous().view(torch.float16)
+    halves = halves.view(3, 8, 4, 4, 2, 3, 2, 2).double()  # block, g, q, stream, part, tile, half, pair
+    back = halves.sum(4).permute(4, 1, 3, 0, 5, 2, 6).reshape(24, 4 * 48) * unit.double()[:, None]
+    assert bool(((back - fn.double()).abs() <= fn.abs() * 2.0**-22 + fn.abs().amax(1, keepdim=True) * 2.0**-38).all())
+    largest = halves.abs().amax((0, 2, 3, 4, 6, 7)).t().flatten()
+    assert bool(((largest[:5] >= 2**14) & (largest[:5] <= 2**15)).all()) and largest[5] == 0
+    assert prepare_halves(fn[:4])[0].shape == (3, 4, 32, 4)
+
+
 def test_fn_is_prepared_once_and_again_when_it_changes() -> None:
     fn = torch.randn(24, 64)
     first = prepared(fn)
@@ -275,6 +344,35 @@ def test_choices_fit_and_fill_the_gpu(columns: int, multiprocessors: int) -> Non
                 assert plan.slot_bytes * plan.ring + plan.fixed_bytes + 32 * 1024 <= 228 * 1024
     assert MixConfig.for_shape(1, 4096, 24, False, "bf16", 132).slices == 128
     assert MixConfig.for_shape(8192, 4096, 24, False, "bf16", 132).slices == 32
+
+
+@pytest.mark.parametrize("columns", [1024, 2048, 4096, 7168])
+def test_clusters_fit(columns: int) -> None:
+    for outputs, post in ((24, False), (24, True), (4, False)):
+        for weight in ("bf16", "f32"):
+            plan = TogetherConfig.for_shape(8192, columns, outputs, post, weight)
+            assert plan is not None and plan.stages >= 2
+            plan.check()
+            warps = plan.threads // 32
+            start = 65536 // plan.threads // 8 * 8 * warps
+            project, collapse, others = plan.registers
+            assert plan.warps * project + plan.collapse * collapse + 4 * others <= start
+            assert project >= plan.held * plan.block_words + 4 * plan.tiles + 8
+            assert plan.per_warp * plan.warps >= plan.blocks and plan.slice * 16 == columns
+    assert TogetherConfig.for_shape(8192, 1024 + 512, 24, False, "bf16") is None
+    assert TogetherConfig.for_shape(1, 4096, 24, True, "bf16") is not None
+    assert TogetherConfig.for_shape(8, 7168, 24, True, "bf16") is None
+    for wrong in (
+        dict(columns=1000),
+        dict(warps=5),
+        dict(held=3),
+        dict(collapse=6),
+        dict(stages=1),
+        dict(stages=60),
+        dict(mixers=3),
+    ):
+        with pytest.raises(ValueError, match="must"):
+            replace(TOGETHER, **wrong).check()
 
 
 def test_bad_input_is_refused_and_none_is_nothing() -> None:
@@ -360,7 +458,7 @@ def test_on_the_gpu(tokens: int, seed: int) -> None:
         table = torch.randn(1000, columns, device="cuda").bfloat16()
         ids = torch.randint(0, 1000, (tokens,), device="cuda")
         assert torch.equal(api.embed_streams(ids, table, num_streams=4), mhc.embed_streams(ids, table, num_streams=4))
-    assert all(bool((sums == -1).all()) for sums, _ in api._scratch.values())
+    assert all(bool((sums == -1).all()) for sums in api._scratch.values())
 
 
 @pytest.mark.gpu

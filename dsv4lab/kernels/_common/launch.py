@@ -61,6 +61,9 @@ class Runtime(Protocol):
     def know(self, ptx: str, cubin: bytes) -> None:
         """Told of every module that is loaded, before its first launch."""
 
+    def clusters(self, size: int) -> int:
+        """How many clusters of so many CTAs, each with a multiprocessor of its own, run at once."""
+
     def call(self, function: Callable[..., Any], *args: Any) -> None:
         """Call host code with torch tensors and numbers."""
 
@@ -76,9 +79,20 @@ class Gpu:
         self.arch = f"sm_{found.major}{found.minor}a"
         self.multiprocessors = found.multi_processor_count
         self.libraries = runtime_libraries()
+        self._clusters: dict[int, int] = {}
 
     def know(self, ptx: str, cubin: bytes) -> None:
         pass
+
+    def clusters(self, size: int) -> int:
+        """The driver's answer, which depends on how multiprocessors are grouped: 7 of 16 CTAs on an H200."""
+        if size not in self._clusters:
+            import torch
+            from cutlass.utils import HardwareInfo
+
+            with torch.cuda.device(self.device):
+                self._clusters[size] = HardwareInfo(torch.cuda.current_device()).get_max_active_clusters(size)
+        return self._clusters[size]
 
     def call(self, function: Callable[..., Any], *args: Any) -> None:
         seconds = _watchdog.get()

@@ -10,8 +10,18 @@ import torch
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
-from dsv4lab.kernels.mhc.config import BLOCK, MAX_TOKENS, STREAMS, TILE, EmbedConfig, MixConfig, PostConfig
-from dsv4lab.kernels.mhc.prepared import prepared
+from dsv4lab.kernels.mhc.config import (
+    BLOCK,
+    MAX_TOKENS,
+    RANKS,
+    STREAMS,
+    TILE,
+    EmbedConfig,
+    MixConfig,
+    PostConfig,
+    TogetherConfig,
+)
+from dsv4lab.kernels.mhc.prepared import prepared, prepared_halves
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 _INTEGER = {torch.int32: "i32", torch.int64: "i64"}
@@ -19,8 +29,7 @@ _ALIGN = 16  # bytes of a vector
 _UNSET = -1  # a sum that has not come yet, as in `values`
 _MAX_ELEMENTS = 2**31  # 32-bit words of a launch, indexed by 32 bits
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-_scratch: dict[tuple[torch.device, int, int, int], Pair] = {}
+_scratch: dict[tuple[torch.device, int, int, int], torch.Tensor] = {}
 
 
 def mhc_pre(
@@ -33,7 +42,7 @@ def mhc_pre(
     eps: float,
     hc_eps: float,
     sinkhorn_iters: int,
-    config: MixConfig | None = None,
+    config: MixConfig | TogetherConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Coefficients, collapse and the following RMSNorm.
 
@@ -90,7 +99,7 @@ def mhc_post_pre(
     eps: float,
     hc_eps: float,
     sinkhorn_iters: int,
-    config: MixConfig | None = None,
+    config: MixConfig | TogetherConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`mhc_post`, in every bit, then `mhc_pre` of its result. Arguments and errors as for these.
 
@@ -111,7 +120,7 @@ def mhc_head(
     *,
     eps: float,
     hc_eps: float,
-    config: MixConfig | None = None,
+    config: MixConfig | TogetherConfig | None = None,
 ) -> torch.Tensor:
     """Collapse before the head, then the final RMSNorm.
 
@@ -211,7 +220,7 @@ def _mix(
     eps: float,
     hc_eps: float,
     iters: int,
-    config: MixConfig | None,
+    config: MixConfig | TogetherConfig | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """New streams (the old, without `given`: y, post and comb), x, post and comb; the last two empty for the head."""
     if not 1e-30 <= eps < float("inf") or not 0 <= hc_eps < float("inf") or iters < 1:
@@ -232,36 +241,31 @@ def _mix(
     choices: dict[str, Any] = dict(columns=columns, outputs=outputs, post=given is not None, weight=ELEMENT[norm_weight.dtype])
     for part in _parts(m, MAX_TOKENS):
         tokens = part.stop - part.start
-        plan = config or MixConfig.for_shape(tokens, multiprocessors=runtime.multiprocessors, **choices)
+        plan = config or _plan(tokens, choices, runtime)
         plan.check()
         if any(getattr(plan, name) != value for name, value in choices.items()):
             raise ValueError(f"config must have {choices}, got {plan}")
-        rows = streams[part]
-        sums, progress = _sums(tokens, plan.slices * plan.row, streams.device)
         y, old_post, old_comb = (t[part] for t in given) if given else (out[part], post[part], comb[part])
-        runtime.call(
-            _compiled(plan, runtime),
-            _words(rows),
-            _words(y),
-            _aligned(old_post),
-            _aligned(old_comb.flatten(1)),
-            prepared(fn),
-            sums.view(-1, plan.slices, plan.row)[:tokens],
-            progress,
-            base,
-            scale,
-            _aligned(norm_weight),
-            _words(new[part]),
-            _words(out[part]),
-            post[part],
-            comb[part].flatten(1),
-            eps,
-            hc_eps,
-            iters,
-            min(max(runtime.multiprocessors // plan.slices, 1), -(-tokens // TILE)),
-            min(tokens, runtime.multiprocessors),
-        )
+        rows = (_words(streams[part]), _words(y), _aligned(old_post), _aligned(old_comb.flatten(1)))
+        shared = (base, scale, _aligned(norm_weight))
+        results = (_words(new[part]), _words(out[part]), post[part], comb[part].flatten(1), eps, hc_eps, iters)
+        if isinstance(plan, TogetherConfig):
+            ctas = RANKS * max(min(runtime.clusters(RANKS), -(-tokens // TILE)), 1)
+            runtime.call(_compiled_together(plan, runtime), *rows, *prepared_halves(fn), *shared, *results, ctas)
+            continue
+        sums = _sums(tokens, plan.slices * plan.row, streams.device).view(-1, plan.slices, plan.row)[:tokens]
+        groups = min(max(runtime.multiprocessors // plan.slices, 1), -(-tokens // TILE))
+        ctas = min(tokens, runtime.multiprocessors)
+        runtime.call(_compiled(plan, runtime), *rows, prepared(fn), sums, *shared, *results, groups, ctas)
     return new, out, post, comb
+
+
+def _plan(tokens: int, choices: dict[str, Any], runtime: Runtime) -> MixConfig | TogetherConfig:
+    """One pass by clusters of CTAs, where D and the GPU allow it."""
+    together = TogetherConfig.for_shape(tokens, **choices)
+    if together is not None and runtime.clusters(RANKS) > 0:
+        return together
+    return MixConfig.for_shape(tokens, multiprocessors=runtime.multiprocessors, **choices)
 
 
 def _parts(tokens: int, most: int) -> list[slice]:
@@ -278,8 +282,8 @@ def _aligned(value: torch.Tensor) -> torch.Tensor:
     return value.clone() if value.data_ptr() % _ALIGN else value
 
 
-def _sums(tokens: int, words: int, device: torch.device) -> Pair:
-    """Words of `tokens` tokens that are not set, and that every launch leaves so; a count of tokens, from wherever it is.
+def _sums(tokens: int, words: int, device: torch.device) -> torch.Tensor:
+    """Words of `tokens` tokens that are not set, and that every launch leaves so.
 
     One set for each stream, size and power of two of tokens, kept for good: a CUDA graph may hold it. While a graph is recorded
     nothing is kept, since filling it would be part of the graph.
@@ -288,10 +292,7 @@ def _sums(tokens: int, words: int, device: torch.device) -> Pair:
     key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0, words, room)
     known = _scratch.get(key)
     if known is None:
-        known = (
-            torch.full((room, words), _UNSET, dtype=torch.int32, device=device),
-            torch.zeros(1, dtype=torch.int32, device=device),
-        )
+        known = torch.full((room, words), _UNSET, dtype=torch.int32, device=device)
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             _scratch[key] = known
     return known
@@ -309,36 +310,55 @@ def _compiled(config: MixConfig, runtime: Runtime) -> Callable[..., Any]:
         from dsv4lab.kernels._common.fakes import fake, fake_stream
         from dsv4lab.kernels.mhc.kernel import Mix
 
-        u32, f32 = cutlass.Uint32, cutlass.Float32
-        types = {"bf16": cutlass.BFloat16, "f32": f32}
-        m, words = cute.sym_int(), config.columns // 2
-        whole = config.outputs > STREAMS
-        given, made = (cute.sym_int() if not there else m for there in (config.post or whole, whole))
-        examples = (
-            fake(u32, m, STREAMS, words),
-            fake(u32, m, words),
-            fake(f32, given, STREAMS),
-            fake(f32, given, STREAMS * STREAMS),
-            fake(u32, config.columns // BLOCK, config.fragment_words // 4, 32, 4),
-            fake(u32, m, config.slices, config.row),
-            fake(cutlass.Int32, 1, align=4),
-            fake(f32, config.outputs, align=4),
-            fake(f32, 3 if whole else 1, align=4),
-            fake(types[config.weight], config.columns),
-            fake(u32, m, STREAMS, words),
-            fake(u32, m, words),
-            fake(f32, made, STREAMS),
-            fake(f32, made, STREAMS * STREAMS),
-            f32(0.0),
-            f32(0.0),
-            cutlass.Int32(1),
-            cutlass.Int32(1),
-            cutlass.Int32(1),
-            fake_stream(),
-        )
-        return Mix(config), examples
+        u32, m = cutlass.Uint32, cute.sym_int()
+        rows, shared, results = _examples(config, m)
+        fn = fake(u32, config.columns // BLOCK, config.fragment_words // 4, 32, 4)
+        counts = cutlass.Int32(1), cutlass.Int32(1)
+        return Mix(config), (*rows, fn, fake(u32, m, config.slices, config.row), *shared, *results, *counts, fake_stream())
 
     return cache.kernel("dsv4lab.kernels.mhc.kernel", config, build, runtime)
+
+
+def _compiled_together(config: TogetherConfig, runtime: Runtime) -> Callable[..., Any]:
+    """Likewise, by clusters."""
+    _check_arch(runtime)
+
+    def build() -> tuple[Any, tuple[Any, ...]]:
+        import cutlass
+        import cutlass.cute as cute
+
+        from dsv4lab.kernels._common.fakes import fake, fake_stream
+        from dsv4lab.kernels.mhc.together import Together
+
+        rows, shared, results = _examples(config, cute.sym_int())
+        fn = fake(cutlass.Uint32, config.columns // BLOCK, config.block_words // 4, 32, 4)
+        unit = fake(cutlass.Float32, config.outputs, align=4)
+        return Together(config), (*rows, fn, unit, *shared, *results, cutlass.Int32(RANKS), fake_stream())
+
+    return cache.kernel("dsv4lab.kernels.mhc.together", config, build, runtime)
+
+
+def _examples(config: MixConfig | TogetherConfig, m: Any) -> tuple[tuple[Any, ...], ...]:
+    """Of M tokens: streams, y, post, comb; base, scale, weight; results and numbers."""
+    import cutlass
+    import cutlass.cute as cute
+
+    from dsv4lab.kernels._common.fakes import fake
+
+    u32, f32 = cutlass.Uint32, cutlass.Float32
+    types = {"bf16": cutlass.BFloat16, "f32": f32}
+    words = config.columns // 2
+    whole = config.outputs > STREAMS
+    given, made = (cute.sym_int() if not there else m for there in (config.post or whole, whole))
+    streams, row = fake(u32, m, STREAMS, words), fake(u32, m, words)
+    rows = (streams, row, fake(f32, given, STREAMS), fake(f32, given, STREAMS * STREAMS))
+    shared = (
+        fake(f32, config.outputs, align=4),
+        fake(f32, 3 if whole else 1, align=4),
+        fake(types[config.weight], config.columns),
+    )
+    results = (streams, row, fake(f32, made, STREAMS), fake(f32, made, STREAMS * STREAMS), f32(0.0), f32(0.0), cutlass.Int32(1))
+    return rows, shared, results
 
 
 def _compiled_post(config: PostConfig, runtime: Runtime) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WARP = 32
 STREAMS = 4
@@ -12,12 +12,18 @@ PARTS = 3  # BF16 numbers whose sum is a float32
 CHUNK = 8  # BF16 of 16 bytes
 COEFFICIENTS = STREAMS + STREAMS * STREAMS  # post and comb of a token
 BATCH = 8  # tokens whose Sinkhorn iterations a warp runs together, a lane each
+HALVES = 2  # FP16 numbers whose sum has 22 bits of a float32
+RANKS = 16  # CTAs of a cluster, which is also how many tokens a tile has: a CTA makes the coefficients of one
+BOX = 64  # columns of a TMA box
 MAX_TOKENS = 8192  # of a launch, which bounds the scratch for sums
 MAX_WARPS = 8  # of a projecting CTA; each has 72 registers a thread of `fn`
 FEW_FINISH, MANY_FINISH = 11, 7  # warps of a finishing CTA, with one more that fills its last quarter
 SHARED_BYTES = 227 * 1024  # that a CTA may have
 _FINISH_BYTES = 192 * 1024  # of a finishing CTA, so that a projecting one, of 30 kB, fits beside it
-_WINDOW_BYTES = 16 * 2**20  # of streams, a third of an H200's L2, that the projection may be ahead; not measured yet
+_COLLAPSE_REGISTERS, _SERVICE_REGISTERS = (
+    72,
+    48,
+)  # of a thread of `together` that collapses, of one that neither does nor projects
 _MANY_WARPS = 132 * 16  # as for the gather of experts' rows
 _ELEMENTS = ("bf16", "f32")
 _INTEGERS = ("i32", "i64")
@@ -29,8 +35,7 @@ class MixConfig:
 
     columns: D. outputs: rows of fn, 24 or 4 (head). post: the sub-layer's output is written back first. weight: "bf16" or
     "f32", of the norm. Projecting CTAs have `warps` warps, of 16 columns each, and `ahead` tiles of 16 tokens in flight;
-    `slices` of them cover D. When they are `window` tokens ahead of what is finished they wait, but look `patience` times at
-    most (window 0: never). Finishing CTAs have `finish` warps, one more for Sinkhorn, and `ring` tokens in shared memory.
+    `slices` of them cover D. Finishing CTAs have `finish` warps, one more for Sinkhorn, and `ring` tokens in shared memory.
     """
 
     columns: int
@@ -41,8 +46,6 @@ class MixConfig:
     ahead: int
     finish: int
     ring: int
-    window: int = 0
-    patience: int = 512  # of half a microsecond and more
 
     @property
     def slices(self) -> int:
@@ -103,18 +106,11 @@ class MixConfig:
         """Raises ValueError naming the choice that cannot be."""
         if self.columns < BLOCK or self.columns % BLOCK:
             raise ValueError(f"columns must be a multiple of {BLOCK}, got {self.columns}")
-        if self.outputs not in (STREAMS, STREAMS * (2 + STREAMS)):
-            raise ValueError(f"outputs must be {STREAMS} or {STREAMS * (2 + STREAMS)}, got {self.outputs}")
-        if self.post and self.outputs == STREAMS:
-            raise ValueError("post must be false for the head's 4 outputs, got True")
-        if self.weight not in _ELEMENTS:
-            raise ValueError(f"weight must be bf16 or f32, got {self.weight!r}")
+        _check_mix(self.outputs, self.post, self.weight)
         if not 1 <= self.warps <= MAX_WARPS or self.columns % (BLOCK * self.warps):
             raise ValueError(f"warps must be 1 to {MAX_WARPS} and divide {self.columns // BLOCK}, got {self.warps}")
         if self.ahead not in (2, 3, 4):
             raise ValueError(f"ahead must be 2, 3 or 4, got {self.ahead}")
-        if self.window < 0 or self.patience < 0:
-            raise ValueError(f"window and patience must not be negative, got {self.window} and {self.patience}")
         if not 1 <= self.finish <= 16:
             raise ValueError(f"finish must be 1 to 16, got {self.finish}")
         if self.ring < 1 or self.ring * self.slot_bytes > SHARED_BYTES - 16 * 1024:
@@ -144,8 +140,173 @@ class MixConfig:
         config = cls(columns, outputs, post, weight, warps, 2, finish, 1)
         ring = 1 if few else max(min((_FINISH_BYTES - config.fixed_bytes) // config.slot_bytes, 4), 1)
         ahead = 2 if few or post else 3  # as far as registers go
-        window = 0 if few else max(_WINDOW_BYTES // (columns * 2 * STREAMS), 2 * multiprocessors)
-        return cls(columns, outputs, post, weight, warps, ahead, finish, ring, window)
+        return cls(columns, outputs, post, weight, warps, ahead, finish, ring)
+
+
+@dataclass(frozen=True)
+class TogetherConfig:
+    """Of `pre`, `post_pre` and `head` of many tokens, by clusters of 16 CTAs: see `together`.
+
+    columns, outputs, post, weight: as for `MixConfig`. warps: that project; held: blocks of `fn` that each keeps in registers,
+    the rest is in shared memory. collapse: warps that collapse. Four more have other things to do, `mixers` of them make
+    coefficients. stages: tiles of 16 tokens in shared memory.
+    """
+
+    columns: int
+    outputs: int
+    post: bool
+    weight: str
+    warps: int
+    held: int
+    collapse: int
+    stages: int
+    mixers: int = 1
+
+    @property
+    def slice(self) -> int:
+        """Columns of a CTA."""
+        return self.columns // RANKS
+
+    @property
+    def boxes(self) -> int:
+        return self.slice // BOX
+
+    @property
+    def blocks(self) -> int:
+        return self.slice // BLOCK
+
+    @property
+    def per_warp(self) -> int:
+        """Blocks of a warp, at most."""
+        return -(-self.blocks // self.warps)
+
+    @property
+    def tiles(self) -> int:
+        """Products side by side: 8 outputs each."""
+        return -(-self.outputs // 8)
+
+    @property
+    def block_words(self) -> int:
+        """32-bit words of a block of `fn` that a lane has."""
+        return STREAMS * HALVES * self.tiles * 2
+
+    @property
+    def shared_words(self) -> int:
+        """Of the blocks of `fn` in shared memory."""
+        return max(self.blocks - self.held * self.warps, 0) * self.block_words * WARP
+
+    @property
+    def pitch(self) -> int:
+        """Floats from a token's sums to the next's: 8 or 24, so that a warp's stores of pairs meet every bank twice."""
+        return self.tiles * 8
+
+    @property
+    def vectors(self) -> int:
+        """16-byte messages with the sums of a token and the sum of squares."""
+        return -(-(self.outputs + 1) // 4)
+
+    @property
+    def chains(self) -> int:
+        """Sums that are kept apart, of the parts of `fn`, so that products need not wait: where there are registers."""
+        return HALVES if self.warps <= 8 else 1
+
+    @property
+    def rounds(self) -> int:
+        """Tokens of a collapsing warp."""
+        return TILE // self.collapse
+
+    @property
+    def passes(self) -> int:
+        """Of a collapsing warp over its token's columns, 8 a lane."""
+        return -(-self.slice // (CHUNK * WARP))
+
+    @property
+    def turns(self) -> int:
+        """Collapsed tiles that a warp keeps in registers: 2, if there is room, so that sums of squares have time to come."""
+        return 2 if 2 * self.rounds * self.passes * 4 <= 32 else 1
+
+    @property
+    def messages(self) -> int:
+        """Places for what is sent of a tile: see `together`."""
+        return self.stages + self.turns
+
+    @property
+    def threads(self) -> int:
+        return (self.warps + self.collapse + 4) * WARP
+
+    @property
+    def project_registers(self) -> int:
+        """What the others leave of what a CTA starts with: as many for each thread, in eights, as there are."""
+        each = 65536 // self.threads // 8 * 8
+        return min(
+            (each * self.threads // WARP - _SERVICE_REGISTERS * 4 - _COLLAPSE_REGISTERS * self.collapse) // self.warps // 8 * 8,
+            232,
+        )
+
+    @property
+    def registers(self) -> tuple[int, int, int]:
+        """Of a thread that projects, collapses, does something else."""
+        return self.project_registers, _COLLAPSE_REGISTERS, _SERVICE_REGISTERS
+
+    @property
+    def stage_bytes(self) -> int:
+        return TILE * self.slice * 2 * (STREAMS + self.post) + self.post * TILE * COEFFICIENTS * 4
+
+    @property
+    def message_bytes(self) -> int:
+        """That a CTA is sent of a tile: sums, coefficients, sums of squares."""
+        return RANKS * self.vectors * 16 + TILE * STREAMS * 4 + TILE * RANKS * 4
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Of shared memory beside the stages, at most."""
+        sums = self.warps * TILE * (self.pitch + 1) * 4
+        messages = self.messages * self.message_bytes
+        logits = BATCH * STREAMS * STREAMS * 8 * (2 if self.outputs > STREAMS else 1)
+        weight = self.slice * (2 if self.weight == "bf16" else 4)
+        return self.shared_words * 4 + sums + messages + logits + weight + 1280  # barriers, alignment
+
+    def check(self) -> None:
+        """Raises ValueError naming the choice that cannot be."""
+        if self.columns < RANKS * BOX or self.columns % (RANKS * BOX):
+            raise ValueError(f"columns must be a multiple of {RANKS * BOX}, got {self.columns}")
+        _check_mix(self.outputs, self.post, self.weight)
+        if self.warps not in (4, 8, 12, 16) or self.collapse not in (4, 8):
+            raise ValueError(f"warps must be 4, 8, 12 or 16, and collapse 4 or 8, got {self.warps} and {self.collapse}")
+        if not 1 <= self.held <= 2:
+            raise ValueError(f"held must be 1 or 2, got {self.held}")
+        if not 1 <= self.mixers <= 2 - self.post:
+            raise ValueError(f"mixers must be 1, or without post 2, got {self.mixers}")
+        if self.stages < 2:
+            raise ValueError(f"stages must be at least 2, got {self.stages}")
+        if self.stages * self.stage_bytes + self.fixed_bytes > SHARED_BYTES:
+            raise ValueError(f"{self.stages} stages of {self.stage_bytes} bytes must fit {SHARED_BYTES - self.fixed_bytes}")
+
+    @classmethod
+    def for_shape(cls, tokens: int, columns: int, outputs: int, post: bool, weight: str) -> TogetherConfig | None:
+        """None where D does not fit, and where `MixConfig` is faster: of Flash never, not even one token's; of Pro, whose `fn`
+        a cluster takes longer to read, up to 64 tokens, with `post` up to 384 (H200). As many stages as fit, up to 8.
+        """
+        if columns < RANKS * BOX or columns % (RANKS * BOX):
+            return None
+        blocks = columns // RANKS // BLOCK
+        if blocks > 16 and tokens < (384 if post else 64):
+            return None
+        warps, held = (12, 2) if blocks > 16 else (min(8, -(-blocks // 4) * 4), 2 if blocks > 8 else 1)
+        # With 24 outputs registers are worth more than warps that collapse: 142 us, not 173, for 8192 tokens of Flash.
+        collapse = 8 if outputs == STREAMS and blocks <= 16 else 4
+        one = cls(columns, outputs, post, weight, warps, held, collapse, 1, mixers=2 - post)
+        stages = (SHARED_BYTES - one.fixed_bytes + one.message_bytes) // (one.stage_bytes + one.message_bytes)
+        return replace(one, stages=min(stages, 8)) if stages >= 2 else None
+
+
+def _check_mix(outputs: int, post: bool, weight: str) -> None:
+    if outputs not in (STREAMS, STREAMS * (2 + STREAMS)):
+        raise ValueError(f"outputs must be {STREAMS} or {STREAMS * (2 + STREAMS)}, got {outputs}")
+    if post and outputs == STREAMS:
+        raise ValueError("post must be false for the head's 4 outputs, got True")
+    if weight not in _ELEMENTS:
+        raise ValueError(f"weight must be bf16 or f32, got {weight!r}")
 
 
 @dataclass(frozen=True)

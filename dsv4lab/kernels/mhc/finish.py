@@ -27,14 +27,12 @@ from cutlass.memory import SmemAllocator
 
 from dsv4lab.kernels._common.ptx import copy_bulk, load_words, store_words
 from dsv4lab.kernels.mhc import values as val
+from dsv4lab.kernels.mhc.coefficients import LOGITS, Coefficients, sigmoid
 from dsv4lab.kernels.mhc.config import BATCH, CHUNK, COEFFICIENTS, MANY_FINISH, STREAMS, WARP, MixConfig
 from dsv4lab.kernels.quant.rows import encode as enc
 
 _TEAM = 1  # barrier of the warps that collapse
-_READY, _FREE = 2, 4  # barriers of two batches of logits each
 _EARLY_ROWS = 4  # sums of a lane that fit beside all that `post` holds
-_LOGITS = STREAMS * STREAMS
-_FIRST_LOGIT = 2 * STREAMS  # output with the first entry of comb
 
 
 class Finish:
@@ -42,6 +40,7 @@ class Finish:
 
     def __init__(self, plan: MixConfig) -> None:
         self.plan = plan
+        self.coefficients = Coefficients(plan.columns, plan.outputs)
         self.team = plan.finish * WARP
         self.rows = -(-plan.slices // plan.finish)  # of sums, a warp
         # A token's sums are asked for while the one before is collapsed, unless there is none or no room in registers.
@@ -57,7 +56,6 @@ class Finish:
         post: Any,
         comb: Any,
         partial: Any,
-        progress: Any,
         base: Any,
         scale: Any,
         weight: Any,
@@ -79,7 +77,7 @@ class Finish:
         full = memory.allocate_array(Int64, plan.ring)
         sums = memory.allocate_tensor(Float64, cute.make_layout((WARP, plan.finish, 2)), byte_alignment=16)
         squares = memory.allocate_tensor(Float32, cute.make_layout((plan.finish, 2)), byte_alignment=16)
-        logits = memory.allocate_tensor(Float64, cute.make_layout((_LOGITS, BATCH, 2)), byte_alignment=16)
+        logits = memory.allocate_tensor(Float64, cute.make_layout((LOGITS, BATCH, 2)), byte_alignment=16)
         rounded = memory.allocate_tensor(Uint32, cute.make_layout(plan.columns // 2), byte_alignment=16)
         slots = memory.allocate_tensor(Uint32, cute.make_layout((plan.slot_bytes // 4, plan.ring)), byte_alignment=128)
         tokens = streams.shape[0]
@@ -92,11 +90,11 @@ class Finish:
         cute.arch.barrier()
         if warp < plan.finish:
             self._tokens(
-                streams, y, post, comb, partial, progress, base, scale, weight, new, out, new_post,
+                streams, y, post, comb, partial, base, scale, weight, new, out, new_post,
                 full, sums, squares, logits, rounded, slots, count, eps, hc_eps,
             )  # fmt: skip
         elif cutlass.const_expr(self.whole):
-            self._sinkhorn(logits, new_comb, count, hc_eps, iters)
+            self.coefficients.sinkhorn(logits, new_comb, block, grid, count, hc_eps, iters)
         cute.arch.griddepcontrol_wait()
 
     # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -108,7 +106,6 @@ class Finish:
         post: Any,
         comb: Any,
         partial: Any,
-        progress: Any,
         base: Any,
         scale: Any,
         weight: Any,
@@ -152,12 +149,11 @@ class Finish:
             total = Float64(0.0)
             for w in cutlass.range_constexpr(plan.finish):
                 total = total + sums[lane, w, turn]
-            square = val.shuffle64(total, plan.outputs) * Float64(1.0 / (STREAMS * plan.columns)) + eps.to(Float64)
-            z = total * val.rsqrt64(square) * factor + offset
-            gate = _sigmoid(z)
+            z = self.coefficients.logit(total, factor, offset, eps)
+            gate = sigmoid(z)
             pre = [cute.arch.shuffle_sync(gate, j) + hc_eps for j in range(STREAMS)]
             if cutlass.const_expr(self.whole) and warp == 0:
-                self._hand_over(z, gate, logits, new_post, token, i, count, lane)
+                self.coefficients.hand_over(z, gate, logits, new_post, token, i, count, lane)
             slot = i % plan.ring
             cute.arch.mbarrier_wait(full + slot, i // plan.ring % 2)
             mine = self._collapse(slots, new, rounded, pre, slot, token, thread)
@@ -172,8 +168,6 @@ class Finish:
             for w in cutlass.range_constexpr(plan.finish):
                 whole = enc.add(whole, squares[w, turn])
             self._norm(rounded, weight, out, whole, token, thread, eps)
-            if cutlass.const_expr(plan.window > 0) and thread == 0:
-                cute.arch.atomic_add(progress.iterator, Int32(1), sem="relaxed", scope="gpu")
 
     @cute.jit
     def _copy(self, streams: Any, y: Any, post: Any, comb: Any, slots: Any, full: Any, slot: Any, token: Any) -> None:
@@ -187,7 +181,7 @@ class Finish:
         if cutlass.const_expr(plan.post):
             copy_bulk(target + STREAMS * row, y[token, None].iterator, row, barrier)
             copy_bulk(target + (STREAMS + 1) * row, post[token, None].iterator, STREAMS * 4, barrier)
-            copy_bulk(target + (STREAMS + 1) * row + STREAMS * 4, comb[token, None].iterator, _LOGITS * 4, barrier)
+            copy_bulk(target + (STREAMS + 1) * row + STREAMS * 4, comb[token, None].iterator, LOGITS * 4, barrier)
 
     # ---- sums ------------------------------------------------------------------------------------------------------------
     def _place(self, partial: Any, token: Any, k: int, warp: Any, lane: Any) -> Any:
@@ -226,49 +220,6 @@ class Finish:
             highest = enc.max_u32(highest, got[k])
         return cute.arch.vote_any_sync(highest == Uint32(val.UNSET))
 
-    # ---- coefficients ----------------------------------------------------------------------------------------------------
-    @cute.jit
-    def _hand_over(self, z: Any, gate: Any, logits: Any, new_post: Any, token: Any, i: Any, count: Any, lane: Any) -> None:
-        """post, and the logits of comb to the warp that makes comb of them. By one warp; lanes 8 to 23 have comb."""
-        batch, at = i // BATCH % 2, i % BATCH
-        if at == 0 and i >= 2 * BATCH:
-            cute.arch.barrier(barrier_id=_FREE + batch, number_of_threads=2 * WARP)
-        if lane >= STREAMS and lane < _FIRST_LOGIT:
-            new_post[token, lane - STREAMS] = gate + gate
-        if lane >= _FIRST_LOGIT and lane < _FIRST_LOGIT + _LOGITS:
-            logits[lane - _FIRST_LOGIT, at, batch] = z
-        if at == BATCH - 1 or i == count - 1:
-            cute.arch.barrier_arrive(barrier_id=_READY + batch, number_of_threads=2 * WARP)
-
-    @cute.jit
-    def _sinkhorn(self, logits: Any, new_comb: Any, count: Any, hc_eps: Any, iters: Any) -> None:
-        """Batches of tokens, by one warp, a token a lane: softmax of rows, then columns and rows in turn."""
-        block, _, _ = cute.arch.block_idx()
-        grid, _, _ = cute.arch.grid_dim()
-        lane = cute.arch.lane_idx()
-        for first in cutlass.range(0, count, BATCH, unroll=1):
-            batch = first // BATCH % 2
-            cute.arch.barrier(barrier_id=_READY + batch, number_of_threads=2 * WARP)
-            mine = cutlass.min(lane, cutlass.min(count - first, BATCH) - 1)
-            z = cute.make_rmem_tensor((_LOGITS,), Float64)
-            cute.autovec_copy(logits[None, mine, batch], z)
-            if first + 2 * BATCH < count:
-                cute.arch.barrier_arrive(barrier_id=_FREE + batch, number_of_threads=2 * WARP)
-            a = cute.make_rmem_tensor((_LOGITS,), Float32)
-            for j in cutlass.range_constexpr(STREAMS):
-                row = [z[STREAMS * j + i] for i in range(STREAMS)]
-                largest = _larger(_larger(row[0], row[1]), _larger(row[2], row[3]))
-                power = [val.exponential((row[i] - largest).to(Float32)) for i in range(STREAMS)]
-                by = cute.arch.rcp_approx(enc.add(enc.add(power[0], power[1]), enc.add(power[2], power[3])))
-                for i in cutlass.range_constexpr(STREAMS):
-                    a[STREAMS * j + i] = enc.fma(power[i], by, hc_eps)
-            _divide(a, hc_eps, STREAMS, 1)
-            for _ in cutlass.range(iters - 1, unroll=1):
-                _divide(a, hc_eps, 1, STREAMS)
-                _divide(a, hc_eps, STREAMS, 1)
-            if lane == mine:
-                cute.autovec_copy(a, new_comb[block + (first + lane) * grid, None])
-
     # ---- collapse and norm -----------------------------------------------------------------------------------------------
     @cute.jit
     def _collapse(self, slots: Any, new: Any, rounded: Any, pre: Any, slot: Any, token: Any, thread: Any) -> Any:
@@ -295,11 +246,7 @@ class Finish:
                     val.store_four(cute.local_tile(new[token, j, None], (4,), (chunk,)).iterator, x[j])
             words = []
             for i in cutlass.range_constexpr(4):
-                pairs = [val.halves(x[j][i]) for j in range(STREAMS)]
-                u = [enc.mul(pre[0], pairs[0][h]) for h in range(2)]
-                for j in cutlass.range_constexpr(1, STREAMS):
-                    u = [enc.fma(pre[j], pairs[j][h], u[h]) for h in range(2)]
-                words.append(enc.pack_bf16(*u))
+                words.append(val.collapsed([x[j][i] for j in range(STREAMS)], pre))
                 two = val.halves(words[i])
                 for h in cutlass.range_constexpr(2):
                     square[h] = enc.fma(two[h], two[h], square[h])
@@ -309,40 +256,10 @@ class Finish:
     @cute.jit
     def _norm(self, rounded: Any, weight: Any, out: Any, square: Any, token: Any, thread: Any, eps: Any) -> None:
         plan = self.plan
-        mean = square.to(Float64) * Float64(1.0 / plan.columns) + eps.to(Float64)
-        inverse = val.rsqrt64(mean).to(Float32)
+        inverse = val.inverse_rms(square, plan.columns, eps)
         for chunk in cutlass.range(thread, plan.columns // CHUNK, self.team, unroll=self.unroll):
             w = cute.make_rmem_tensor((CHUNK,), weight.element_type)
             cute.autovec_copy(cute.local_tile(weight, (CHUNK,), (chunk,)), w)
             held = load_words(rounded.iterator.toint() + chunk * 16)
-            words = []
-            for i in cutlass.range_constexpr(4):
-                low, high = val.halves(held[i])
-                low = enc.mul(enc.mul(low, inverse), w[2 * i].to(Float32))
-                high = enc.mul(enc.mul(high, inverse), w[2 * i + 1].to(Float32))
-                words.append(enc.pack_bf16(low, high))
+            words = [val.normed(held[i], inverse, w[2 * i], w[2 * i + 1]) for i in range(4)]
             val.store_four(cute.local_tile(out[token, None], (4,), (chunk,)).iterator, words)
-
-
-def _sigmoid(z: Any) -> Any:
-    """1 / (1 + e^-z) of a float64, within 2^-20; e^-88 and less are as good as 0."""
-    high = z.to(Float32)
-    low = (z - high.to(Float64)).to(Float32)
-    power = val.exponential(enc.negative(high))
-    # e^-(high + low); of the largest z the rest is no correction any more, and must not become infinite
-    low = cute.arch.fmax(cute.arch.fmin(low, Float32(0.5)), Float32(-0.5))
-    return cute.arch.rcp_approx(enc.add(Float32(1.0), enc.fma(power, enc.negative(low), power)))
-
-
-def _larger(a: Any, b: Any) -> Any:
-    return cutlass.select_(b > a, b, a)
-
-
-def _divide(a: Any, eps: Any, line: int, other: int) -> None:
-    """Entries by the sums of their rows (line 1, other 4) or columns (line 4, other 1), plus eps."""
-    for n in range(STREAMS):
-        places = [n * other + k * line for k in range(STREAMS)]
-        low, high = enc.add(a[places[0]], a[places[1]]), enc.add(a[places[2]], a[places[3]])
-        by = cute.arch.rcp_approx(enc.add(enc.add(low, high), eps))
-        for place in places:
-            a[place] = enc.mul(a[place], by)

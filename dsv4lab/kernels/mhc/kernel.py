@@ -1,7 +1,7 @@
 """`pre`, `post_pre` and `head` as CuTeDSL compiles them: the projection and, beside it, what follows from it (PDL).
 
-The order of launches makes waiting safe: CTAs of `finish` start once every CTA of `project` runs, and what `project`
-may wait for it stops waiting for (`Project._hold`).
+The order of launches makes waiting safe: CTAs of `finish` start once every CTA of `project` runs, and nothing there waits for
+them. Of a few tokens, and of D that clusters do not divide; of many tokens see `together`.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -35,7 +35,6 @@ class Mix:
         comb: Any,
         fn: Any,
         partial: Any,
-        progress: Any,
         base: Any,
         scale: Any,
         weight: Any,
@@ -52,15 +51,15 @@ class Mix:
     ) -> None:
         """streams, new (M, 4, D / 2), y, out (M, D / 2) words of two BF16; post, new_post (M, 4), comb, new_comb (M, 16) f32.
 
-        fn: `prepared`; partial (M, slices, row) words, `UNSET` before and after; progress (1,) i32
-        counts tokens, from anywhere; base (N,), scale (3,) or (1,) f32; weight (D,).
+        fn: `prepared`; partial (M, slices, row) words, `UNSET` before and after; base (N,), scale (3,) or (1,) f32;
+        weight (D,).
         y, post, comb and new are read and written with `post` only, new_post and new_comb not by the head. M > 0.
         """
         plan = self.plan
         how = dict(min_blocks_per_mp=1, preferred_smem_carveout=_CARVEOUT, stream=stream, use_pdl=True)
-        self.project.kernel(streams, y, post, comb, fn, partial, progress).launch(
+        self.project.kernel(streams, y, post, comb, fn, partial).launch(
             grid=[plan.slices, groups, 1], block=[plan.warps * WARP, 1, 1], max_number_threads=[plan.project_bound, 1, 1], **how
         )
         self.finish.kernel(
-            streams, y, post, comb, partial, progress, base, scale, weight, new, out, new_post, new_comb, eps, hc_eps, iters
+            streams, y, post, comb, partial, base, scale, weight, new, out, new_post, new_comb, eps, hc_eps, iters
         ).launch(grid=[ctas, 1, 1], block=[plan.finish_threads, 1, 1], max_number_threads=[plan.finish_bound, 1, 1], **how)

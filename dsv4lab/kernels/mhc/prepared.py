@@ -12,11 +12,13 @@ along K alike, which a sum does not mind, and are read 8 bytes a lane.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
-from dsv4lab.kernels.mhc.config import BLOCK, PARTS, STREAMS, WARP
+from dsv4lab.kernels.mhc.config import BLOCK, HALVES, PARTS, STREAMS, WARP
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,11 @@ class _Entry:
 
     source: weakref.ref[torch.Tensor]
     state: tuple[int, int]
-    made: torch.Tensor
+    made: Any
 
 
-_known: dict[int, _Entry] = {}
+Made = TypeVar("Made")
+_known: dict[tuple[int, str], _Entry] = {}
 
 
 def prepare(fn: torch.Tensor) -> torch.Tensor:
@@ -50,18 +53,49 @@ def prepare(fn: torch.Tensor) -> torch.Tensor:
     return words.transpose(2, 3).contiguous()
 
 
+def prepare_halves(fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fn (N, 4 D) f32 -> (D / 16, words / 4, 32, 4) i32 as two FP16, and what each output is to be multiplied by (N,) f32.
+
+    An output's numbers are scaled by a power of two, so that the largest lies in 2^14 .. 2^15. Lane (g, q) has, of output
+    8 n + g and stream j, columns 2 q, 2 q + 1 and 8 + 2 q, 9 + 2 q of the block: fragments as `ldmatrix` has the streams'.
+    Words run over (stream, part, tile of 8 outputs, half); rows past N are zero.
+    """
+    outputs, blocks = fn.shape[0], fn.shape[1] // (STREAMS * BLOCK)
+    tiles = -(-outputs // 8)
+    # as if all zeros were below 2^-100, so that the powers of two remain float32
+    exponent = torch.frexp(fn.abs().amax(1).double()).exponent.clamp(min=-100)
+    padded = torch.zeros(tiles * 8, fn.shape[1], dtype=torch.float64, device=fn.device)
+    padded[:outputs] = torch.ldexp(fn.double(), (15 - exponent)[:, None])
+    high = padded.half()
+    parts = torch.stack([high, (padded - high.double()).half()])
+    # (part, tile, g, stream, block, half, q, pair) -> (block, stream, part, tile, half, g, q, pair)
+    split = parts.view(HALVES, tiles, 8, STREAMS, blocks, 2, 4, 2).permute(4, 3, 0, 1, 5, 2, 6, 7)
+    words = split.contiguous().view(torch.int32).view(blocks, -1, 4, WARP)
+    return words.transpose(2, 3).contiguous(), torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 15)
+
+
 def prepared(fn: torch.Tensor) -> torch.Tensor:
     """`prepare`, from memory where `fn` has not changed since.
 
     Making it waits for the device: kernels read it before the kernel ahead of them has ended.
     """
+    return _remembered(fn, "parts", prepare)
+
+
+def prepared_halves(fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`prepare_halves`, likewise."""
+    return _remembered(fn, "halves", prepare_halves)
+
+
+def _remembered(fn: torch.Tensor, form: str, make: Callable[[torch.Tensor], Made]) -> Made:
     state = fn.data_ptr(), -1 if fn.is_inference() else fn._version
-    found = _known.get(id(fn))
+    key = id(fn), form
+    found = _known.get(key)
     if found is None or found.source() is not fn or found.state != state:
-        made = prepare(fn)
+        made = make(fn)
         if fn.device.type == "cuda":
             torch.cuda.current_stream(fn.device).synchronize()
         if found is None:
-            weakref.finalize(fn, _known.pop, id(fn), None)
-        found = _known[id(fn)] = _Entry(weakref.ref(fn), state, made)
+            weakref.finalize(fn, _known.pop, key, None)
+        found = _known[key] = _Entry(weakref.ref(fn), state, made)
     return found.made

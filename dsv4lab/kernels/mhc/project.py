@@ -10,11 +10,8 @@ slices in float64 by `finish`: the tensor core's own rounding over a long K neve
 
 With `post` the streams are those of `mhc_post` (`values.new_words`); they are not stored here.
 A sum is a message of its own: 32 bits that are not `UNSET`. No fences and no flags, so `finish` may run beside this kernel.
-It reads the same tokens, from L2 if it is not far behind: this kernel lets it catch up when it is `window` tokens ahead of what
-is finished, but waits no longer than it has patience for, so that it never depends on a kernel that is started after it.
 
-Bytes: streams (and y) once; of sums 100 a token and slice, written here, read and cleared by `finish`: Flash 268 + 26 MB for
-8192 tokens. 9.7 G multiply-adds of `mma.sync`, 20 to 30 us of an H200's tensor cores, beside 70 us of memory.
+Bytes: streams (and y) once; of sums 100 a token and slice, written here, read and cleared by `finish`.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -43,7 +40,7 @@ class Project:
         self.pitch = plan.tiles * 8 + 2  # floats of a token's sums; even, and a warp's stores hit every bank as often
 
     @cute.kernel
-    def kernel(self, streams: Any, y: Any, post: Any, comb: Any, fn: Any, partial: Any, progress: Any) -> None:
+    def kernel(self, streams: Any, y: Any, post: Any, comb: Any, fn: Any, partial: Any) -> None:
         plan = self.plan
         ahead = plan.ahead
         thread, _, _ = cute.arch.thread_idx()
@@ -66,8 +63,6 @@ class Project:
             for i in cutlass.range_constexpr(4):
                 held[4 * v + i] = words[i]
         cute.arch.griddepcontrol_wait()
-        counter = progress.iterator
-        start = Int32(val.load_relaxed(counter)) if plan.window else Int32(0)  # nobody adds to it before the next line
         # Only now: what this lets start may then read what this kernel reads.
         cute.arch.griddepcontrol_launch_dependents()
 
@@ -81,26 +76,14 @@ class Project:
         if cutlass.const_expr(plan.post):
             cute.arch.cp_async_wait_group(ahead - 1)
             cute.arch.barrier()
-        seen, patience = start, Int32(plan.patience)
         for tile in cutlass.range(group, tiles, groups * ahead, unroll=1):
             for b in cutlass.range_constexpr(ahead):
                 current = tile + b * groups
                 if current < tiles:
-                    if cutlass.const_expr(plan.window > 0) and warp == 0:  # the others meet it at the tile's barrier
-                        patience = self._hold(counter, seen - start, start, current * TILE - plan.window, patience)
-                        seen = Int32(val.load_relaxed(counter))  # for the next tile, which need not wait for it
                     self._tile(coefficients, held, x, added, sums, partial, b, current, piece, warp, lane, thread)
                     self._load(streams, y, x, added, b, current + ahead * groups, block, lane)
                     if cutlass.const_expr(plan.post):
                         self._load_coefficients(post, comb, coefficients, b, current + ahead * groups, thread)
-
-    @cute.jit
-    def _hold(self, counter: Any, done: Any, start: Any, needed: Any, patience: Any) -> Any:
-        """Wait until so many tokens are finished, unless that takes too long: nothing says that `finish` runs already."""
-        while done < needed and patience > 0:
-            done = Int32(val.load_relaxed(counter)) - start
-            patience -= 1
-        return patience
 
     @cute.jit
     def _load(self, streams: Any, y: Any, x: Any, added: Any, b: cutlass.Constexpr, tile: Any, block: Any, lane: Any) -> None:

@@ -57,6 +57,36 @@ def store_relaxed(address: Any, word: Any) -> None:
     cute.arch.inline_ptx("st.relaxed.gpu.global.b32 [{$r0}], {$r1};", read_only_args=[address, word])
 
 
+def load_shared(address: Any) -> Any:
+    """A float of shared memory."""
+    return cute.arch.inline_ptx("ld.shared.f32 {$w0}, [{$r0}];", write_only_types=[Float32], read_only_args=[address])
+
+
+def store_two_shared(address: Any, pair: list[Any]) -> None:
+    """Two floats to shared memory."""
+    cute.arch.inline_ptx("st.shared.v2.f32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, *pair])
+
+
+def _send(form: str, values: str) -> str:
+    """To the same place in CTA $r2's shared memory, counted by the mbarrier at $r1 there."""
+    return (
+        "{ .reg .b32 there, counter; mapa.shared::cluster.u32 there, {$r0}, {$r2}; "
+        "mapa.shared::cluster.u32 counter, {$r1}, {$r2}; "
+        f"st.async.shared::cluster.mbarrier::complete_tx::bytes.{form} [there], {values}, [counter]; }}"
+    )
+
+
+def send_four(target: Any, barrier: Any, rank: Any, four: list[Any]) -> None:
+    """Four floats to another CTA of the cluster."""
+    code = _send("v4.f32", "{{$r3}, {$r4}, {$r5}, {$r6}}")
+    cute.arch.inline_ptx(code, read_only_args=[target, barrier, rank, *four])
+
+
+def send_one(target: Any, barrier: Any, rank: Any, value: Any) -> None:
+    """A float, likewise."""
+    cute.arch.inline_ptx(_send("f32", "{$r3}"), read_only_args=[target, barrier, rank, value])
+
+
 def copy_async(target: Any, source: Any) -> None:
     """16 bytes from global to shared memory."""
     cute.arch.inline_ptx("cp.async.cg.shared.global [{$r0}], [{$r1}], 16;", read_only_args=[target, source])
@@ -86,10 +116,10 @@ def new_words(y: Any, x: list[Any], post: list[Any], comb: list[Any]) -> list[An
     return found
 
 
-def mma(total: Any, first: int, a: list[Any], b: list[Any]) -> None:
-    """total[first .. first + 3] += a b, a 16 x 8 x 16 product of BF16 in float32."""
+def mma(total: Any, first: int, a: list[Any], b: list[Any], kind: str = "bf16") -> None:
+    """total[first .. first + 3] += a b, a 16 x 8 x 16 product of BF16 (or f16) in float32."""
     out = cute.arch.inline_ptx(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
         "{{$w0}, {$w1}, {$w2}, {$w3}}, {{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}}, {{$r6}, {$r7}, {$r8}, {$r9}};",
         write_only_types=[Float32] * 4,
         read_only_args=[*a, *b, *(total[first + i] for i in range(4))],
@@ -124,6 +154,39 @@ def shuffle64(value: Any, lane: Any) -> Any:
     )
     low, high = (cute.arch.shuffle_sync(half, lane) for half in (low, high))
     return cute.arch.inline_ptx("mov.b64 {$w0}, {{$r0}, {$r1}};", write_only_types=[Float64], read_only_args=[low, high])
+
+
+def larger_pair(a: Any, b: Any) -> Any:
+    """Of two pairs of BF16 the larger magnitudes; signs mean nothing."""
+    code = "max.xorsign.abs.bf16x2 {$w0}, {$r0}, {$r1};"
+    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a, b])
+
+
+def pack_f16(low: Any, high: Any) -> Any:
+    """Two float32, rounded, in a word of two FP16."""
+    return cute.arch.inline_ptx("cvt.rn.f16x2.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[high, low])
+
+
+def collapsed(x: list[Any], pre: list[Any]) -> Any:
+    """sum_j pre[j] X[j] of two neighbouring columns, rounded to a word."""
+    pairs = [halves(word) for word in x]
+    u = [enc.mul(pre[0], pairs[0][h]) for h in range(2)]
+    for j in range(1, STREAMS):
+        u = [enc.fma(pre[j], pairs[j][h], u[h]) for h in range(2)]
+    return enc.pack_bf16(*u)
+
+
+def inverse_rms(square: Any, columns: int, eps: Any) -> Any:
+    """1 / sqrt(square / columns + eps), float32."""
+    return rsqrt64(square.to(Float64) * Float64(1.0 / columns) + eps.to(Float64)).to(Float32)
+
+
+def normed(word: Any, inverse: Any, low_weight: Any, high_weight: Any) -> Any:
+    """Two collapsed columns times 1 / rms, then times their weights, rounded to a word."""
+    low, high = halves(word)
+    return enc.pack_bf16(
+        enc.mul(enc.mul(low, inverse), low_weight.to(Float32)), enc.mul(enc.mul(high, inverse), high_weight.to(Float32))
+    )
 
 
 def over_lanes(value: Any, distances: tuple[int, ...], combine: Any) -> Any:

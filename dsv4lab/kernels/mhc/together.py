@@ -1,0 +1,329 @@
+"""`pre`, `post_pre` and `head` of many tokens in one pass over the streams: 16 CTAs of a cluster share D, and every token.
+
+A CTA keeps its sixteenth of `fn` for the whole launch, in registers and, where D is long, in shared memory. Tiles of 16 tokens
+come by TMA and stay until they are collapsed, so that the streams are read from memory once. The CTAs send each other 16-byte
+messages into shared memory (`st.async`), which an mbarrier there counts. Of every tile
+
+    project     a warp multiplies blocks of 16 columns; sums over these warps through shared memory; the sums of token t go to
+                CTA t, which has that token's coefficients to make
+    collapse    other warps, when coefficients have come: u = sum_j pre[j] X[j], rounded; sums of squares go to all CTAs
+    norm        then u / rms * weight, stored
+
+    loads (a warp)     streams; with `post` also y, post, comb    full: have arrived    empty: are projected, collapsed (stored)
+    coefficients (a warp), Sinkhorn (a warp)    see `coefficients`
+    stores (a warp)    with `post`: new streams, which `project` left in their places, by TMA
+
+There are more places for messages than there are stages, and nobody is so far ahead: a tile is projected only when its stage
+is free, so that the tile there before has been collapsed by the whole CTA; for which all CTAs had sent that tile's
+coefficients, and so had taken its sums, and the tile before it, or one more before, had been normed.
+
+Numbers: `fn` is two FP16 whose sum has 22 bits, scaled by a power of two for each output; a block of streams is scaled by a
+power of two for each token and warp, which makes a BF16 an FP16 without loss down to 2^-28 of the largest. So two products
+take the place of float32's. A product's sum runs over one warp's columns; sums over warps in float32, over CTAs in float64.
+
+Bytes: streams (and y) once, x (and new streams) once: Flash 336 MB (674 MB with `post`) for 8192 tokens. Flops of the tensor
+core: 6.4 G multiply-adds (11.3 G for Pro), some 25 us (45) beside 80 us (140).
+
+Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
+"""
+
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Float64, Int32, Int64, Uint32
+from cutlass.cute.nvgpu import cpasync
+from cutlass.memory import SmemAllocator
+
+from dsv4lab.kernels._common.ptx import copy_bulk
+from dsv4lab.kernels._common.rings import Ring
+from dsv4lab.kernels.mhc import values as val
+from dsv4lab.kernels.mhc.coefficients import LOGITS, Coefficients, sigmoid
+from dsv4lab.kernels.mhc.config import BATCH, BOX, COEFFICIENTS, RANKS, STREAMS, TILE, WARP, TogetherConfig
+from dsv4lab.kernels.mhc.together_streams import GATES, STREAM_BYTES, SUMS, Collapsing, Mail, Memory, Place, Projecting
+from dsv4lab.kernels.quant.rows import encode as enc
+
+_BOX_WORDS = BOX // 2
+
+
+class Together:
+    """The kernel of one `TogetherConfig`."""
+
+    def __init__(self, plan: TogetherConfig) -> None:
+        plan.check()
+        self.plan = plan
+        self.coefficients = Coefficients(plan.columns, plan.outputs, plan.mixers)
+        self.whole = plan.outputs > STREAMS  # not the head: post and comb are results
+        self.tile_bytes = plan.boxes * STREAMS * STREAM_BYTES
+
+    @cute.jit
+    def __call__(
+        self,
+        streams: Any,
+        y: Any,
+        post: Any,
+        comb: Any,
+        fn: Any,
+        unit: Any,
+        base: Any,
+        scale: Any,
+        weight: Any,
+        new: Any,
+        out: Any,
+        new_post: Any,
+        new_comb: Any,
+        eps: Float32,
+        hc_eps: Float32,
+        iters: Int32,
+        ctas: Int32,
+        stream: Any,
+    ) -> None:
+        """Arguments as for `Mix`, but fn, unit: `prepare_halves`; ctas: a multiple of 16."""
+        plan = self.plan
+        swizzle = cute.make_swizzle(3, 4, 3)  # of 128 bytes
+        box = cute.make_composed_layout(
+            swizzle, 0, cute.make_layout((TILE, STREAMS, _BOX_WORDS), stride=(_BOX_WORDS, TILE * _BOX_WORDS, 1))
+        )
+        flat = cute.make_composed_layout(swizzle, 0, cute.make_layout((TILE, _BOX_WORDS), stride=(_BOX_WORDS, 1)))
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        load_x, tma_x = cpasync.make_tiled_tma_atom(load, streams, box, (TILE, STREAMS, _BOX_WORDS))
+        load_y, tma_y, store_x, tma_new = None, y, None, new
+        if cutlass.const_expr(plan.post):
+            load_y, tma_y = cpasync.make_tiled_tma_atom(load, y, flat, (TILE, _BOX_WORDS))
+            store_x, tma_new = cpasync.make_tiled_tma_atom(store, new, box, (TILE, STREAMS, _BOX_WORDS))
+        self.kernel(
+            load_x, tma_x, load_y, tma_y, store_x, tma_new, post, comb, fn, unit, base, scale, weight, out, new_post, new_comb,
+            eps, hc_eps, iters,
+        ).launch(
+            grid=[ctas, 1, 1], block=[plan.threads, 1, 1], cluster=[RANKS, 1, 1], min_blocks_per_mp=1,
+            stream=stream, use_pdl=True,
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self,
+        load_x: Any,
+        streams: Any,
+        load_y: Any,
+        y: Any,
+        store_x: Any,
+        new: Any,
+        post: Any,
+        comb: Any,
+        fn: Any,
+        unit: Any,
+        base: Any,
+        scale: Any,
+        weight: Any,
+        out: Any,
+        new_post: Any,
+        new_comb: Any,
+        eps: Float32,
+        hc_eps: Float32,
+        iters: Int32,
+    ) -> None:
+        plan = self.plan
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        warp = cute.arch.make_warp_uniform(thread // WARP)
+        cluster, clusters = block // RANKS, grid // RANKS
+        count = (cute.ceil_div(out.shape[0], TILE) - cluster + clusters - 1) // clusters
+        place = Place(block % RANKS, cluster, clusters, count)
+
+        memory = SmemAllocator()
+        ring = Ring.allocate(memory, plan.stages)
+        made = memory.allocate_array(Int64, plan.stages)  # new streams are in their places
+        swizzle = cute.make_swizzle(3, 4, 3)
+        x = memory.allocate_tensor(
+            Uint32,
+            cute.make_layout(
+                (TILE, STREAMS, _BOX_WORDS, plan.boxes, plan.stages),
+                stride=(_BOX_WORDS, TILE * _BOX_WORDS, 1, STREAMS * TILE * _BOX_WORDS, self.tile_bytes // 4),
+            ),
+            byte_alignment=1024,
+            swizzle=swizzle,
+        )
+        added = x
+        given = made
+        if cutlass.const_expr(plan.post):
+            added = memory.allocate_tensor(
+                Uint32,
+                cute.make_layout(
+                    (TILE, _BOX_WORDS, plan.boxes, plan.stages),
+                    stride=(_BOX_WORDS, 1, TILE * _BOX_WORDS, plan.boxes * TILE * _BOX_WORDS),
+                ),
+                byte_alignment=1024,
+                swizzle=swizzle,
+            )
+            given = memory.allocate_array(Float32, plan.stages * TILE * COEFFICIENTS)
+        rest = memory.allocate_tensor(Uint32, cute.make_layout(max(plan.shared_words, 4)), byte_alignment=16)
+        sums = memory.allocate_tensor(Float32, cute.make_layout((plan.pitch, TILE, plan.warps)), byte_alignment=16)
+        squares = memory.allocate_tensor(Float32, cute.make_layout((TILE, plan.warps)), byte_alignment=16)
+        totals = memory.allocate_tensor(Float32, cute.make_layout((TILE, 2)), byte_alignment=16)
+        mail = Mail(
+            memory.allocate_tensor(Float32, cute.make_layout((4 * plan.vectors, RANKS, plan.messages)), byte_alignment=16),
+            memory.allocate_tensor(Float32, cute.make_layout((STREAMS, TILE, plan.messages)), byte_alignment=16),
+            memory.allocate_tensor(Float32, cute.make_layout((TILE, RANKS, plan.messages)), byte_alignment=16),
+            memory.allocate_array(Int64, 3 * plan.messages),
+            plan.vectors,
+            plan.messages,
+        )
+        logits = memory.allocate_tensor(Float64, cute.make_layout((LOGITS, BATCH, 2 if self.whole else 1)), byte_alignment=16)
+        held_weight = memory.allocate_tensor(weight.element_type, cute.make_layout(plan.slice), byte_alignment=16)
+
+        others = plan.warps + plan.collapse
+        if warp == others:
+            ring.init(full=1, empty=plan.warps + plan.collapse + plan.post)
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(plan.stages):
+                    cute.arch.mbarrier_init(made + i, plan.warps)
+                for i in cutlass.range_constexpr(plan.messages):
+                    for kind in cutlass.range_constexpr(3):
+                        cute.arch.mbarrier_init(mail.barrier(kind, i), 1)
+                        if i < count:
+                            mail.expect(kind, i)
+            cute.arch.mbarrier_init_fence()
+        for i in cutlass.range(thread, plan.slice, plan.threads, unroll=1):
+            held_weight[i] = weight[place.rank * plan.slice + i]
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+
+        project_registers, collapse_registers, service_registers = plan.registers
+        at = (x.iterator.toint(), added.iterator.toint(), given.toint(), rest.iterator.toint())
+        room = Memory(*at, sums, squares, totals, held_weight)
+        if warp < plan.warps:
+            cute.arch.setmaxregister_increase(project_registers)
+            Projecting(plan, place, mail, room, ring, made, warp, plan.warps).run(fn, out.shape[0])
+        elif warp < others:
+            cute.arch.setmaxregister_decrease(collapse_registers)
+            Collapsing(plan, place, mail, room, ring, made, warp - plan.warps, plan.collapse).run(out, eps)
+        else:
+            cute.arch.setmaxregister_decrease(service_registers)
+            if warp == others:
+                self._load(load_x, streams, load_y, y, post, comb, x, added, given, ring, place)
+            elif warp == others + 1:
+                self._sinkhorn(logits, new_comb, place, out.shape[0], hc_eps, iters)
+            elif warp < others + 2 + plan.mixers:
+                self._mix(mail, place, unit, base, scale, logits, new_post, eps, hc_eps, warp - others - 2)
+            elif cutlass.const_expr(plan.post):
+                self._store(store_x, new, x, ring, made, place)
+
+    def _mine(self, place: Place, tokens: Any) -> tuple[Any, Any, Any]:
+        """The tokens whose coefficients this CTA makes: first, step, number."""
+        first, step = place.cluster * TILE + place.rank, place.clusters * TILE
+        return first, step, cutlass.max(tokens - first + step - 1, 0) // step
+
+    # ---- loads and stores ------------------------------------------------------------------------------------------------
+    @cute.jit
+    def _load(
+        self,
+        load_x: Any,
+        streams: Any,
+        load_y: Any,
+        y: Any,
+        post: Any,
+        comb: Any,
+        x: Any,
+        added: Any,
+        given: Any,
+        ring: Any,
+        place: Any,
+    ) -> None:
+        plan = self.plan
+        source = cute.local_tile(streams, (TILE, STREAMS, _BOX_WORDS), (None, 0, None))
+        to_x, from_x = cpasync.tma_partition(
+            load_x, 0, cute.make_layout(1), cute.group_modes(x, 0, 3), cute.group_modes(source, 0, 3)
+        )
+        to_y, from_y = to_x, from_x
+        if cutlass.const_expr(plan.post):
+            source = cute.local_tile(y, (TILE, _BOX_WORDS), (None, None))
+            to_y, from_y = cpasync.tma_partition(
+                load_y, 0, cute.make_layout(1), cute.group_modes(added, 0, 2), cute.group_modes(source, 0, 2)
+            )
+        cute.arch.griddepcontrol_wait()
+        for i in cutlass.range(place.count, unroll=1):
+            tile, stage = place.tile(i), ring.stage(i)
+            ring.wait_empty(i)
+            barrier = ring.full(i)
+            size = Int32(self.tile_bytes)
+            if cutlass.const_expr(plan.post):
+                tokens = cutlass.min(post.shape[0] - tile * TILE, TILE)
+                size = self.tile_bytes + plan.boxes * STREAM_BYTES + tokens * (COEFFICIENTS * 4)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)
+            for b in cutlass.range_constexpr(plan.boxes):
+                column = place.rank * plan.boxes + b
+                cute.copy(load_x, from_x[None, tile, column], to_x[None, b, stage], tma_bar_ptr=barrier)
+                if cutlass.const_expr(plan.post):
+                    cute.copy(load_y, from_y[None, tile, column], to_y[None, b, stage], tma_bar_ptr=barrier)
+            if cutlass.const_expr(plan.post):
+                target = given.toint() + stage * (TILE * COEFFICIENTS * 4)
+                with cute.arch.elect_one():
+                    copy_bulk(target, post[tile * TILE, None].iterator, tokens * (STREAMS * 4), barrier)
+                    copy_bulk(target + TILE * STREAMS * 4, comb[tile * TILE, None].iterator, tokens * (LOGITS * 4), barrier)
+
+    @cute.jit
+    def _store(self, store_x: Any, new: Any, x: Any, ring: Any, made: Any, place: Any) -> None:
+        """New streams to memory; a stage may be filled again once they are read."""
+        plan = self.plan
+        target = cute.local_tile(new, (TILE, STREAMS, _BOX_WORDS), (None, 0, None))
+        from_x, to_new = cpasync.tma_partition(
+            store_x, 0, cute.make_layout(1), cute.group_modes(x, 0, 3), cute.group_modes(target, 0, 3)
+        )
+        if cute.arch.lane_idx() == 0:
+            for i in cutlass.range(place.count, unroll=1):
+                stage = ring.stage(i)
+                cute.arch.mbarrier_wait(made + stage, i // plan.stages % 2)
+                for b in cutlass.range_constexpr(plan.boxes):
+                    cute.copy(store_x, from_x[None, b, stage], to_new[None, place.tile(i), place.rank * plan.boxes + b])
+                cute.arch.cp_async_bulk_commit_group()
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+                cute.arch.mbarrier_arrive(ring.empty(i))
+            cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    # ---- coefficients ----------------------------------------------------------------------------------------------------
+    @cute.jit
+    def _mix(
+        self,
+        mail: Any,
+        place: Any,
+        unit: Any,
+        base: Any,
+        scale: Any,
+        logits: Any,
+        new_post: Any,
+        eps: Any,
+        hc_eps: Any,
+        mixer: Any,
+    ) -> None:
+        """Of every tile, or every other, the coefficients of one token, to all CTAs."""
+        plan = self.plan
+        lane = cute.arch.lane_idx()
+        output = cutlass.min(lane, plan.outputs - 1)
+        factor = scale[cutlass.min(output // STREAMS, 2)].to(Float64) * unit[output].to(Float64)
+        offset = base[output].to(Float64)
+        first, step, mine = self._mine(place, new_post.shape[0] if self.whole else Int32(0))
+        for i in cutlass.range(mixer, place.count, plan.mixers, unroll=1):
+            mail.wait(SUMS, i)
+            parts = [mail.sums[cutlass.min(lane, plan.outputs), r, mail.turn(i)].to(Float64) for r in range(RANKS)]
+            total = enc.tree(lambda a, b: a + b, parts)
+            if lane == 0 and i + mail.count < place.count:
+                mail.expect(SUMS, i)
+            z = self.coefficients.logit(total, factor, offset, eps)
+            gate = sigmoid(z)
+            pre = [cute.arch.shuffle_sync(gate, j) + hc_eps for j in range(STREAMS)]
+            if lane < RANKS:
+                target = mail.gates[None, place.rank, mail.turn(i)].iterator.toint()
+                val.send_four(target, mail.barrier(GATES, i).toint(), lane, pre)
+            if cutlass.const_expr(self.whole) and i < mine:
+                self.coefficients.hand_over(z, gate, logits, new_post, first + i * step, i, mine, lane)
+        if cutlass.const_expr(self.whole and plan.mixers > 1):
+            self.coefficients.leave(mixer, mine)
+
+    @cute.jit
+    def _sinkhorn(self, logits: Any, new_comb: Any, place: Any, tokens: Any, hc_eps: Any, iters: Any) -> None:
+        if cutlass.const_expr(self.whole):
+            first, step, count = self._mine(place, tokens)
+            self.coefficients.sinkhorn(logits, new_comb, first, step, count, hc_eps, iters)
