@@ -216,6 +216,9 @@ class Seen:
     def know(self, ptx: str, cubin: bytes) -> None:
         self.inner.know(ptx, cubin)
 
+    def clusters(self, size: int) -> int:
+        return self.inner.clusters(size)
+
     def call(self, function: Callable[..., Any], *args: Any) -> None:
         name = launch.name_of(function)
         if name not in self.names:

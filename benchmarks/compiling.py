@@ -56,6 +56,9 @@ class Nowhere:
     def know(self, ptx: str, cubin: bytes) -> None:
         pass
 
+    def clusters(self, size: int) -> int:
+        return self.multiprocessors // size
+
     def call(self, function: Callable[..., Any], *args: Any) -> None:
         pass
 

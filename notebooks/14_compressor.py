@@ -149,7 +149,7 @@ for name, form, schedule in cases:
     if exact:
         errors[name] = (mine - theirs).abs().cpu() / float(theirs.abs().max())
 print(f"the bar is {2.0**-20:.2g}")
-viz.plot_error_histogram(errors, relative=True, quantiles=(), num_bins=40);
+viz.plot_error_histogram(errors, relative=True, quantiles=(), num_bins=40)
 
 # %% [markdown]
 # ## 4. Anywhere: steps, and one go
@@ -174,7 +174,7 @@ for n in ends:
     token = (state[:, None, 0] == here["values"][:n]).all(-1).int().argmax(-1)  # whose values lie in each place
     held.append(torch.where(state[:, 1, 0] == -torch.inf, -1, token).cpu())
 lab.check("places: p mod 11", held[-1] % 11, torch.arange(11), max_abs=0)
-viz.plot_window_ring(torch.stack(held), names=[f"CSA, R = 8 + 3, {n} tokens" for n in ends]);
+viz.plot_window_ring(torch.stack(held), names=[f"CSA, R = 8 + 3, {n} tokens" for n in ends])
 
 # %% [markdown]
 # ## 5. Taking tokens back
@@ -204,7 +204,8 @@ lab.check_that("R = 8 + 3: numbers of the ring that differ", differing, "==", 0)
 # %% [markdown]
 # ## 6. What it moves and uses
 #
-# Values and scores are float32: 8 bytes a channel. The log of a simulated step of an HCA layer, then what launches use.
+# Values and scores are float32: 8 bytes a channel. The log of a simulated step of an HCA layer, then what launches use: all 16
+# loads of a lane go out together, for which HCA, in rounds, has a few registers too little.
 
 # %%
 host = {name: pooling.fresh(inputs, ring=pooling.span(inputs)) for name, inputs in steps.items()}
@@ -216,7 +217,7 @@ viz.plot_traffic(**trace.traffic().figure())
 with hopper.running(cpu) as launches:
     for name, inputs in host.items():
         ops.compress(**pooling.piece(inputs, 0, lengths[name]))
-viz.plot_resources(**sections.print_uses(launches.launches, cache, list(host)))
+viz.plot_resources(**sections.print_uses(launches.launches, cache, list(host), most_spilled=200))
 
 # %% [markdown]
 # ## 7. Predicted and measured

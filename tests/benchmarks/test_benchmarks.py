@@ -20,7 +20,7 @@ from dsv4lab.kernels.gemm.mixed.layout import prepare
 from dsv4lab.reference import quant
 
 CEILINGS = Ceilings(copy=4e12, bf16=8e14)
-LEAST_KERNELS = {"indexer": 5, "attention": 4, "head": 20}  # that a suite asks for; others ask for more than twenty
+LEAST_KERNELS = {"indexer": 5, "attention": 4, "head": 20, "mhc": 14}  # that a suite asks for; others ask for more than twenty
 
 
 class Watch:

@@ -99,7 +99,8 @@ def make_case(
     q = (2 * random(len(at), heads, DIM)).to(BF16)
     sinks = 2 * random(heads) if sinks is None else sinks.to(device)
     args = (q, sinks, window, None if kind == "window" else entries, table, at, seq, chosen)
-    how = dict(window=WINDOW, ring_len=ring_len, ratio=ratio, scale=SCALE, record=record)
+    # as a layer without entries says it
+    how = dict(window=WINDOW, ring_len=ring_len, ratio=ratio if kind != "window" else 0, scale=SCALE, record=record)
     return Case(args, how | dict(window_page=WINDOW_PAGE, entry_page=entry_page, rope_dim=ROPE_DIM))
 
 

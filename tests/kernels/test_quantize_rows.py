@@ -165,7 +165,7 @@ def test_multiplied_codes_round_like_quotients() -> None:
         rows.append(torch.nn.functional.pad(block, (1, 0), value=top).flatten())
     x = torch.stack(rows).bfloat16()
     x = torch.nn.functional.pad(x, (0, -x.shape[1] % 192)).view(-1, 192).contiguous()
-    for scale in (1.0, 2.0**-3, 0.75, 1.0 / 3, 255 / 896, 129 / 168, 0.7, 1.0000001, 191 / 21, 3.0**-20, 2.0**50):
+    for scale in (1.0, 2.0**-3, 0.75, 1.0 / 3, 255 / 896, 129 / 168, 0.7, 1.0000001, 191 / 21, 3.0**-20, 2.0**50, 6 / 2688):
         given = torch.tensor(scale)
         x_scaled = (x.float() * 2.0 ** float(torch.tensor(scale / 2).log2().floor())).bfloat16()
         got = simulated("sm_90a", api.quantize_nvfp4, x_scaled, given)
@@ -214,6 +214,32 @@ def test_any_schedule_and_no_race(schedule: str) -> None:
     assert same(got, per_row(norm.rmsnorm(x, weight, eps=EPS)))
     x = wild(5, 192, BF16)
     assert same(simulated("sm_90a", api.quantize_nvfp4, x, how=how), quant.quantize_nvfp4(x))
+
+
+@pytest.mark.parametrize("schedule", ["lazy", "random"])
+def test_ctas_go_on_from_rows_to_rows(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several turns of each CTA; rows that meet in a warp and in a CTA, the last CTA without some of its rows; far rows."""
+    monkeypatch.setattr(config, "_FEW_ROWS", 4)
+    sim.enable("sm_90a", multiprocessors=1)
+    how = dict(schedule=schedule, seed=5, checks=sim.Checks(races=True))
+    for k, lanes in ((1536, 16), (2048, 32)):  # rows of 48 threads, which meet in warps, and of 64, which wait for themselves
+        x = wild(33, k, BF16)
+        x[3:5], x[7], x[8], x[9] = x[5:7], x[7] * 1e30, x[8] * 1e-30, 1e-39
+        weight = torch.randn(k, generator=torch.Generator().manual_seed(2)).bfloat16()
+        chosen = for_shape(33, k, source="norm", element="bf16", out="nvfp4", scale="one")
+        assert (chosen.rows, chosen.lanes) == (4, lanes) and chosen.streams and chosen.keeps
+        for given, eps in ((0.02, EPS), (6 / 2688, 1e-300)):  # of the second, one step in eight is a power of two
+            got = simulated("sm_90a", api.rmsnorm_nvfp4, x, weight, eps, torch.tensor(given), how=how)
+            assert same(got, norm.rmsnorm_nvfp4(x, weight, eps=eps, global_scale=torch.tensor(given)))
+    if schedule == "random":
+        return
+    x, up, factor = wild(9, 512, BF16), wild(9, 512, BF16, seed=1), torch.rand(9)
+    h = simulated("sm_90a", api.swiglu, x, up, factor, limit=LIMIT)
+    got = simulated("sm_90a", api.swiglu_nvfp4, x, up, factor, None, limit=LIMIT, layout="atom128x4", how=how)
+    codes, blocks, used = quant.quantize_nvfp4(h)
+    assert same(got, (codes, to_atom128x4(blocks), used))
+    given = torch.tensor(0.013)
+    assert same(simulated("sm_90a", api.quantize_nvfp4, x, given, how=how), quant.quantize_nvfp4(x, global_scale=given))
 
 
 # ---- RMSNorm -----------------------------------------------------------------------------------------------------------
@@ -268,6 +294,17 @@ def test_swiglu(arch: str, dtype: torch.dtype, weighted: bool) -> None:
         given = torch.tensor(0.02)
         got = simulated(arch, api.swiglu_nvfp4, gate, up, factor, given, limit=LIMIT)
         assert same(got, quant.quantize_nvfp4(h, global_scale=given))
+
+
+def test_swiglu_of_every_bfloat16() -> None:
+    """All gates that are numbers, and limits that are no BF16 or lie beyond where exp underflows."""
+    gate = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(BF16)
+    gate = gate[gate.isfinite()]
+    gate = torch.nn.functional.pad(gate, (0, -gate.numel() % 192)).view(-1, 192)
+    up, factor = torch.full_like(gate, -1.5), torch.ones(len(gate))
+    for limit in (LIMIT, 0.7123456, 1e30):
+        h = simulated("sm_90a", api.swiglu, gate, up, factor, limit=limit)
+        within(h, moe.clamped_swiglu(gate, up, limit=limit))
 
 
 def within(h: torch.Tensor, exact: torch.Tensor) -> None:

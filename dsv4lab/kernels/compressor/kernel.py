@@ -35,6 +35,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
 from cutlass.memory import SmemAllocator
 
+from dsv4lab.kernels._common.ptx import copy_or_zeros
 from dsv4lab.kernels.cache.key import KeyRow
 from dsv4lab.kernels.cache.plan import WARP
 from dsv4lab.kernels.compressor import pool
@@ -312,10 +313,12 @@ class Compress:
         plan, described = self.plan, self.described
         for b in cutlass.range_constexpr(plan.moved):
             row, position = described[plan.rows + b, _ROW], described[plan.rows + b, _POSITION]
+            kinds = described[plan.rows + b, _KINDS]
             for u in cutlass.range_constexpr(plan.units):
-                channel, is_score, _ = self._unit(u)
+                channel, is_score, half = self._unit(u)
+                size = cutlass.select_(kinds & half != 0, Int32(16), Int32(0))  # of what may not go there nothing is read
                 for i, source in enumerate((self._number_at(row, channel, is_score), self._ape_at(position, channel))):
-                    pool.copy_async(self.own_moved[None, self.thread, i, u, b].iterator.toint(), source, 16)
+                    copy_or_zeros(self.own_moved[None, self.thread, i, u, b].iterator.toint(), source, size, 16)
         cute.arch.cp_async_commit_group()
 
     @cute.jit

@@ -89,7 +89,7 @@ def attention(
             seq_idx,
             window=window,
             ring_len=ring_len,
-            ratio=ratio,
+            ratio=max(ratio, 1),  # 0 of a layer that has no entries
             record=record,
             window_page=window_page,
             entry_page=entry_page,

@@ -23,7 +23,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
-from dsv4lab.kernels._common.ptx import load_words, store_words
+from dsv4lab.kernels._common.ptx import copy_or_zeros, load_words, store_words
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import GATHER_WARPS, HALVES, KEYS, TILE, TILES
 from dsv4lab.kernels.attention.core.decode import CODE_WORDS, SCALE_WORDS, decode, factors
@@ -176,9 +176,9 @@ class Gather:
         count = CODE_WORDS[record] * 4
         size = cutlass.select_(there, Int32(count), Int32(0))
         for t in cutlass.range_constexpr(_HALF_TILES):
-            ptx.copy_or_zeros(slot + t * (_LANES * count), data + part * count + t * (count * 4), size, count)
+            copy_or_zeros(slot + t * (_LANES * count), data + part * count + t * (count * 4), size, count)
         if part < SCALE_WORDS[record] // 2:
-            ptx.copy_or_zeros(scales + part * 8, scale + part * 8, cutlass.select_(there, Int32(8), Int32(0)), 8)
+            copy_or_zeros(scales + part * 8, scale + part * 8, cutlass.select_(there, Int32(8), Int32(0)), 8)
 
     @cute.jit
     def _load_right(self, data: Any, there: Any, part: Any, right: Any, rotary: Any) -> None:
@@ -227,7 +227,7 @@ class Gather:
                     swizzled = at * (TILE * 2) + (chunk ^ at % 8) * 16
                     for t in cutlass.range_constexpr(_HALF_TILES):
                         source = data[s] + (h * _HALF_TILES + t) * (TILE * 2) + chunk * 16
-                        ptx.copy_or_zeros(target + t * TILE_BYTES + swizzled, source, size[s], 16)
+                        copy_or_zeros(target + t * TILE_BYTES + swizzled, source, size[s], 16)
                 cute.arch.cp_async_mbarrier_arrive_noinc(self.full + 2 * stage + h)
                 if cutlass.const_expr(h == 0):
                     self._mask(stage, warp, lane, size)

@@ -18,12 +18,6 @@ def load_or_zeros(address: Any, wanted: Any, words: int) -> tuple[Any, ...]:
     return found
 
 
-def copy_or_zeros(target: Any, source: Any, size: Any, count: int) -> None:
-    """`count` bytes, 8 or 16, asynchronously, from global to shared memory; of these `size` are read and the rest are zeros."""
-    code = f"cp.async.{'cg' if count == 16 else 'ca'}.shared.global [{{$r0}}], [{{$r1}}], {count}, {{$r2}};"
-    cute.arch.inline_ptx(code, read_only_args=[target, source, size])
-
-
 def copy_word(target: Any, source: Any) -> None:
     """4 bytes, asynchronously, from global to shared memory."""
     cute.arch.inline_ptx("cp.async.ca.shared.global [{$r0}], [{$r1}], 4;", read_only_args=[target, source])

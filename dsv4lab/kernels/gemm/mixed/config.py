@@ -255,8 +255,9 @@ def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, 
     if thrifty and slabs >= 4 and _ENOUGH // 2 <= tiles(slabs) < _FOR_TWO and k >= 32 * TILE:
         cluster = 2
     small = n * groups * k // SLAB // TILE * record_words(fmt) * 4 < _SMALL_BYTES
-    half = small or cluster > 1 or (tokens == 8 and tiles(slabs) >= _FOR_TWO)
-    per_warp = 2 if tokens == 16 and slabs > 1 and not (half and tiles(slabs) >= _ENOUGH) else 1
+    short = small or cluster > 1
+    half = short or ((tokens == 8 or fmt == "nvfp4") and tiles(slabs) >= _FOR_TWO)
+    per_warp = 2 if tokens == 16 and slabs > 1 and not (short and tiles(slabs) >= _ENOUGH) else 1
 
     def shape(chunks: int, limit: int) -> MixedConfig:
         splits = min(8 * per_warp // slabs, chunks)
@@ -267,7 +268,7 @@ def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, 
 
     # the longest copies that leave three or four stages
     tries = [shape(chunks_for(k, c), HALF_SHARED_BYTES) for c in (8, 4, 2)] if half else []
-    tries = [t for t in tries if t.resident == 2 and (t.stages >= 4 or cluster > 1)]
+    tries = [t for t in tries if t.resident == 2 and (t.stages >= (4 if tokens == 8 else 3) or cluster > 1)]
     tries += [t for t in (shape(chunks_for(k, c), SHARED_BYTES) for c in (8, 4, 2)) if t.stages >= 3]
     return next((t for t in tries if t.shared_bytes <= SHARED_BYTES), shape(1, SHARED_BYTES))
 

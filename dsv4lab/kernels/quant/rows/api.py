@@ -301,7 +301,10 @@ def _launch(
     if source.x.numel():
         config = for_shape(m, k, out=out, **source.choices(), **rest)
         rows = blocks.shape[0] * ATOM_ROWS if config.tiles and blocks is not None else m
-        _run(config, source, codes, blocks, given, used, -(-rows // config.rows))
+        ctas, runtime = -(-rows // config.rows), runtime_of(source.x)
+        if config.streams and runtime.arch == "sm_90a":
+            ctas = min(ctas, max(config.resident // (config.threads * config.rows), 1) * runtime.multiprocessors)
+        _run(config, source, codes, blocks, given, used, ctas)
 
 
 def _run(

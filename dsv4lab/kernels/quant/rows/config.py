@@ -15,10 +15,13 @@ SOURCES = ("x", "norm", "swiglu")
 OUTS = ("nvfp4", "mxfp4", "fp8", "same", "amax")
 ELEMENTS = ("bf16", "f32")
 # Chunks of a thread. Four share the costs of a thread and leave room for 24 warps a multiprocessor (80 registers). Two where
-# a chunk takes more registers than its words: of float32, decoded values, and of SwiGLU (116 with four) but for NVFP4's, whose
-# kernels are held to 80 (8 bytes spilled), since what a thread prepares is worth sharing (26 instructions a value, not 28).
+# a chunk takes more registers than its words: of float32, decoded values, and of SwiGLU, which has two inputs.
 _CHUNKS, _CHUNKS_HELD = 4, 2
 _MOST_CHUNKS = 8
+_RESIDENT = 768  # threads of NVFP4 a multiprocessor of Hopper: 80 registers each, 107 to 122 where the compiler is free
+# Norms to NVFP4 that stream: two chunks need fewer registers, and half the code. Three CTAs of 256 threads and four of 224 are
+# faster than one more or less (H200, 8192 rows: 31.1 us of 4096, 50.6 us of 7168 values).
+_NORM_CHUNKS, _NORM_RESIDENT = 2, 896
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class RowsConfig:
     tiles: block scales go to atom128x4 tiles, not to a matrix. weight: element of the norm's weight.
     weighted: rows of "swiglu" have a factor.
     threads: of a row, each with `chunks` chunks of 16 values. rows: of a CTA. full: a row has exactly threads * chunks chunks.
+    streams: on Hopper, a CTA of NVFP4 with one global scale goes on from rows to rows. resident: threads that a multiprocessor
+    of Hopper has room for, at least, which bounds their registers.
     ragged: K is not a multiple of 16, values are moved one by one.
     """
 
@@ -48,11 +53,23 @@ class RowsConfig:
     tiles: bool = False
     weight: str = "bf16"
     weighted: bool = False
+    streams: bool = False
+    resident: int = _RESIDENT
 
     @property
     def reduces(self) -> bool:
         """Whether the threads of a row have something to agree on."""
         return self.source == "norm" or self.scale == "row"
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a CTA keeps the norm's weights in shared memory, as float32; not for one row, which would wait for it."""
+        return self.source == "norm" and self.streams and self.chunks > 1
+
+    @property
+    def lanes(self) -> int:
+        """Neighbouring lanes of one row, a power of two: a warp or, where rows meet in one, a part of it."""
+        return min(self.threads & -self.threads, WARP)
 
     @property
     def words(self) -> int:
@@ -75,17 +92,22 @@ class RowsConfig:
         scales = ("one", "many", "row", "tensor") if self.out == "nvfp4" else ("",)
         if self.scale not in scales:
             raise ValueError(f"scale of {self.out} must be one of {scales}, got {self.scale!r}")
-        unit = WARP if self.reduces and self.threads > WARP else 8
+        unit = _unit(self.reduces and self.threads > WARP, self.scale)
         if not 8 <= self.threads <= MAX_THREADS or self.threads % unit:
             raise ValueError(f"threads must be a multiple of {unit} from 8 to {MAX_THREADS}, got {self.threads}")
-        if self.reduces and WARP % self.threads and self.threads % WARP:
-            raise ValueError(f"threads must divide {WARP} or be a multiple of it where rows are summed up, got {self.threads}")
+        if self.reduces and WARP % self.threads and self.threads < WARP:
+            raise ValueError(f"threads must divide {WARP} or be more where rows are summed up, got {self.threads}")
         if self.rows < 1 or self.threads * self.rows > MAX_THREADS or self.threads * self.rows % WARP:
             raise ValueError(f"rows must fill warps and fit {MAX_THREADS} threads, got {self.rows} of {self.threads} threads")
         if self.ragged and self.out not in ("fp8", "same"):
             raise ValueError(f"out must be fp8 or same where K % {CHUNK} != 0, got {self.out}")
         if self.tiles and (self.out not in ("nvfp4", "mxfp4") or self.decoded):
             raise ValueError(f"tiles are for codes of nvfp4 and mxfp4, got {self.out}")
+        given = self.out == "nvfp4" and self.scale in ("one", "tensor") and not self.decoded
+        if self.streams and not (given and self.full and self.element == "bf16"):
+            raise ValueError("streams must be False but for codes of nvfp4, one global scale, full rows of bf16")
+        if self.resident < 1:
+            raise ValueError(f"resident must be at least 1, got {self.resident}")
         if self.chunks < 1:
             raise ValueError(f"chunks must be at least 1, got {self.chunks}")
 
@@ -108,26 +130,40 @@ def _choose(few: bool, k: int, source: str, element: str, out: str, fields: tupl
         columns = 4 * rest.get("group", CHUNK) // CHUNK
         total = -(-total // columns) * columns
     reduces = source == "norm" or rest.get("scale") == "row"
-    held = element == "f32" or rest.get("decoded") or (source == "swiglu" and out != "nvfp4")
-    many = _CHUNKS_HELD if held else _CHUNKS
+    held = element == "f32" or rest.get("decoded") or source == "swiglu"
+    given = out == "nvfp4" and rest.get("scale") in ("one", "tensor") and element == "bf16" and not rest.get("decoded")
+    normed = given and source == "norm" and not few
+    many = _NORM_CHUNKS if normed else _CHUNKS_HELD if held else _CHUNKS
     least = -(-total // MAX_THREADS)
     splits = []
     for chunks in range(least, max(least, 1 if few else _MOST_CHUNKS) + 1):
-        threads = _threads(-(-total // chunks), reduces)
+        threads = _threads(-(-total // chunks), reduces, str(rest.get("scale", "")))
         if threads <= MAX_THREADS:
             splits.append((threads * chunks - total, abs(chunks - (1 if few else many)), threads, chunks))
     waste, _, threads, chunks = min(splits)
     fill = next(r for r in (1, 2, 4) if threads * r % WARP == 0)  # rows that fill warps
     rows = fill if few else max(_CTA_THREADS // threads // fill * fill, fill)
     full = waste == 0 and total * CHUNK == k
-    config = RowsConfig(source, element, out, threads, chunks, rows, full=full, ragged=k % CHUNK != 0, **rest)
+    streams = given and full and source != "x"  # x itself: registers of the next row were spilled, and waited for
+    if streams and normed:
+        rest |= dict(resident=_NORM_RESIDENT // (threads * rows) * threads * rows)
+    config = RowsConfig(source, element, out, threads, chunks, rows, full=full, ragged=k % CHUNK != 0, streams=streams, **rest)
     config.check()
     return config
 
 
-def _threads(wanted: int, reduces: bool) -> int:
+def _threads(wanted: int, reduces: bool, scale: str) -> int:
     """The next number of threads that a row may have."""
     if not reduces or wanted > WARP:
-        unit = WARP if reduces else 8
+        unit = _unit(reduces, scale)
         return -(-wanted // unit) * unit
     return next(t for t in (8, 16, 32) if t >= wanted)
+
+
+def _unit(reduces: bool, scale: str) -> int:
+    """What the number of a row's threads is a multiple of. Halves of a warp sum up two rows where both have one global scale:
+    Pro's 7168 values are 112 threads' with four chunks each.
+    """
+    if not reduces:
+        return 8
+    return WARP // 2 if scale in ("one", "tensor") else WARP

@@ -20,7 +20,7 @@ from cutlass import Float32, Uint32
 INFINITY_BITS = 0x7F800000
 LARGEST = 6.5  # a magnitude that is surely code 7
 _F32_MAX_BITS = 0x7F7FFFFF
-_SIGNS = 0x80008000
+SIGNS = 0x80008000
 _MAGIC = 1.5 * 2.0**23  # its neighbours are one apart
 _MAGIC_BITS = 0x4B400000
 _MAGIC_NIBBLES = (_MAGIC_BITS * 0x11111111) & 0xFFFFFFFF  # what eight of them leave in a sum of shifted codes
@@ -43,6 +43,10 @@ def add(a: Any, b: Any) -> Any:
 
 def negative(a: Any) -> Any:
     return cute.arch.inline_ptx("neg.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[a])
+
+
+def magnitude(a: Any) -> Any:
+    return cute.arch.inline_ptx("abs.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[a])
 
 
 def max_u32(a: Any, b: Any) -> Any:
@@ -71,8 +75,9 @@ def _min_u16x2(a: Any, b: Any) -> Any:
     return _packed("min.u16x2", a, b)
 
 
-def _fma_bf16x2(a: Any, b: Any, c: Any) -> Any:
-    code = "{ .reg .b32 third; mov.b32 third, {$r2}; fma.rn.bf16x2 {$w0}, {$r0}, {$r1}, third; }"
+def fma_bf16x2(a: Any, b: Any, c: Any) -> Any:
+    code = "{ .reg .b32 second, third; mov.b32 second, {$r1}; mov.b32 third, {$r2};"
+    code += " fma.rn.bf16x2 {$w0}, {$r0}, second, third; }"
     return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a, b, c])
 
 
@@ -114,6 +119,26 @@ def divisor(step: Any) -> tuple[Any, Any]:
 def quotient(x: Any, by: tuple[Any, Any]) -> Any:
     """x / step, for `divisor(step)`."""
     return fma(x, by[0], mul(x, by[1]))
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------
+# By addresses and constant distances in bytes: the compiler makes addresses of tensors anew for every chunk.
+def load_chunk(address: Any, distance: int) -> list[Any]:
+    """16 BF16, 8 words, from an address that is a multiple of 16."""
+    words: list[Any] = []
+    for place in (distance, distance + 16):
+        code = f"ld.global.v4.b32 {{{{$w0}}, {{$w1}}, {{$w2}}, {{$w3}}}}, [{{$r0}} + {place}];"
+        words += cute.arch.inline_ptx(code, write_only_types=[Uint32] * 4, read_only_args=[address])
+    return words
+
+
+def store_pair(address: Any, distance: int, first: Any, second: Any) -> None:
+    code = f"st.global.v2.b32 [{{$r0}} + {distance}], {{{{$r1}}, {{$r2}}}};"
+    cute.arch.inline_ptx(code, read_only_args=[address, first, second])
+
+
+def store_byte(address: Any, distance: int, byte: Any) -> None:
+    cute.arch.inline_ptx(f"st.global.u8 [{{$r0}} + {distance}], {{$r1}};", read_only_args=[address, byte])
 
 
 # ---- words -------------------------------------------------------------------------------------------------------------
@@ -219,7 +244,7 @@ def e2m1_count_pairs(magnitudes: list[Any], inverse: Any) -> list[Any]:
     found = []
     for pair in magnitudes:
         steep, middle, flat = (
-            _fma_bf16x2(pair, factor, Uint32(_MAGIC_PAIR + more * 0x10001))
+            fma_bf16x2(pair, factor, Uint32(_MAGIC_PAIR + more * 0x10001))
             for factor, more in ((twice, 0), (once, 2), (half, 4))
         )
         found.append(_min_u16x2(_min_u16x2(steep, middle), flat))
@@ -271,7 +296,7 @@ def e4m3_word(values: list[Any]) -> Any:
 def e2m1_pair_times(low: Any, high: Any, signs: Any, scale: Any) -> Any:
     """Two counts with the signs of a word of BF16, times two equal BF16 -> two BF16, exact."""
     fields = low * Uint32(64) + high * Uint32(1 << 22) - Uint32((_MAGIC_BITS << 6) & 0xFFFFFFFF)  # 2^-126 of the codes' values
-    return mul_bf16x2(mul_bf16x2(fields | (signs & Uint32(_SIGNS)), Uint32(_BF16_2_126)), scale)
+    return mul_bf16x2(mul_bf16x2(fields | (signs & Uint32(SIGNS)), Uint32(_BF16_2_126)), scale)
 
 
 def bf16_signs(words: list[Any], element: str) -> list[Any]:

@@ -12,11 +12,13 @@ the second one looks those through.
 Bytes, the floor of the time: x once (2 or 4 a value; SwiGLU reads two inputs), codes and scales once: 0.5625 a value for
 NVFP4, 0.53 for MXFP4, 1.01 for FP8; 2 for decoded values. A second reading of x comes on top for a global scale of the tensor.
 
-Instructions a value at K = 4096, those of the usual way counted in sm_90a's code: NVFP4 of a given scale 9.8, of a row's 11.9;
-MXFP4 9.8; FP8 8.9; norms of FP8 18.4, of NVFP4 19.4, SwiGLU's of NVFP4 25.8; 80 registers at most. Where three quarters of the
-slots of 528 schedulers at 1.75 GHz are used, 8192 x 4096 take 1.51 us an instruction a value, or the time of their bytes.
-Predicted percent of a copy's bandwidth, for an H100 and an H200: x itself 92 and 90; norms to FP8 92 and 85, to NVFP4 92 and
-69, where instructions bind; SwiGLU to NVFP4 92 and 88.
+On Hopper a CTA of norms or SwiGLU to NVFP4 of one global scale goes on from rows to rows: it prepares `table` and, for a norm,
+float32 weights in shared memory once, and a chunk's registers take the next row's as soon as its words are made, so that loads
+are under way while the rest is encoded. That needs registers to spare: where they are spilled, the warp waits for its loads.
+
+Instructions a value at K = 4096, those of the usual way counted in sm_90a's code: NVFP4 of a given scale 9.0, of a row's 12.1;
+MXFP4 9.8; FP8 8.9; norms of FP8 18.4, SwiGLU's of NVFP4 22; 80 registers at most. At 1.75 GHz, 528 schedulers take 1.13 us for
+an instruction a value of 8192 x 4096 where every slot is used, and 9 us for a conversion to float64 of each.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -25,7 +27,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Float64, Int32, Uint8, Uint16, Uint32
+from cutlass import Boolean, Float32, Float64, Int32, Int64, Uint8, Uint16, Uint32
 from cutlass.memory import SmemAllocator
 
 from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS, E2M1_MAX, E4M3_MAX
@@ -37,7 +39,7 @@ from dsv4lab.kernels.quant.rows.sources import RowSources, halves
 RANGE = E2M1_MAX * E4M3_MAX  # largest code times largest block scale
 E4M3_MIN = 2.0**-9
 _CARVEOUT = 8  # percent of the L1 for shared memory; named, or compiling with a minimum of CTAs would ask for a device
-_THREADS = 768  # a multiprocessor's, at least, of NVFP4: 80 registers each, 107 to 122 where the compiler is free
+_SHARED, _SHARED_CTA = 228 * 1024, 2048  # bytes of a multiprocessor; a CTA's beside the norm's weights, 1 KiB reserved
 F32_TINY = 2.0**-126
 _LOW, _HIGH = 2.0**-60, 2.0**60  # scales between which nothing under- or overflows
 _LEAST_BITS, _MOST_BITS = (127 - 6) << 23, (127 + 9) << 23  # 2^-6 and 512: block scales with three exact bits
@@ -59,6 +61,7 @@ class QuantizeRows(RowSources):
         alike = config.scale in ("", "one", "tensor") or config.threads % WARP == 0
         fp4 = config.out in ("nvfp4", "mxfp4") and not config.decoded
         self.quick = fp4 and config.element == "bf16" and arch == "sm_90a" and alike
+        self.streams = config.streams and self.quick
 
     @cute.jit
     def __call__(
@@ -88,7 +91,10 @@ class QuantizeRows(RowSources):
         threads = config.threads * config.rows
         how = dict(block=[threads, 1, 1], stream=stream, use_pdl=True)
         if cutlass.const_expr(self.quick):
-            how |= dict(min_blocks_per_mp=max(_THREADS // threads, 1), preferred_smem_carveout=_CARVEOUT)
+            ctas_each = max(config.resident // threads, 1)
+            kept = 4 * CHUNK * config.threads * config.chunks if config.keeps else 0
+            carveout = max(_CARVEOUT, -(-100 * ctas_each * (kept + _SHARED_CTA) // _SHARED)) if kept else _CARVEOUT
+            how |= dict(min_blocks_per_mp=ctas_each, preferred_smem_carveout=carveout)
         self.kernel(x, other, row_weight, given, codes, scale, used, rows_per_scale, per_column, eps, limit).launch(
             grid=[ctas, 1, 1], **how
         )
@@ -112,8 +118,12 @@ class QuantizeRows(RowSources):
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
-        warps = config.threads * config.rows // WARP
-        self.shared = SmemAllocator().allocate_tensor(Uint32, cute.make_layout(2 * warps), byte_alignment=8)
+        parts = config.threads * config.rows // config.lanes  # of sums; twice, since there are two in turn
+        allocator = SmemAllocator()
+        self.shared = allocator.allocate_tensor(Uint32, cute.make_layout(4 * parts), byte_alignment=16)
+        if cutlass.const_expr(self.streams and config.keeps):
+            quads = cute.make_layout((4, config.threads * config.chunks * CHUNK // 4))
+            self.factors = allocator.allocate_tensor(Float32, quads, byte_alignment=16)
         rows, width = x.shape
         self.columns = width * (CHUNK // config.words) if cutlass.const_expr(not config.ragged) else width
         padded = rows
@@ -127,6 +137,37 @@ class QuantizeRows(RowSources):
             of_tensor = self._of_tensor(given, thread)
             if block == 0 and thread == 0:
                 used[0] = of_tensor
+        if cutlass.const_expr(self.streams):
+            factor = of_tensor if cutlass.const_expr(config.scale == "tensor") else given[0]
+            steps = (padded + config.rows - 1) // config.rows
+            self._stream(x, other, row_weight, factor, codes, scale, per_column, eps, limit, thread, block, grid, steps)
+        else:
+            self._plainly(
+                x, other, row_weight, given, of_tensor, codes, scale, used, rows_per_scale, per_column, eps, limit, padded
+            )
+
+    @cute.jit
+    def _plainly(
+        self,
+        x: Any,
+        other: Any,
+        row_weight: Any,
+        given: Any,
+        of_tensor: Any,
+        codes: Any,
+        scale: Any,
+        used: Any,
+        rows_per_scale: Any,
+        per_column: Any,
+        eps: Any,
+        limit: Any,
+        padded: Any,
+    ) -> None:
+        """Rows are loaded, made and quantised, one after the other."""
+        config, rows = self.config, x.shape[0]
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
         largest, entry = Uint32(0), Uint32(0)
         for step in cutlass.range(block, (padded + config.rows - 1) // config.rows, grid, unroll=1):
             row = step * config.rows + thread // config.threads
@@ -157,6 +198,95 @@ class QuantizeRows(RowSources):
             if thread == 0:
                 used[block] = whole.bitcast(Float32)
 
+    @cute.jit
+    def _stream(
+        self,
+        x: Any,
+        other: Any,
+        row_weight: Any,
+        factor: Any,
+        codes: Any,
+        scale: Any,
+        per_column: Any,
+        eps: Any,
+        limit: Any,
+        thread: Any,
+        block: Any,
+        grid: Any,
+        steps: Any,
+    ) -> None:
+        """The same, of one global scale: the registers of a chunk that is done take the next row's, which is under way while
+        the others are done.
+        """
+        config, rows = self.config, x.shape[0]
+        swiglu = cutlass.const_expr(config.source == "swiglu")
+        own, blocks = thread // config.threads, self.columns // CHUNK
+        held = cute.make_rmem_tensor((config.chunks * config.words,), Uint32)
+        second = cute.make_rmem_tensor((config.chunks * config.words if swiglu else 1,), Uint32)
+        row = block * config.rows + own
+        mine = cutlass.min(row, rows - 1)  # threads past the last row repeat it, and store nothing
+        at = Uint32(mine * blocks + thread % config.threads)  # of a thread's first block; others lie at constant distances
+        further = Uint32(grid * config.rows * blocks)
+        for c in cutlass.range_constexpr(config.chunks):
+            self._take(held, second, c, x, other, at)
+        if cutlass.const_expr(config.keeps):
+            if own == 0:
+                for c in cutlass.range_constexpr(config.chunks):
+                    self._keep(enc.floats(self._factors(other, c, thread), config.weight), c, thread)
+            cute.arch.barrier()
+        share, parity = Float32(1.0), Int32(0)
+        if cutlass.const_expr(config.weighted):
+            share = row_weight[mine]
+        entry = table.prepare(factor, thread)
+        by_six, sixfold, usual = self._by_six(factor)
+        for _ in cutlass.range(block, steps, grid, unroll=1):
+            following, beyond = at + further, row + grid * config.rows
+            more = beyond < rows
+            next_share = share
+            if cutlass.const_expr(config.weighted):
+                next_share = row_weight[cutlass.min(beyond, rows - 1)]
+            near, high, low, square = Boolean(True), Float32(0.0), Float32(0.0), Float64(0.0)
+            if cutlass.const_expr(config.source == "norm"):
+                square = self._mean_square(held, thread, per_column, eps, parity)
+                parity, near = 1 - parity, self._near(square)
+                high, low = self._split_root(square)
+            for c in cutlass.range_constexpr(config.chunks):
+                part = cute.make_rmem_tensor((config.words,), Uint32)
+                out = cute.make_rmem_tensor((2,), Uint32)
+                words = self._words(held, c)
+                if swiglu:
+                    words = self._gated(words, self._words(second, c), share, limit)
+                elif cutlass.const_expr(config.source == "norm"):
+                    if cutlass.const_expr(config.keeps):
+                        factors = self._kept(c, thread)
+                    else:
+                        factors = enc.floats(self._factors(other, c, thread), config.weight)
+                    words = self._scaled_words(words, factors, high, low)
+                for i in cutlass.range_constexpr(config.words):
+                    part[i] = words[i]
+                if cutlass.const_expr(config.source == "norm"):
+                    self._far(part, x, other, cutlass.min(row, rows - 1), c, thread, square, near)
+                if more:
+                    self._take(held, second, c, x, other, following)
+                byte = self._block(out, self._words(part, 0), factor, sixfold, by_six, usual, entry)
+                if cutlass.const_expr(config.tiles):
+                    self._store_scale(scale, byte, row, rows, self._chunk(c, thread), 1)
+                if row < rows:
+                    distance = c * config.threads
+                    if cutlass.const_expr(not config.tiles):
+                        enc.store_byte(scale.iterator.toint() + Int64(at), distance, byte)
+                    enc.store_pair(codes.iterator.toint() + Int64(at) * (CHUNK // 2), distance * (CHUNK // 2), out[0], out[1])
+            share, at, row = next_share, following, beyond
+
+    @cute.jit
+    def _take(self, held: Any, second: Any, c: cutlass.Constexpr, x: Any, other: Any, at: Any) -> None:
+        """Load a thread's c-th chunk, and that of SwiGLU's second input."""
+        words, distance = self.config.words, c * self.config.threads * 2 * CHUNK
+        for target, source in ((held, x), (second, other))[: 2 if self.config.source == "swiglu" else 1]:
+            found = enc.load_chunk(source.iterator.toint() + Int64(at) * (2 * CHUNK), distance)
+            for i in cutlass.range_constexpr(words):
+                target[c * words + i] = found[i]
+
     # ---- global scales ---------------------------------------------------------------------------------------------------
     @cute.jit
     def _of_row(self, held: Any, thread: Any) -> Any:
@@ -186,48 +316,52 @@ class QuantizeRows(RowSources):
     def _nvfp4(self, held: Any, codes: Any, scale: Any, row: Any, rows: Any, thread: Any, factor: Any, entry: Any) -> None:
         """Blocks of 16; entry: this lane's of `table`, where `quick`."""
         config = self.config
+        by_six, sixfold, usual = self._by_six(factor)
+        for c in cutlass.range_constexpr(config.chunks):
+            out = cute.make_rmem_tensor((CHUNK // 2 if config.decoded else 2,), Uint32)
+            chunk = self._chunk(c, thread)
+            byte = self._block(out, self._words(held, c), factor, sixfold, by_six, usual, entry)
+            if cutlass.const_expr(config.decoded):
+                self._store_words([out[i] for i in range(CHUNK // 2)], codes, row, rows, chunk, thread)
+            else:
+                self._store_scale(scale, byte, row, rows, chunk, 1)
+                self._store_two([out[0], out[1]], codes, row, rows, chunk)
+
+    @cute.jit
+    def _by_six(self, factor: Any) -> Any:
+        """(1 / (6 global), 6 global, bits of a largest magnitude that is usual whatever its ratio)."""
         sixfold = enc.mul(factor, Float32(E2M1_MAX))
         by_six = enc.divisor(sixfold)
         plain = factor >= Float32(_LOW) and factor <= Float32(_HIGH)
         by_six = (by_six[0] if plain else Uint32(_NAN_BITS).bitcast(Float32), by_six[1])  # makes every block a rare one,
         usual = Uint32(0) if plain else Uint32(_NO_BITS)  # blocks of zeros, too, which otherwise are not
-        for c in cutlass.range_constexpr(config.chunks):
-            words, chunk = self._words(held, c), self._chunk(c, thread)
-            magnitudes = enc.absolute(words, config.element)
-            bits = enc.amax_bits(magnitudes, config.element)
-            ratio = enc.quotient(enc.finite(bits), by_six)
-            unusual = ratio.bitcast(Uint32) - Uint32(_LEAST_BITS) > Uint32(_MOST_BITS - _LEAST_BITS)
-            rare = (unusual and bits != usual) or bits >= Uint32(_INFINITY_BITS)
-            if cutlass.const_expr(self.quick):
-                byte = enc.to_e4m3(Float32(1.0) if bits == Uint32(0) else ratio)
-                found, by_step = table.factor_bits(entry, byte)
-                if rare or found == Uint32(0):
-                    self._careful(words, bits, ratio, rare, factor, sixfold, codes, scale, row, rows, chunk, thread)
-                else:
-                    small, by = table.shrunk(magnitudes), by_step.bitcast(Float32)
-                    out = [table.nibbles(words[i : i + 4], small[i : i + 4], by) for i in (0, 4)]
-                    self._store_scale(scale, byte, row, rows, chunk, 1)
-                    self._store_two(out, codes, row, rows, chunk)
-            else:
-                self._careful(words, bits, ratio, rare, factor, sixfold, codes, scale, row, rows, chunk, thread)
+        return by_six, sixfold, usual
 
     @cute.jit
-    def _careful(
-        self,
-        words: Any,
-        bits: Any,
-        ratio: Any,
-        rare: Any,
-        factor: Any,
-        sixfold: Any,
-        codes: Any,
-        scale: Any,
-        row: Any,
-        rows: Any,
-        chunk: Any,
-        thread: Any,
-    ) -> None:
-        """One block of any kind, by quotients. rare: it needs more than its ratio and those."""
+    def _block(self, out: Any, words: Any, factor: Any, sixfold: Any, by_six: Any, usual: Any, entry: Any) -> Any:
+        """One block: its codes, or decoded values, to `out`; returns the byte of its scale. `_by_six` gave what it gives."""
+        config = self.config
+        magnitudes = enc.absolute(words, config.element)
+        bits = enc.amax_bits(magnitudes, config.element)
+        ratio = enc.quotient(enc.finite(bits), by_six)
+        unusual = ratio.bitcast(Uint32) - Uint32(_LEAST_BITS) > Uint32(_MOST_BITS - _LEAST_BITS)
+        rare = (unusual and bits != usual) or bits >= Uint32(_INFINITY_BITS)
+        if cutlass.const_expr(self.quick):
+            byte = enc.to_e4m3(Float32(1.0) if bits == Uint32(0) else ratio)
+            found, by_step = table.factor_bits(entry, byte)
+            if rare or found == Uint32(0):
+                byte = self._careful(out, words, bits, ratio, rare, factor, sixfold)
+            else:
+                small, by = table.placed(magnitudes, by_step)
+                for i in cutlass.range_constexpr(2):
+                    out[i] = table.nibbles(words[4 * i : 4 * i + 4], small[4 * i : 4 * i + 4], by)
+        else:
+            byte = self._careful(out, words, bits, ratio, rare, factor, sixfold)
+        return byte
+
+    @cute.jit
+    def _careful(self, out: Any, words: Any, bits: Any, ratio: Any, rare: Any, factor: Any, sixfold: Any) -> Any:
+        """The same for a block of any kind, by quotients. rare: it needs more than its ratio and those."""
         config = self.config
         values = cute.make_rmem_tensor((CHUNK,), Float32)
         signs = cute.make_rmem_tensor((config.words,), Uint32)
@@ -263,11 +397,13 @@ class QuantizeRows(RowSources):
             pair = enc.pack_bf16(block_scale, block_scale)
             counts = enc.e2m1_counts(quotients)
             sides = enc.bf16_signs([signs[i] for i in range(config.words)], config.element)
-            out = [enc.e2m1_pair_times(counts[2 * i], counts[2 * i + 1], sides[i], pair) for i in range(CHUNK // 2)]
-            self._store_words(out, codes, row, rows, chunk, thread)
+            for i in cutlass.range_constexpr(CHUNK // 2):
+                out[i] = enc.e2m1_pair_times(counts[2 * i], counts[2 * i + 1], sides[i], pair)
         else:
-            self._store_scale(scale, byte, row, rows, chunk, 1)
-            self._store_nibbles(quotients, signs, codes, row, rows, chunk)
+            nibbles = self._nibbles(quotients, signs)
+            for i in cutlass.range_constexpr(2):
+                out[i] = nibbles[i]
+        return byte
 
     @cute.jit
     def _power_of_two(self, held: Any, codes: Any, scale: Any, row: Any, rows: Any, thread: Any) -> None:
@@ -330,7 +466,7 @@ class QuantizeRows(RowSources):
         if bits >= Uint32(_INFINITY_BITS):
             for i in cutlass.range_constexpr(CHUNK):
                 scaled[i] = cute.arch.fmin(scaled[i], Float32(enc.LARGEST))  # of a NaN, too
-        self._store_nibbles([scaled[i] for i in range(CHUNK)], signs, codes, row, rows, chunk)
+        self._store_two(self._nibbles([scaled[i] for i in range(CHUNK)], signs), codes, row, rows, chunk)
 
     # ---- stores ----------------------------------------------------------------------------------------------------------
     @cute.jit
@@ -349,15 +485,14 @@ class QuantizeRows(RowSources):
             if chunk % lanes == 0 and row < rows and column < scale.shape[1]:
                 scale[row, column] = Uint8(byte)
 
-    @cute.jit
-    def _store_nibbles(self, magnitudes: Any, signs: Any, codes: Any, row: Any, rows: Any, chunk: Any) -> None:
-        half = self.config.words // 2
-        words = []
-        for i in cutlass.range_constexpr(2):
+    def _nibbles(self, magnitudes: list[Any], signs: Any) -> list[Any]:
+        """The 16 codes of magnitudes up to 7, with signs, in two words."""
+        half, words = self.config.words // 2, []
+        for i in range(2):
             sides = [signs[i * half + j] for j in range(half)]
-            codes_of = enc.e2m1_nibbles(magnitudes[8 * i : 8 * i + 8], self.arch)
-            words.append(codes_of | enc.sign_nibbles(sides, self.config.element))
-        self._store_two(words, codes, row, rows, chunk)
+            codes = enc.e2m1_nibbles(magnitudes[8 * i : 8 * i + 8], self.arch)
+            words.append(codes | enc.sign_nibbles(sides, self.config.element))
+        return words
 
     @cute.jit
     def _store_two(self, words: Any, codes: Any, row: Any, rows: Any, chunk: Any) -> None:

@@ -20,16 +20,21 @@ from dsv4lab.kernels.quant.rows import encode as enc
 from dsv4lab.kernels.quant.rows.config import CHUNK, WARP, RowsConfig
 
 _NEAR = 2.0**80  # mean squares between this and its reciprocal: products of the norm stay normal numbers
+_BARRIERS = 15  # of a CTA, besides its usual one
 _LOG2_E = 1.4426950408889634
+_LOG2_E_SHORT = 47274.0 / 2**15  # its first 16 bits
 _LN_2 = 0.6931471805599453
 _FAR = 88.0  # exp(88) is a float32; exp(-88) is not above float32's smallest normal number
 
 
 class RowSources:
-    """Loads and row-wide sums of `QuantizeRows`. `shared` and `columns` (K) are set when its kernel begins."""
+    """Loads and row-wide sums of `QuantizeRows`. `shared`, `factors` (the norm's weights, where a CTA keeps them) and `columns`
+    (K) are set when its kernel begins.
+    """
 
     config: RowsConfig
     shared: Any
+    factors: Any
     columns: Any
 
     def _chunk(self, c: int, thread: Any) -> Any:
@@ -92,37 +97,71 @@ class RowSources:
     @cute.jit
     def _norm(self, held: Any, x: Any, weight: Any, row: Any, thread: Any, per_column: Any, eps: Any) -> None:
         config = self.config
-        strands: list[Any] = []
-        for c in cutlass.range_constexpr(config.chunks):
-            inside = self._inside(self._chunk(c, thread))
-            words = self._words(held, c)
-            if cutlass.const_expr(not config.full):
-                words = [word if inside else Uint32(0) for word in words]
-            strands = _squares(_wide(words, config.element, apart=True), strands)
-        total = (strands[0] + strands[1]) + (strands[2] + strands[3])
-        square = self._over_row_f64(total, thread) * per_column + eps
-        near = square >= Float64(1.0 / _NEAR) and square <= Float64(_NEAR)
-        if cutlass.const_expr(config.element == "f32"):
-            near = Boolean(False)
+        square = self._mean_square(held, thread, per_column, eps)
+        near = self._near(square)
         if near:
             high, low = _split(_rsqrt64(square))
             for c in cutlass.range_constexpr(config.chunks):
-                w = enc.floats(self._factors(weight, c, thread), config.weight)
-                values = enc.floats(self._words(held, c), config.element)
-                words = enc.words_of([_scaled(values[i], w[i], high, low, config.weight) for i in range(CHUNK)], config.element)
+                factors = enc.floats(self._factors(weight, c, thread), config.weight)
+                words = self._scaled_words(self._words(held, c), factors, high, low)
                 for i in cutlass.range_constexpr(config.words):
                     held[c * config.words + i] = words[i]
         else:
             inverse = Float64(1.0) / _sqrt64(square)
             for c in cutlass.range_constexpr(config.chunks):
-                mine = cute.make_rmem_tensor((config.words,), Uint32)
-                # Again, or the compiler would do this beside the usual way, and select.
-                self._load_chunk(mine, x, row, self._chunk(c, thread), config.element)
-                w = _wide(self._factors(weight, c, thread), config.weight)
-                values = _wide([mine[i] for i in range(config.words)], config.element)
-                words = enc.words_of([(values[i] * inverse * w[i]).to(Float32) for i in range(CHUNK)], config.element)
+                words = self._far_words(x, weight, row, c, thread, inverse)
                 for i in cutlass.range_constexpr(config.words):
                     held[c * config.words + i] = words[i]
+
+    def _mean_square(self, held: Any, thread: Any, per_column: Any, eps: Any, parity: Any = None) -> Any:
+        """The mean square of a row, eps added."""
+        total = self._sum_of_squares(held, thread)
+        return self._over_row_f64(total, thread, parity) * per_column + eps
+
+    def _sum_of_squares(self, held: Any, thread: Any) -> Any:
+        """Those of a thread."""
+        config = self.config
+        strands: list[Any] = []
+        for c in range(config.chunks):
+            words = self._words(held, c)
+            if not config.full:
+                inside = self._inside(self._chunk(c, thread))
+                words = [Uint32(cutlass.select_(inside, word, Uint32(0))) for word in words]
+            strands = _squares(_wide(words, config.element, apart=True), strands)
+        return (strands[0] + strands[1]) + (strands[2] + strands[3])
+
+    def _near(self, square: Any) -> Any:
+        """Whether float32 products of the norm stay normal numbers."""
+        if self.config.element == "f32":
+            return Boolean(False)
+        return (square >= Float64(1.0 / _NEAR)) & (square <= Float64(_NEAR))
+
+    def _scaled_words(self, words: list[Any], w: list[Any], high: Any, low: Any) -> list[Any]:
+        """Words of a chunk times weights, as float32, and 1 / rms."""
+        config = self.config
+        values = enc.floats(words, config.element)
+        return enc.words_of([_scaled(values[i], w[i], high, low, config.weight) for i in range(CHUNK)], config.element)
+
+    def _split_root(self, square: Any) -> tuple[Any, Any]:
+        """1 / rms as two float32, of a mean square that is near."""
+        return _split(_rsqrt64(square))
+
+    @cute.jit
+    def _far(self, held: Any, x: Any, weight: Any, row: Any, c: cutlass.Constexpr, thread: Any, square: Any, near: Any) -> None:
+        """The words of one chunk, by float64, where the row is not near."""
+        if not near:
+            words = self._far_words(x, weight, row, c, thread, Float64(1.0) / _sqrt64(square))
+            for i in cutlass.range_constexpr(self.config.words):
+                held[i] = words[i]
+
+    def _far_words(self, x: Any, weight: Any, row: Any, c: int, thread: Any, inverse: Any) -> list[Any]:
+        """The same by float64, of a chunk that is loaded again: the compiler would do this beside the usual way, and select."""
+        config = self.config
+        mine = cute.make_rmem_tensor((config.words,), Uint32)
+        self._load_chunk(mine, x, row, self._chunk(c, thread), config.element)
+        w = _wide(self._factors(weight, c, thread), config.weight)
+        values = _wide([mine[i] for i in range(config.words)], config.element)
+        return enc.words_of([(values[i] * inverse * w[i]).to(Float32) for i in range(CHUNK)], config.element)
 
     def _factors(self, weight: Any, c: int, thread: Any) -> list[Any]:
         """The words of the weights of a thread's c-th chunk."""
@@ -131,25 +170,46 @@ class RowSources:
         self._load_chunk(held, weight, Int32(0), self._chunk(c, thread), self.config.weight)
         return [held[i] for i in range(words)]
 
+    def _keep(self, factors: list[Any], c: int, thread: Any) -> None:
+        """Leave the weights of a thread's c-th chunk in shared memory, as float32; neighbours' vectors are neighbours."""
+        for i in range(CHUNK // 4):
+            place = (c * 4 + i) * self.config.threads + thread % self.config.threads
+            for j in range(4):
+                self.factors[j, place] = factors[4 * i + j]
+
+    def _kept(self, c: int, thread: Any) -> list[Any]:
+        """Those weights again."""
+        held = cute.make_rmem_tensor((CHUNK,), Float32)
+        for i in range(CHUNK // 4):
+            place = (c * 4 + i) * self.config.threads + thread % self.config.threads
+            cute.autovec_copy(self.factors[None, place], cute.local_tile(held, (4,), (i,)))
+        return [held[i] for i in range(CHUNK)]
+
     # ---- SwiGLU ----------------------------------------------------------------------------------------------------------
     @cute.jit
     def _swiglu(self, held: Any, second: Any, factor: Any, limit: Any) -> None:
         """silu(min(gate, limit)) * clamp(up, -limit, limit) * factor, rounded to the element."""
         config = self.config
         for c in cutlass.range_constexpr(config.chunks):
-            gates = enc.floats(self._words(held, c), config.element)
-            ups = enc.floats(self._words(second, c), config.element)
-            results = []
-            for i in cutlass.range_constexpr(CHUNK):
-                gate = cute.arch.fmin(gates[i], limit, nan=True)
-                up = cute.arch.fmax(cute.arch.fmin(ups[i], limit, nan=True), enc.negative(limit), nan=True)
-                result = enc.mul(enc.mul(gate, _sigmoid(gate)), up)
-                if cutlass.const_expr(config.weighted):
-                    result = enc.mul(result, factor)
-                results.append(result)
-            words = enc.words_of(results, config.element)
+            words = self._gated(self._words(held, c), self._words(second, c), factor, limit)
             for i in cutlass.range_constexpr(config.words):
                 held[c * config.words + i] = words[i]
+
+    def _gated(self, gates: list[Any], ups: list[Any], factor: Any, limit: Any) -> list[Any]:
+        """SwiGLU of the words of a chunk. The sign of up goes to BF16 in pairs, which saves one of two comparisons."""
+        config = self.config
+        pairs = config.element == "bf16"
+        results = []
+        for gate, up in zip(enc.floats(gates, config.element), enc.floats(ups, config.element), strict=True):
+            gate = cute.arch.fmin(gate, limit, nan=True)
+            if pairs:
+                up = cute.arch.fmin(enc.magnitude(up), limit, nan=True)
+            else:
+                up = cute.arch.fmax(cute.arch.fmin(up, limit, nan=True), enc.negative(limit), nan=True)
+            result = enc.mul(enc.mul(gate, _sigmoid_of_bf16(gate) if pairs else _sigmoid(gate)), up)
+            results.append(enc.mul(result, factor) if config.weighted else result)
+        words = enc.words_of(results, config.element)
+        return [word ^ (up & Uint32(enc.SIGNS)) for word, up in zip(words, ups, strict=True)] if pairs else words
 
     # ---- what threads agree on -------------------------------------------------------------------------------------------
     @cute.jit
@@ -183,23 +243,36 @@ class RowSources:
         return value
 
     @cute.jit
-    def _over_row_f64(self, value: Any, thread: Any) -> Any:
-        """The sum over the threads of a row, in the same order for every one."""
-        threads, shared = self.config.threads, self.shared
-        for distance in halves(min(threads, WARP)):
+    def _over_row_f64(self, value: Any, thread: Any, parity: Any = None) -> Any:
+        """The sum over the threads of a row, in the same order for every one. parity: 0 and 1 in turn from call to call, which
+        spares a barrier: who writes for the next one does not disturb who still reads.
+        """
+        threads, lanes, shared = self.config.threads, self.config.lanes, self.shared
+        for distance in halves(lanes):
             low, high = _halves_of(value)
             value = value + _joined(cute.arch.shuffle_sync_bfly(low, distance), cute.arch.shuffle_sync_bfly(high, distance))
-        if cutlass.const_expr(threads > WARP):
-            first = thread // threads * (threads // WARP)
-            if thread % WARP == 0:
+        if cutlass.const_expr(threads > lanes):
+            start = Int32(0)
+            if cutlass.const_expr(parity is not None):
+                start = parity * (threads * self.config.rows // lanes)
+            first = start + thread // threads * (threads // lanes)
+            if thread % lanes == 0:
                 low, high = _halves_of(value)
-                shared[thread // WARP * 2] = low
-                shared[thread // WARP * 2 + 1] = high
-            cute.arch.barrier()
+                shared[(start + thread // lanes) * 2] = low
+                shared[(start + thread // lanes) * 2 + 1] = high
+            if cutlass.const_expr(parity is not None and threads % WARP == 0 and 1 < self.config.rows <= _BARRIERS):
+                for i in cutlass.range_constexpr(
+                    self.config.rows
+                ):  # rows do not wait for others; by constants, or all 16 are held
+                    if thread // threads == i:
+                        cute.arch.barrier(barrier_id=1 + i, number_of_threads=threads)
+            else:
+                cute.arch.barrier()
             value = Float64(0.0)
-            for i in cutlass.range_constexpr(threads // WARP):
+            for i in cutlass.range_constexpr(threads // lanes):
                 value = value + _joined(shared[(first + i) * 2], shared[(first + i) * 2 + 1])
-            cute.arch.barrier()
+            if cutlass.const_expr(parity is None):
+                cute.arch.barrier()
         return value
 
 
@@ -228,6 +301,19 @@ def _sigmoid(x: Any) -> Any:
     power = enc.mul(minus, Float32(_LOG2_E))
     e = cute.arch.inline_ptx("ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[power])
     e = enc.fma(e, enc.fma(power, Float32(-_LN_2), minus), e)  # what 2^power lacks, to first order
+    return cute.arch.rcp_approx(enc.add(e, Float32(1.0)))
+
+
+def _sigmoid_of_bf16(x: Any) -> Any:
+    """1 / (1 + exp(-x)) of a BF16, or of a limit above 0; 0 below -87.4, as 1 / exp(-x) is no normal number there.
+
+    log2(e) is 16 bits and a rest: with the first the product is exact, the rest is added to first order. The rest is positive:
+    where exp(-x) is infinite, so is what is added.
+    """
+    e = cute.arch.inline_ptx(
+        "ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[enc.mul(x, Float32(-_LOG2_E_SHORT))]
+    )
+    e = enc.fma(e, enc.mul(x, Float32(-(_LOG2_E - _LOG2_E_SHORT) * _LN_2)), e)
     return cute.arch.rcp_approx(enc.add(e, Float32(1.0)))
 
 

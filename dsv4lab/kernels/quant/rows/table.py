@@ -11,11 +11,16 @@ that goes down, y the next one: the factor lies between m / y and m / x. Four su
 wide, relative to it, or, where ties contradict each other, none. In its middle neither the factor's error (2^-22) nor the
 product's (2^-21) matters. Enumerated: 43 of the 2^23 significands of a step have none, powers of two among them.
 
-A step is block scale times global scale, and block scales have eight significands: lane l prepares significand l % 8 against
-midpoint 2 (l / 8) + 1, once for a global scale; a block asks the lane of its scale by a shuffle.
+Powers of two, which round global scales have among their steps (6 / 2688 has one in eight), get a factor just below 1 / step:
+1 and 5 go down. Before that x (1 + 1.5 2^-9) is rounded to BF16, which adds a unit to significands from 171 / 128 on: 3 and 7
+go up, and their neighbours below, which become ties, do not. For other steps x stays x. The other 42 take the careful way.
 
-Values are multiplied by 2^-62 first: factors of steps from 2^-62 to 2^62 are normal numbers then, and so is what counts of
-values.
+A step is block scale times global scale, and block scales have eight significands: lane l prepares significand l % 8 against
+midpoint 2 (l / 8) + 1, once for a global scale; a block asks the lane of its scale by a shuffle. Its last bit tells a power of
+two.
+
+Factors are 2^-126 / step. Above steps of 1 they are no normal numbers, and good to 2^-13 at 1792, the largest: enough, by
+enumeration of 60 thousand significands and of all that are or nearly are an 8-bit number over a midpoint.
 """
 
 from typing import Any
@@ -26,8 +31,9 @@ from cutlass import Float32, Int32, Uint32
 
 from dsv4lab.kernels.quant.rows import encode as enc
 
-LOW, HIGH = 2.0**-56, 2.0**53  # global scales that keep steps within 2^-62 and 2^62
-_SHRINK = 0x20802080  # twice 2^-62
+LOW, HIGH = 2.0**-56, 4.0  # global scales that keep steps within 2^-62 and 1792, where factors are good to 2^-13
+_BELOW_ONE = 1.0 - 0.5 / 225  # within 224/225 and 1
+_LEAN = 0x3B403B40  # twice 1.5 * 2^-9: raises significands from 171 / 128 on by a unit
 _PLACE = (126 - 62 - 7) << 23  # an exponent: the product's, without the values'; 7 is the bias of E4M3
 _WIDE = 1.0 + 2.0**-16
 _EIGHT = 0x181F  # of a shuffle: segments of 8 lanes
@@ -61,9 +67,13 @@ def prepare(factor: Any, thread: Any) -> Any:
     for distance in (8, 16):
         high = cute.arch.fmin(high, cute.arch.shuffle_sync_bfly(high, distance))
         low = cute.arch.fmax(low, cute.arch.shuffle_sync_bfly(low, distance))
+    even = step == Uint32(1 << 23)
+    if even:
+        high, low = Float32(_BELOW_ONE * 2.0**-23), Float32(_BELOW_ONE * 2.0**-23)
     middle = enc.mul(enc.mul(enc.add(high, low), Float32(0.5)), ((Uint32(277) - (bits >> 23)) << 23).bitcast(Float32))
-    some = factor >= Float32(LOW) and factor <= Float32(HIGH) and enc.mul(low, Float32(_WIDE)) < high
-    return middle.bitcast(Uint32) - Uint32(_PLACE) if some else Uint32(0)
+    some = factor >= Float32(LOW) and factor <= Float32(HIGH) and (even or enc.mul(low, Float32(_WIDE)) < high)
+    found = ((middle.bitcast(Uint32) - Uint32(_PLACE)) & Uint32(0xFFFFFFFE)) | Uint32(even)
+    return found if some else Uint32(0)
 
 
 def factor_bits(entry: Any, byte: Any) -> tuple[Any, Any]:
@@ -72,9 +82,11 @@ def factor_bits(entry: Any, byte: Any) -> tuple[Any, Any]:
     return found, found - ((byte & Uint32(0x78)) << 20)
 
 
-def shrunk(magnitudes: list[Any]) -> list[Any]:
-    """Words of BF16, times 2^-62."""
-    return [enc.mul_bf16x2(word, Uint32(_SHRINK)) for word in magnitudes]
+@cute.jit
+def placed(magnitudes: list[Any], by_step: Any) -> tuple[list[Any], Any]:
+    """Words of BF16 and their factor, such that products have codes in their bits."""
+    lean = Uint32(_LEAN) if by_step & Uint32(1) != Uint32(0) else Uint32(0)
+    return [enc.fma_bf16x2(word, lean, word) for word in magnitudes], enc.mul(by_step.bitcast(Float32), Float32(2.0**-62))
 
 
 def nibbles(words: list[Any], small: list[Any], factor: Any) -> Any:

@@ -5,7 +5,9 @@
 
 A CTA of 8 warps takes 8 heads of a token at a time, a thread 16 consecutive values, a chunk. The last 4 of a head's 32 chunks
 are rotated. Norms need whole heads: a warp has one. Otherwise warps 0 to 5 have the first 24 chunks of 8 heads, 6 and 7 the
-last 8, an FP8 group of 128: only these two rotate. Lane l of a warp that rotates finds sine and cosine of pair l, once for all
+last 8, an FP8 group of 128: only these two rotate. Where CTAs go on to other heads (NVFP4 and "amax"), the pair that rotates
+moves on by two warps each time, or it would end last and alone, and a head's registers take the next run's head as soon as it
+is encoded, so that loads are under way meanwhile. Lane l of a warp that rotates finds sine and cosine of pair l, once for all
 heads of its token, and shuffles hand each lane those of its 8 pairs (`angles`). Encoding is the row quantisers' own.
 
 The reference works in float64. Here a rotated value has two roundings to float32 before its last, one more after a norm, and
@@ -15,8 +17,8 @@ last bit; by more where the pair's products cancel. What is not rotated is the r
 Bytes, the floor of the time: x once, codes and scales once: 4 a value for BF16 to itself, 3.01 to FP8, 2.56 to NVFP4, whose
 global scale of the tensor takes a launch that reads x before. 8192 tokens of 64 heads at an H200's copy of 4.2 TB/s:
 256 us, 193 and 164. Instructions a value, about, from sm_90a's code of four passes without its rare branches: 5 to itself, 17
-with the norm, 11 to FP8, 10 to NVFP4; one takes 12 us where three quarters of the slots are used. 80 registers at most, up to
-28 bytes spilled for NVFP4 of BF16.
+with the norm, 11 to FP8, 12 to NVFP4; one takes 12 us where three quarters of the slots are used. 80 registers at most, up to
+8 bytes spilled for NVFP4 of BF16.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -25,7 +27,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Float64, Int32, Uint32
+from cutlass import Boolean, Float32, Float64, Int32, Uint32
 from cutlass.memory import SmemAllocator
 
 from dsv4lab.kernels.quant.rows import encode as enc
@@ -52,6 +54,7 @@ class TurnHeads(QuantizeRows):
         plan.check()
         super().__init__(plan.rows, arch)
         self.plan = plan
+        self.early = plan.out in ("nvfp4", "amax")  # CTAs go on to other runs of heads: these are under way meanwhile
 
     @cute.jit
     def __call__(
@@ -96,14 +99,8 @@ class TurnHeads(QuantizeRows):
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
-        warp = cute.arch.make_warp_uniform(thread // WARP)
         self.shared = SmemAllocator().allocate_tensor(Uint32, cute.make_layout(2 * PASS_HEADS), byte_alignment=8)
         self.columns = HEAD_DIM
-        own, self.column = thread // WARP, thread % WARP
-        if cutlass.const_expr(not plan.norm):
-            ahead, rest = thread < _AHEAD, thread - _AHEAD
-            own = thread // (_CHUNKS - _TAIL) if ahead else rest // _TAIL
-            self.column = thread % (_CHUNKS - _TAIL) if ahead else _CHUNKS - _TAIL + rest % _TAIL
         blocks = (heads + plan.heads - 1) // plan.heads
         tasks = x.shape[0] // heads * blocks
         cute.arch.griddepcontrol_launch_dependents()
@@ -118,58 +115,99 @@ class TurnHeads(QuantizeRows):
             factor = given[0]
         if cutlass.const_expr(self.quick and plan.scale in ("one", "tensor")):
             entry = table.prepare(factor, thread)
-        for task in cutlass.range(block, tasks, grid, unroll=1):
-            token = task // blocks
-            first = token * heads + task % blocks * plan.heads + own
-            end = (token + 1) * heads
-            held = cute.make_rmem_tensor((plan.passes * config.words,), Uint32)
+        held = cute.make_rmem_tensor((plan.passes * config.words,), Uint32)
+        at, token, position = thread, block // blocks, Int32(0)
+        first, end = self._rows(at, block, token, blocks, heads)
+        column = self._column(at)
+        if cutlass.const_expr(self.early):
+            position = positions[token * stride]
             for i in cutlass.range_constexpr(plan.passes):
-                row = cutlass.min(first + i * PASS_HEADS, end - 1)  # threads past the last head repeat it, and store nothing
-                self._load_chunk(self._pass(held, i), x, row, self.column, config.element)
+                self._fetch(held, i, x, first, end, column, Boolean(True))
+        for task in cutlass.range(block, tasks, grid, unroll=1):
+            if cutlass.const_expr(not self.early):
+                token = task // blocks
+                first, end = self._rows(at, task, token, blocks, heads)
+                position = positions[token * stride]
+                for i in cutlass.range_constexpr(plan.passes):
+                    self._fetch(held, i, x, first, end, column, Boolean(True))
             if cutlass.const_expr(plan.norm):
-                self._norm_and_turn(held, positions[token * stride], inv_freq, thread, eps)
+                self._norm_and_turn(held, position, inv_freq, thread, column, eps)
             else:
-                if warp >= _AHEAD // WARP:
-                    self._turn_back(held, positions[token * stride], inv_freq, thread)
+                if self._turns(at):
+                    self._turn_back(held, position, inv_freq, thread, column)
             if cutlass.const_expr(plan.scale == "many"):
                 factor = given[token]
                 if cutlass.const_expr(self.quick):
                     entry = table.prepare(factor, thread)
+            next_column, next_first, next_end = column, first, end
+            if cutlass.const_expr(self.early):
+                at, following = (at + (THREADS - _AHEAD)) % THREADS, cutlass.min(task + grid, tasks - 1)
+                token = following // blocks
+                next_first, next_end = self._rows(at, following, token, blocks, heads)
+                next_column, position = self._column(at), positions[token * stride]
             for i in cutlass.range_constexpr(plan.passes):
                 mine, row = self._pass(held, i), first + i * PASS_HEADS
                 if cutlass.const_expr(plan.out == "amax"):
                     largest = enc.max_u32(largest, self._number_amax(self._words(mine, 0)))
                 elif cutlass.const_expr(plan.out == "same"):
-                    self._store_values(mine, codes, row, end, thread)
+                    self._store_values(mine, codes, row, end, column)
                 elif cutlass.const_expr(plan.out == "nvfp4"):
-                    self._nvfp4(mine, codes, scale, row, end, thread, factor, entry)
+                    self._nvfp4(mine, codes, scale, row, end, column, factor, entry)
                 else:
-                    self._power_of_two(mine, codes, scale, row, end, thread)
+                    self._power_of_two(mine, codes, scale, row, end, column)
+                if cutlass.const_expr(self.early):
+                    self._fetch(held, i, x, next_first, next_end, next_column, task + grid < tasks)
+            column, first, end = next_column, next_first, next_end
         if cutlass.const_expr(plan.out == "amax"):
             whole = self._over_cta(largest, thread)
             if thread == 0:
                 used[block] = whole.bitcast(Float32)
 
     def _chunk(self, c: int, thread: Any) -> Any:
-        """The number of a thread's chunk in its head."""
-        return self.column
+        """The number of a chunk in its head: what encoding is given in a thread's place."""
+        return thread
+
+    def _turns(self, at: Any) -> Any:
+        """Whether the warp at a place rotates."""
+        return cute.arch.make_warp_uniform(at // WARP) >= _AHEAD // WARP
+
+    def _column(self, at: Any) -> Any:
+        """Which chunk of its heads a thread has."""
+        if self.plan.norm:
+            return at % WARP
+        tail = _CHUNKS - _TAIL + at % _TAIL
+        return cutlass.select_(self._turns(at), tail, at % (_CHUNKS - _TAIL))
+
+    def _rows(self, at: Any, task: Any, token: Any, blocks: Any, heads: Any) -> tuple[Any, Any]:
+        """(a thread's first row of a task, the end of the token's rows)."""
+        own = at // WARP
+        if not self.plan.norm:
+            own = cutlass.select_(self._turns(at), (at - _AHEAD) // _TAIL, at // (_CHUNKS - _TAIL))
+        return token * heads + task % blocks * self.plan.heads + own, (token + 1) * heads
+
+    @cute.jit
+    def _fetch(self, held: Any, i: cutlass.Constexpr, x: Any, first: Any, end: Any, column: Any, wanted: Any) -> None:
+        """Load a thread's i-th head of a task; threads past the last head repeat it, and store nothing."""
+        if wanted:
+            row = cutlass.min(first + i * PASS_HEADS, end - 1)
+            self._load_chunk(self._pass(held, i), x, row, column, self.config.element)
 
     def _pass(self, held: Any, i: int) -> Any:
         """The words of a thread's i-th head."""
         return cute.local_tile(held, (self.config.words,), (i,))
 
-    def _pairs(self, position: Any, inv_freq: Any, thread: Any) -> list[tuple[Any, Any]]:
+    def _pairs(self, position: Any, inv_freq: Any, thread: Any, column: Any) -> list[tuple[Any, Any]]:
         """(cos, sin) of the pairs of a thread's chunk, if it is one that is rotated."""
         lane = thread % WARP
         cos, sin = angles.cos_sin(position, inv_freq[lane])
-        return angles.shared_over_lanes(cos, sin, self.column % _TURNED * _PAIRS, _PAIRS)
+        return angles.shared_over_lanes(cos, sin, column % _TURNED * _PAIRS, _PAIRS)
 
     @cute.jit
-    def _turn_back(self, held: Any, position: Any, inv_freq: Any, thread: Any) -> None:
+    def _turn_back(self, held: Any, position: Any, inv_freq: Any, thread: Any, column: Any) -> None:
         """Rotate backwards and round to the element, for the warps that have what is rotated."""
         config = self.config
-        pairs = self._pairs(position, inv_freq, thread)
-        if self.column >= _CHUNKS - _TURNED:
+        pairs = self._pairs(position, inv_freq, thread, column)
+        if column >= _CHUNKS - _TURNED:
             for i in cutlass.range_constexpr(self.plan.passes):
                 mine = self._pass(held, i)
                 values = enc.floats(self._words(mine, 0), config.element)
@@ -181,10 +219,10 @@ class TurnHeads(QuantizeRows):
                     mine[j] = words[j]
 
     @cute.jit
-    def _norm_and_turn(self, held: Any, position: Any, inv_freq: Any, thread: Any, eps: Any) -> None:
+    def _norm_and_turn(self, held: Any, position: Any, inv_freq: Any, thread: Any, column: Any, eps: Any) -> None:
         """Divide by the root of the mean square, rotate, and round to the element. A warp has a head at a time."""
         config = self.config
-        pairs = self._pairs(position, inv_freq, thread)
+        pairs = self._pairs(position, inv_freq, thread, column)
         sums = []
         for i in cutlass.range_constexpr(self.plan.passes):
             wide = sources._wide(self._words(self._pass(held, i), 0), config.element, apart=True)
@@ -201,7 +239,7 @@ class TurnHeads(QuantizeRows):
             plain = enc.floats(self._words(mine, 0), config.element)
             for j in cutlass.range_constexpr(CHUNK):
                 values[j] = enc.fma(plain[j], high, enc.mul(plain[j], low))
-            if self.column >= _CHUNKS - _TURNED:
+            if column >= _CHUNKS - _TURNED:
                 for j in cutlass.range_constexpr(_PAIRS):
                     values[2 * j], values[2 * j + 1] = angles.rotated(values[2 * j], values[2 * j + 1], *pairs[j])
             words = enc.words_of([values[j] for j in range(CHUNK)], config.element)
