@@ -31,7 +31,7 @@ from dsv4lab import lab, ops, viz
 from dsv4lab.config import ModelConfig
 from dsv4lab.kernels._common import cache
 from dsv4lab.lab import baselines, hopper, observed, perplexity, roofline, sections
-from dsv4lab.lab.draws import chi_squared, judged_drafts
+from dsv4lab.lab.draws import chi_squared, chi_squared_of, judged_drafts
 from dsv4lab.reference import gemm, head, mhc, sampling
 
 target, cpu = lab.setup(seed, device), torch.device("cpu")
@@ -155,21 +155,21 @@ for name, (p, found) in cases.items():
 
 # %% [markdown]
 # Would the test notice? Against probabilities $q$ of another temperature the statistic of fair draws is
-# $\sum_v \big(n\,(p_v - q_v)^2 + p_v (1 - p_v)\big) / q_v$, give or take $\sqrt{2f + 4\lambda}$, with $f$ degrees of freedom and
-# $\lambda$ the first half of the sum.
+# $\sum_v \big(n\,(p_v - q_v)^2 + p_v (1 - p_v)\big) / q_v$, give or take what counts vary by: with $d_v = (p_v - q_v) / q_v$ the
+# variance is $2 \sum_v p_v^2 / q_v^2 + 4 n \big(\sum_v p_v d_v^2 - (\sum_v p_v d_v)^2\big)$.
 
 # %%
 p, found = next(iter(cases.values()))
 predicted, seen = {}, {}
 for t in (1.15, 1.25, 1.4):
     q = (row.double().cpu()[0] / t).softmax(-1)
-    apart, fit = chi_squared(count * p, q).statistic, chi_squared(found, q)
-    predicted[f"T {t:g}"] = apart + float((p * (1 - p) / q)[count * q >= 10].sum())
-    seen[f"T {t:g}"], error = fit.statistic, (2 * fit.freedom + 4 * apart) ** 0.5
+    fit = chi_squared(found, q)
+    predicted[f"T {t:g}"], error = chi_squared_of(p, q, count)
+    seen[f"T {t:g}"] = fit.statistic
     lab.check_that(f"T {t:g} instead of 1: p-value", fit.p_value, "<", 1e-4)
-    off = abs(seen[f"T {t:g}"] - predicted[f"T {t:g}"]) / error
+    off = abs(fit.statistic - predicted[f"T {t:g}"]) / error
     lab.check_that(f"T {t:g}: measured less predicted", off, "<=", 4, "standard errors")
-viz.plot_predicted(predicted, seen, quantity="chi-squared statistic (no unit)");
+viz.plot_predicted(predicted, seen, quantity="chi-squared statistic (no unit)")
 
 # %% [markdown]
 # ## 4. Drafts
@@ -188,7 +188,7 @@ with hopper.running(target, schedule):
     y = ops.mtp_input(*args, eps=entry["eps"], act=entry["act"])
 want = head.mtp_input(*args, eps=entry["eps"], act=entry["act"])
 lab.check("the block's entry", y, want, row_cosine=0.9999, mean_rel=0.01)
-model.to(cpu);
+model.to(cpu)
 
 # %% [markdown]
 # A draft $d \sim q$ stands with probability $\min(1, p_d / q_d)$; one that falls is replaced by a draw from $\max(p - q, 0)$. So
@@ -262,7 +262,7 @@ with hopper.running(cpu) as run:
     ops.probabilities(z.cpu(), **{n: v.cpu() for n, v in how.items()})
     ops.accept_drafts(*(a.cpu() for a in here))
 labels = ["collapse: project", "collapse: finish", "LM head", "sample", "probabilities", "accept_drafts"]
-viz.plot_resources(**sections.print_uses(run.launches, cache, labels));
+viz.plot_resources(**sections.print_uses(run.launches, cache, labels))
 
 # %% [markdown]
 # ## 6. Predicted and measured

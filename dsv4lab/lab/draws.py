@@ -44,6 +44,22 @@ def chi_squared(counts: torch.Tensor, probabilities: torch.Tensor, *, least: flo
     return Fit(float(statistic), freedom, float(torch.special.gammaincc(torch.tensor(freedom / 2).double(), statistic / 2)))
 
 
+def chi_squared_of(drawn: torch.Tensor, judged: torch.Tensor, count: int, *, least: float = 10.0) -> tuple[float, float]:
+    """What `chi_squared` of `count` draws from `drawn` against `judged`, both (V,) probabilities, is to be: mean, deviation.
+
+    Outcomes are grouped as there. With d = (p - q) / q of the groups the mean is sum p (1 - p) / q + n sum q d^2, the variance,
+    of normal counts, 2 sum (p / q)^2 + 4 n (sum p d^2 - (sum p d)^2).
+    """
+    p, q = (value.double().cpu() / value.double().sum().cpu() for value in (drawn, judged))
+    common = count * q >= least
+    p, q = (torch.cat([value[common], value[~common].sum()[None]]) for value in (p, q))
+    p, q = p[q > 0], q[q > 0]
+    d = (p - q) / q
+    mean = (p * (1 - p) / q).sum() + count * (q * d.square()).sum()
+    variance = 2 * (p / q).square().sum() + 4 * count * ((p * d.square()).sum() - (p * d).sum().square())
+    return float(mean), float(variance.sqrt())
+
+
 def judged_drafts(model: Model, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the backbone and of the prediction block for the same tokens, ids[2:] and the one after: two (n, V)."""
     cache = model.new_cache(max_seqs=1, max_tokens=len(ids), max_step=len(ids))

@@ -34,6 +34,19 @@ def test_wrong_and_impossible_draws_are_seen() -> None:
         draws.chi_squared(torch.tensor([3, 2]), torch.tensor([0.5, 0.5]))
 
 
+def test_what_the_statistic_of_other_draws_is_to_be() -> None:
+    """Mean and deviation over 400 experiments, near to the truth and far from it, rare outcomes included."""
+    g = torch.Generator().manual_seed(4)
+    logits = 2 * torch.randn(60, generator=g).double()
+    p, n = logits.softmax(-1), 4000
+    for q in ((logits / 1.05).softmax(-1), (logits / 1.5).softmax(-1), torch.randn(60, generator=g).double().softmax(-1)):
+        found = [torch.bincount(torch.multinomial(p, n, True, generator=g), minlength=60) for _ in range(400)]
+        seen = torch.tensor([draws.chi_squared(counts, q).statistic for counts in found]).double()
+        mean, deviation = draws.chi_squared_of(p, q, n)
+        assert abs(float(seen.mean()) - mean) < 4 * deviation / 20
+        assert 0.8 < float(seen.std()) / deviation < 1.2
+
+
 def test_drafts_are_judged_where_they_stand() -> None:
     model = dsv4lab.load(dsv4lab.nano())
     ids = model.tokenizer.encode("def main():\n    return 1\n")
