@@ -32,8 +32,7 @@ def chi_squared(counts: torch.Tensor, probabilities: torch.Tensor, *, least: flo
     seen, p = counts.double().cpu(), probabilities.double().cpu()
     expected = p / p.sum() * seen.sum()
     common = expected >= least
-    rare = torch.stack([seen[~common].sum(), expected[~common].sum()])[:, None]
-    seen_of, expected_of = torch.cat([torch.stack([seen[common], expected[common]]), rare], 1)
+    seen_of, expected_of = (_grouped(value, common) for value in (seen, expected))
     some = expected_of > 0
     freedom = int(some.sum()) - 1
     if freedom < 1:
@@ -52,12 +51,17 @@ def chi_squared_of(drawn: torch.Tensor, judged: torch.Tensor, count: int, *, lea
     """
     p, q = (value.double().cpu() / value.double().sum().cpu() for value in (drawn, judged))
     common = count * q >= least
-    p, q = (torch.cat([value[common], value[~common].sum()[None]]) for value in (p, q))
+    p, q = (_grouped(value, common) for value in (p, q))
     p, q = p[q > 0], q[q > 0]
     d = (p - q) / q
     mean = (p * (1 - p) / q).sum() + count * (q * d.square()).sum()
     variance = 2 * (p / q).square().sum() + 4 * count * ((p * d.square()).sum() - (p * d).sum().square())
     return float(mean), float(variance.sqrt())
+
+
+def _grouped(value: torch.Tensor, common: torch.Tensor) -> torch.Tensor:
+    """Of each common outcome, then of all others together."""
+    return torch.cat([value[common], value[~common].sum()[None]])
 
 
 def judged_drafts(model: Model, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,12 @@ def copy_bulk(target: Any, source: Any, size: Any, barrier: Any) -> None:
     )
 
 
+def copy_async(target: Any, source: Any, count: int) -> None:
+    """4, 8 or 16 bytes from global memory into shared memory, on their way."""
+    code = f"cp.async.{'cg' if count == 16 else 'ca'}.shared.global [{{$r0}}], [{{$r1}}], {count};"
+    cute.arch.inline_ptx(code, read_only_args=[target, source])
+
+
 def copy_or_zeros(target: Any, source: Any, size: Any, count: int) -> None:
     """`count` bytes, 8 or 16, asynchronously, from global to shared memory; of these `size` are read and the rest are zeros."""
     code = f"cp.async.{'cg' if count == 16 else 'ca'}.shared.global [{{$r0}}], [{{$r1}}], {count}, {{$r2}};"

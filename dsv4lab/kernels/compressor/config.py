@@ -14,7 +14,7 @@ _MAX_WARPS = 32
 _MULTIPROCESSORS = 132
 _SHARED_BYTES = 228 * 1024  # the most of a multiprocessor, 1 KiB for each CTA among them
 _POOLERS = 8  # warps that share an entry of many tokens
-_HELD = 4  # vectors of such rows, of a thread
+_HELD = 4  # vectors of a thread of rows that wait in shared memory on their way into the ring
 _ENTRIES = 8  # that a CTA makes in turn, at most, of one sequence
 
 

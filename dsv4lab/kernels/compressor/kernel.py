@@ -35,14 +35,14 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
 from cutlass.memory import SmemAllocator
 
-from dsv4lab.kernels._common.ptx import copy_or_zeros
+from dsv4lab.kernels._common.ptx import copy_async, copy_or_zeros
 from dsv4lab.kernels.cache.key import KeyRow
 from dsv4lab.kernels.cache.plan import WARP
 from dsv4lab.kernels.compressor import pool
 from dsv4lab.kernels.compressor.config import LANE, TOKENS, CompressConfig
 from dsv4lab.kernels.quant.rows import encode as enc
 
-_ONCE = ".L1::no_allocate"  # what is read once leaves room in L1 for `ape`
+_ONCE = ".L1::no_allocate"  # what is read once needs no room in L1
 _FIELDS = 8  # of a row's description
 _ROW, _START, _POSITION, _LAST, _RING, _PLACE, _SEQ, _KINDS = range(_FIELDS)
 _FIRST_HALF, _SECOND_HALF = 1, 2
@@ -213,14 +213,14 @@ class Compress:
         for t in cutlass.range_constexpr(plan.rounds * TOKENS):
             of = channel + (keys.dim if plan.overlap and t >= plan.ratio else 0)
             token = self.piece * (plan.rounds * TOKENS) + t
-            pool.copy_async(self.own_ape[None, thread, t].iterator.toint(), self._ape_at(token, of), 16)
+            copy_async(self.own_ape[None, thread, t].iterator.toint(), self._ape_at(token, of), 16)
         if self.warp < plan.teams:
             size = min(4 * plan.weight_words, 16)
             for i in cutlass.range_constexpr(0, 4 * plan.weight_words, size):
                 source = self.weight + Int64(self.lane * (4 * plan.weight_words) + i)
-                pool.copy_async(self.weights[None, self.lane, self.warp].iterator.toint() + i, source, size)
+                copy_async(self.weights[None, self.lane, self.warp].iterator.toint() + i, source, size)
             target = self.freqs.iterator + (self.warp * WARP + self.lane)
-            pool.copy_async(target.toint(), self.inv_freq + Int64(self.lane * 4), 4)
+            copy_async(target.toint(), self.inv_freq + Int64(self.lane * 4), 4)
         cute.arch.cp_async_commit_group()
 
     # ---- rows ------------------------------------------------------------------------------------------------------------

@@ -69,12 +69,6 @@ def quotient(part: tuple[Any, Any, Any]) -> Any:
     return enc.fma(enc.fma(enc.negative(found), total, pooled), inverse, found)
 
 
-def copy_async(target: Any, source: Any, count: int) -> None:
-    """4, 8 or 16 bytes from global memory into shared memory, on their way."""
-    code = f"cp.async.{'cg' if count == 16 else 'ca'}.shared.global [{{$r0}}], [{{$r1}}], {count};"
-    cute.arch.inline_ptx(code, read_only_args=[target, source])
-
-
 @cute.jit
 def plus(z: Any, ape: Any, present: Any) -> list[Any]:
     """Four scores with their embeddings where `present`; -0 leaves every score as it is."""

@@ -249,19 +249,24 @@ class TogetherConfig:
         return self.project_registers, _COLLAPSE_REGISTERS, _SERVICE_REGISTERS
 
     @property
-    def stage_bytes(self) -> int:
-        return TILE * self.slice * 2 * (STREAMS + self.post) + self.post * TILE * COEFFICIENTS * 4
+    def tile_bytes(self) -> int:
+        """Of the streams of a tile in a CTA."""
+        return TILE * self.slice * 2 * STREAMS
 
     @property
-    def message_bytes(self) -> int:
+    def stage_bytes(self) -> int:
+        return self.tile_bytes + self.post * TILE * self.slice * 2 + self.post * TILE * COEFFICIENTS * 4
+
+    @property
+    def message_bytes(self) -> tuple[int, int, int]:
         """That a CTA is sent of a tile: sums, coefficients, sums of squares."""
-        return RANKS * self.vectors * 16 + TILE * STREAMS * 4 + TILE * RANKS * 4
+        return RANKS * self.vectors * 16, TILE * STREAMS * 4, TILE * RANKS * 4
 
     @property
     def fixed_bytes(self) -> int:
         """Of shared memory beside the stages, at most."""
         sums = self.warps * TILE * (self.pitch + 1) * 4
-        messages = self.messages * self.message_bytes
+        messages = self.messages * sum(self.message_bytes)
         logits = BATCH * STREAMS * STREAMS * 8 * (2 if self.outputs > STREAMS else 1)
         weight = self.slice * (2 if self.weight == "bf16" else 4)
         return self.shared_words * 4 + sums + messages + logits + weight + 1280  # barriers, alignment
@@ -296,7 +301,8 @@ class TogetherConfig:
         # With 24 outputs registers are worth more than warps that collapse: 142 us, not 173, for 8192 tokens of Flash.
         collapse = 8 if outputs == STREAMS and blocks <= 16 else 4
         one = cls(columns, outputs, post, weight, warps, held, collapse, 1, mixers=2 - post)
-        stages = (SHARED_BYTES - one.fixed_bytes + one.message_bytes) // (one.stage_bytes + one.message_bytes)
+        messages = sum(one.message_bytes)
+        stages = (SHARED_BYTES - one.fixed_bytes + messages) // (one.stage_bytes + messages)
         return replace(one, stages=min(stages, 8)) if stages >= 2 else None
 
 

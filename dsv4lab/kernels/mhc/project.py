@@ -23,7 +23,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 from cutlass.memory import SmemAllocator
 
-from dsv4lab.kernels._common.ptx import load_words
+from dsv4lab.kernels._common.ptx import copy_async, load_words
 from dsv4lab.kernels.mhc import values as val
 from dsv4lab.kernels.mhc.config import BLOCK, COEFFICIENTS, PARTS, STREAMS, TILE, WARP, MixConfig
 from dsv4lab.kernels.quant.rows import encode as enc
@@ -112,9 +112,9 @@ class Project:
                 row = cutlass.min(tile * TILE + token, post.shape[0] - 1)
                 target = to.iterator.toint() + ((b * TILE + token) * COEFFICIENTS + run * 4) * 4
                 if run == 0:
-                    val.copy_async(target, post[row, None].iterator)
+                    copy_async(target, post[row, None].iterator, 16)
                 else:
-                    val.copy_async(target, cute.local_tile(comb[row, None], (4,), (run - 1,)).iterator)
+                    copy_async(target, cute.local_tile(comb[row, None], (4,), (run - 1,)).iterator, 16)
         cute.arch.cp_async_commit_group()
 
     def _turn(self, b: int, tile: Any) -> Any:

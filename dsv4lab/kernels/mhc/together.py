@@ -54,7 +54,6 @@ class Together:
         self.plan = plan
         self.coefficients = Coefficients(plan.columns, plan.outputs, plan.mixers)
         self.whole = plan.outputs > STREAMS  # not the head: post and comb are results
-        self.tile_bytes = plan.boxes * STREAMS * STREAM_BYTES
 
     @cute.jit
     def __call__(
@@ -139,7 +138,7 @@ class Together:
             Uint32,
             cute.make_layout(
                 (TILE, STREAMS, _BOX_WORDS, plan.boxes, plan.stages),
-                stride=(_BOX_WORDS, TILE * _BOX_WORDS, 1, STREAMS * TILE * _BOX_WORDS, self.tile_bytes // 4),
+                stride=(_BOX_WORDS, TILE * _BOX_WORDS, 1, STREAMS * TILE * _BOX_WORDS, plan.tile_bytes // 4),
             ),
             byte_alignment=1024,
             swizzle=swizzle,
@@ -166,7 +165,7 @@ class Together:
             memory.allocate_tensor(Float32, cute.make_layout((STREAMS, TILE, plan.messages)), byte_alignment=16),
             memory.allocate_tensor(Float32, cute.make_layout((TILE, RANKS, plan.messages)), byte_alignment=16),
             memory.allocate_array(Int64, 3 * plan.messages),
-            plan.vectors,
+            plan.message_bytes,
             plan.messages,
         )
         logits = memory.allocate_tensor(Float64, cute.make_layout((LOGITS, BATCH, 2 if self.whole else 1)), byte_alignment=16)
@@ -247,10 +246,10 @@ class Together:
             tile, stage = place.tile(i), ring.stage(i)
             ring.wait_empty(i)
             barrier = ring.full(i)
-            size = Int32(self.tile_bytes)
+            size = Int32(plan.tile_bytes)
             if cutlass.const_expr(plan.post):
                 tokens = cutlass.min(post.shape[0] - tile * TILE, TILE)
-                size = self.tile_bytes + plan.boxes * STREAM_BYTES + tokens * (COEFFICIENTS * 4)
+                size = plan.tile_bytes + plan.boxes * STREAM_BYTES + tokens * (COEFFICIENTS * 4)
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)
             for b in cutlass.range_constexpr(plan.boxes):

@@ -13,6 +13,7 @@ from cutlass import Float32, Int32, Uint32
 from dsv4lab.kernels._common.ptx import load_matrices, load_words, store_matrices, store_words
 from dsv4lab.kernels._common.rings import Ring
 from dsv4lab.kernels.mhc import values as val
+from dsv4lab.kernels.mhc.coefficients import LOGITS
 from dsv4lab.kernels.mhc.config import BLOCK, BOX, COEFFICIENTS, HALVES, RANKS, STREAMS, TILE, WARP, TogetherConfig
 from dsv4lab.kernels.quant.rows import encode as enc
 
@@ -20,7 +21,6 @@ SUMS, GATES, SQUARES = range(3)  # what is sent
 _TEAM, _COLLAPSED = 1, 6  # barriers of the warps that project, that collapse
 _ROW = BOX * 2  # bytes of a row of a box
 STREAM_BYTES = TILE * _ROW  # of a stream of a box
-_LOGITS = STREAMS * STREAMS
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,8 @@ class Mail:
     gates: Any
     squares: Any
     barriers: Any
-    vectors: int
+    bytes: tuple[int, int, int]  # of a tile
     count: int
-
-    def bytes(self, kind: int) -> int:
-        """Of a tile."""
-        return (RANKS * self.vectors * 16, TILE * STREAMS * 4, TILE * RANKS * 4)[kind]
 
     def barrier(self, kind: int, i: Any) -> Any:
         return self.barriers + kind * self.count + i % self.count
@@ -65,7 +61,7 @@ class Mail:
 
     def expect(self, kind: int, i: Any) -> None:
         """By one thread, once for each use."""
-        cute.arch.mbarrier_arrive_and_expect_tx(self.barrier(kind, i), self.bytes(kind))
+        cute.arch.mbarrier_arrive_and_expect_tx(self.barrier(kind, i), self.bytes[kind])
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,6 @@ class Warp:
         self.plan, self.place, self.mail, self.memory = plan, place, mail, memory
         self.ring, self.made, self.warp, self.count = ring, made, warp, count
         self.lane = cute.arch.lane_idx()
-        self.tile_bytes = plan.boxes * STREAMS * STREAM_BYTES
 
     def every(self, k: int, limit: int) -> bool:
         """Whether all warps have a k-th of so many blocks or tokens."""
@@ -191,7 +186,7 @@ class Projecting(Warp):
         """The largest magnitudes of a lane's two tokens in a block (two BF16 a word; signs mean nothing)."""
         plan, memory, lane = self.plan, self.memory, self.lane
         box = block // (BOX // BLOCK)
-        place = self.row(memory.streams + stage * self.tile_bytes + box * (STREAMS * STREAM_BYTES), block)
+        place = self.row(memory.streams + stage * plan.tile_bytes + box * (STREAMS * STREAM_BYTES), block)
         a = [list(load_matrices(place + j * STREAM_BYTES)) for j in range(STREAMS)]
         if cutlass.const_expr(plan.post):
             added = load_matrices(self.row(memory.added + (stage * plan.boxes + box) * STREAM_BYTES, block))
@@ -199,8 +194,8 @@ class Projecting(Warp):
                 first = memory.given + stage * (TILE * COEFFICIENTS * 4)
                 row = cutlass.min(lane // 4 + 8 * r, tokens - 1)  # past the last token: streams are zeros there, and not stored
                 post = [w.bitcast(Float32) for w in load_words(first + row * (STREAMS * 4))]
-                spot = first + TILE * STREAMS * 4 + row * (_LOGITS * 4)
-                comb = [w.bitcast(Float32) for i in range(_LOGITS // 4) for w in load_words(spot + 16 * i)]
+                spot = first + TILE * STREAMS * 4 + row * (LOGITS * 4)
+                comb = [w.bitcast(Float32) for i in range(LOGITS // 4) for w in load_words(spot + 16 * i)]
                 for i in cutlass.range_constexpr(r, 4, 2):  # words of a token: every other one
                     words = val.new_words(added[i], [a[j][i] for j in range(STREAMS)], post, comb)
                     for j in cutlass.range_constexpr(STREAMS):
@@ -215,7 +210,7 @@ class Projecting(Warp):
     def multiply(self, held: Any, up: Any, total: Any, square: Any, stage: Any, k: cutlass.Constexpr, block: Any) -> None:
         """total += block of streams times block of `fn`; square += squares, both scaled."""
         plan, memory = self.plan, self.memory
-        place = self.row(memory.streams + stage * self.tile_bytes + block // (BOX // BLOCK) * (STREAMS * STREAM_BYTES), block)
+        place = self.row(memory.streams + stage * plan.tile_bytes + block // (BOX // BLOCK) * (STREAMS * STREAM_BYTES), block)
         width = HALVES * plan.tiles * 2  # words of a stream
         for j in cutlass.range_constexpr(STREAMS):
             a = list(load_matrices(place + j * STREAM_BYTES))
@@ -279,7 +274,7 @@ class Collapsing(Warp):
     def collapse(self, u: Any, i: Any, turn: cutlass.Constexpr) -> None:
         """u = sum_j pre[j] X[j], rounded, of a warp's tokens; the sums of all tokens' squares to all CTAs."""
         plan, memory, mail, warp, lane = self.plan, self.memory, self.mail, self.warp, self.lane
-        tile = memory.streams + self.ring.stage(i) * self.tile_bytes
+        tile = memory.streams + self.ring.stage(i) * plan.tile_bytes
         if cutlass.const_expr(plan.post):
             cute.arch.mbarrier_wait(self.made + self.ring.stage(i), i // plan.stages % 2)
         else:

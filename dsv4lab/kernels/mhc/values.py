@@ -87,11 +87,6 @@ def send_one(target: Any, barrier: Any, rank: Any, value: Any) -> None:
     cute.arch.inline_ptx(_send("f32", "{$r3}"), read_only_args=[target, barrier, rank, value])
 
 
-def copy_async(target: Any, source: Any) -> None:
-    """16 bytes from global to shared memory."""
-    cute.arch.inline_ptx("cp.async.cg.shared.global [{$r0}], [{$r1}], 16;", read_only_args=[target, source])
-
-
 # ---- values ------------------------------------------------------------------------------------------------------------
 def halves(word: Any) -> list[Any]:
     """The two BF16 of a word as float32."""

@@ -23,7 +23,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
-from dsv4lab.kernels._common.ptx import copy_or_zeros, load_words, store_words
+from dsv4lab.kernels._common.ptx import copy_async, copy_or_zeros, load_words, store_words
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import GATHER_WARPS, HALVES, KEYS, TILE, TILES
 from dsv4lab.kernels.attention.core.decode import CODE_WORDS, SCALE_WORDS, decode, factors
@@ -155,9 +155,9 @@ class Gather:
         work = self.work
         if lane < _KEYS:
             if cutlass.const_expr(work.plan.kind != "window"):
-                ptx.copy_word(finds, work.page_address(seq, index))
+                copy_async(finds, work.page_address(seq, index), 4)
             if cutlass.const_expr(work.plan.kind == "chosen"):
-                ptx.copy_word(finds + KEYS * 4, work.index_address(query, place))
+                copy_async(finds + KEYS * 4, work.index_address(query, place), 4)
 
     @cute.jit
     def _finds(self, finds: Any, place: Any) -> tuple[Any, Any]:

@@ -18,11 +18,6 @@ def load_or_zeros(address: Any, wanted: Any, words: int) -> tuple[Any, ...]:
     return found
 
 
-def copy_word(target: Any, source: Any) -> None:
-    """4 bytes, asynchronously, from global to shared memory."""
-    cute.arch.inline_ptx("cp.async.ca.shared.global [{$r0}], [{$r1}], 4;", read_only_args=[target, source])
-
-
 def store_byte(address: Any, value: Any) -> None:
     """The low byte of a word to shared memory."""
     code = "{ .reg .b16 low; cvt.u16.u32 low, {$r1}; st.shared.u8 [{$r0}], low; }"
