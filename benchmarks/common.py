@@ -213,6 +213,9 @@ class Seen:
         self.arch, self.multiprocessors = self.inner.arch, self.inner.multiprocessors
         self.libraries = self.inner.libraries
 
+    def bind(self, host_code: bytes) -> bytes:
+        return self.inner.bind(host_code)
+
     def know(self, ptx: str, cubin: bytes) -> None:
         self.inner.know(ptx, cubin)
 

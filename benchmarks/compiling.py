@@ -53,6 +53,9 @@ class Nowhere:
     multiprocessors: int = MULTIPROCESSORS
     libraries: tuple[str, ...] = ()
 
+    def bind(self, host_code: bytes) -> bytes:
+        return host_code
+
     def know(self, ptx: str, cubin: bytes) -> None:
         pass
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from dsv4lab.sim import linking
 from dsv4lab.sim import session as _session
-from dsv4lab.sim import shim
 
 
 class Host:
@@ -19,7 +19,11 @@ class Host:
         self.session = _session.current(arch)
         self.arch = self.session.arch
         self.multiprocessors = self.session.multiprocessors
-        self.libraries: tuple[str, ...] = (str(shim.library_path()),)
+        self.libraries: tuple[str, ...] = (str(linking.library_path()),)
+
+    def bind(self, host_code: bytes) -> bytes:
+        """An object file with the names that `libraries` have."""
+        return linking.renamed(host_code)
 
     def know(self, ptx: str, cubin: bytes) -> None:
         """The PTX of a module that will be launched."""

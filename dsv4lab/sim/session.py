@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsv4lab.sim import contract, descriptor, ptx, shim
+from dsv4lab.sim import contract, descriptor, linking, ptx, shim
 from dsv4lab.sim.cubin import resources
 from dsv4lab.sim.errors import SimulatorError
 from dsv4lab.sim.native import library
@@ -66,7 +66,7 @@ class Session:
     """The simulator's presence in this process. There is one: `enable` returns it."""
 
     def __init__(self) -> None:
-        self.library = shim.load(shim.build())
+        self.libraries = (shim.load(shim.build()), shim.load(linking.build()))  # for engines, for object files
         self.tensors = Registry()
         self.arch = ""
         self.multiprocessors = 0
@@ -80,7 +80,8 @@ class Session:
         self._folder = tempfile.mkdtemp(prefix="dsv4lab-sim-")
         atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
         self._callbacks = (shim.LAUNCH(self._on_launch), shim.ENCODE(_on_encode))  # must outlive the library's use of them
-        self.library.simrt_set_callbacks(*self._callbacks)
+        for each in self.libraries:
+            each.simrt_set_callbacks(*self._callbacks)
 
     def enable(self, arch: str, multiprocessors: int | None) -> None:
         if arch not in ARCHITECTURES:
@@ -113,7 +114,8 @@ class Session:
             (81, 233_472),
             (97, SHARED_BYTES),
         ):
-            self.library.simrt_set_device_attribute(number, value)
+            for each in self.libraries:
+                each.simrt_set_device_attribute(number, value)
         if not self._hooks:
             self._install_hooks()
 
@@ -147,8 +149,9 @@ class Session:
     def raise_pending(self) -> None:
         """Raise what went wrong inside the last call of host code, which could only return an error number."""
         error, self._error = self._error, None
-        complaint = self.library.simrt_complaint().decode()
-        self.library.simrt_clear_complaint()
+        complaint = next(filter(None, (each.simrt_complaint().decode() for each in self.libraries)), "")
+        for each in self.libraries:
+            each.simrt_clear_complaint()
         if error is not None:
             raise error
         if complaint:
@@ -237,7 +240,8 @@ class Session:
             from tvm_ffi import libinfo
 
             ffi = ctypes.CDLL(libinfo.find_libtvm_ffi())
-            self.library.simrt_set_raise(ctypes.cast(ffi.TVMFFIErrorSetRaisedFromCStr, ctypes.c_void_p))
+            for each in self.libraries:
+                each.simrt_set_raise(ctypes.cast(ffi.TVMFFIErrorSetRaisedFromCStr, ctypes.c_void_p))
             for name in ("TVMFFIJitCompiledFunction", "TVMFFIJitCompiledFunctionWithKwargs"):
                 hook("cutlass.cutlass_dsl.tvm_ffi_provider", f"{name}.__call__", self._on_device)
 

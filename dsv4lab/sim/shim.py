@@ -18,7 +18,7 @@ from dsv4lab.sim.errors import SimulatorError
 SOURCE = Path(__file__).with_name("runtime.c")
 LIBRARY = "libcute_dsl_runtime.so"
 _COMPILERS = ("cc", "gcc", "clang")
-_FLAGS = ("-O2", "-shared", "-fPIC")
+FLAGS = ("-O2", "-shared", "-fPIC")
 REMEDY = "install gcc or clang (Debian, Ubuntu: apt install gcc), or name one in the environment variable CC"
 
 
@@ -42,7 +42,7 @@ def find_compiler() -> list[str] | None:
 
 def library_path() -> Path:
     """Where the library of this source belongs; it need not exist yet."""
-    return place(LIBRARY, (SOURCE,), _FLAGS)
+    return place(LIBRARY, (SOURCE,), FLAGS)
 
 
 def place(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
@@ -55,7 +55,7 @@ def place(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
 
 def build() -> Path:
     """The runtime library's path, built if it is not in the cache. Raises `ShimError` where that cannot be done."""
-    return build_at(library_path(), (SOURCE,), _FLAGS)
+    return build_at(library_path(), (SOURCE,), FLAGS)
 
 
 def build_at(path: Path, sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> Path:

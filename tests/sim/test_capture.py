@@ -269,9 +269,9 @@ def test_an_unknown_host_request_is_an_error_not_a_guess(kernels: ModuleType) ->
     import ctypes
 
     value = ctypes.c_int(-1)
-    assert session.library._cudaDeviceGetAttribute(ctypes.byref(value), 16, 0) == 0
+    assert session.libraries[0]._cudaDeviceGetAttribute(ctypes.byref(value), 16, 0) == 0
     assert value.value == 132
-    assert session.library._cudaDeviceGetAttribute(ctypes.byref(value), 9999, 0) != 0
+    assert session.libraries[0]._cudaDeviceGetAttribute(ctypes.byref(value), 9999, 0) != 0
     with pytest.raises(sim.ContractError, match="device attribute 9999"):
         session.raise_pending()
 

@@ -77,7 +77,7 @@ def kernel(module: str, config: Any, build: Build, runtime: Runtime) -> Callable
         key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:32]
         compiled = _from_disk(folder() / f"{key}.kernel", source, lambda: _compile(build, runtime.arch))
         runtime.know(compiled.ptx, compiled.cubin)
-        _loaded[where] = _link(compiled.object, runtime.libraries)
+        _loaded[where] = _link(runtime.bind(compiled.object), runtime.libraries)
         give_name(_loaded[where], module, config)
     return _loaded[where]
 
@@ -213,7 +213,9 @@ def _compile(build: Build, arch: str) -> Compiled:
     function, examples = build()
     with tempfile.TemporaryDirectory(prefix="dsv4lab-") as scratch:
         kept = f"--keep-ptx --keep-cubin --generate-line-info --dump-dir={scratch}"
-        made = cute.compile(function, *examples, options=f"--enable-tvm-ffi --gpu-arch={arch} {kept}")
+        options = f"--enable-tvm-ffi --gpu-arch={arch} {kept}"
+        # An engine would load the runtime library of the moment, whose names other engines would then find, too
+        made = cute.compile(function, *examples, options=options, no_jit_engine=True)
         target = Path(scratch) / "kernel.o"
         made.export_to_c(str(target), function_name=_SYMBOL)
         return Compiled(target.read_bytes(), bytes(made.artifacts.CUBIN), str(made.artifacts.PTX))

@@ -58,6 +58,9 @@ class Runtime(Protocol):
     multiprocessors: int
     libraries: tuple[str, ...]
 
+    def bind(self, host_code: bytes) -> bytes:
+        """An object file as it is linked, with the names that `libraries` have."""
+
     def know(self, ptx: str, cubin: bytes) -> None:
         """Told of every module that is loaded, before its first launch."""
 
@@ -80,6 +83,9 @@ class Gpu:
         self.multiprocessors = found.multi_processor_count
         self.libraries = runtime_libraries()
         self._clusters: dict[int, int] = {}
+
+    def bind(self, host_code: bytes) -> bytes:
+        return host_code
 
     def know(self, ptx: str, cubin: bytes) -> None:
         pass
