@@ -225,8 +225,8 @@ print(hopper.table(measured.summary(few, ("shape", "m", "k"), ("torch",))) if fe
 # %% [markdown]
 # ## 9. Measured here
 #
-# With `device="cuda"`: the quantisers at a model's width, cold, against copy bandwidth measured in the same minute. Called from
-# Python and not from a CUDA graph: where a kernel is shorter than its launch, the launch is what is timed.
+# With `device="cuda"`: the quantisers at a model's width, cold, against copy bandwidth measured in the same minute,
+# replayed from CUDA graphs. A graph's start and end, some 2 us, count too; `benchmarks/` has many calls a graph.
 
 # %%
 if target.type == "cuda":

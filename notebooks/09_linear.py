@@ -341,8 +341,8 @@ ax.set(xlabel="magnitude of the result (no unit, log2 axis)", yticks=[1e-8, 1e-6
 # %% [markdown]
 # ## 10. Measured here
 #
-# With `device="cuda"`: Flash's wq_b, cold, beside cuBLAS in BF16, against ceilings measured in the same minute. Called from
-# Python and not from a CUDA graph: where a kernel is shorter than its launch, the launch is what is timed.
+# With `device="cuda"`: Flash's wq_b, cold, beside cuBLAS in BF16, against ceilings measured in the same minute,
+# replayed from CUDA graphs. A graph's start and end, some 2 us, count too; `benchmarks/` has many calls a graph.
 
 # %%
 if target.type == "cuda":

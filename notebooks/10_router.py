@@ -242,8 +242,8 @@ print(hopper.table(measured.summary(found, ("shape", "m", "k", "registers", "spi
 # %% [markdown]
 # ## 8. Measured here
 #
-# With `device="cuda"`: Flash's router, cold, against ceilings measured in the same minute. Called from Python and not from a
-# CUDA graph: where a kernel is shorter than its launch, the launch is what is timed.
+# With `device="cuda"`: Flash's router, cold, against ceilings measured in the same minute, replayed from CUDA
+# graphs. A graph's start and end, some 2 us, count too; `benchmarks/` has many calls a graph.
 
 # %%
 if target.type == "cuda":

@@ -357,7 +357,7 @@ if any(row["shape"] == "flash layer" for row in decode):
 # ## 9. Measured here
 #
 # With `device="cuda"`: the experts of a layer at Flash's width, random NVFP4 weights, cold, against ceilings measured in the
-# same minute. Called from Python and not from a CUDA graph: where a kernel is shorter than its launch, the launch is timed.
+# same minute, replayed from CUDA graphs. A graph's start and end, some 2 us, count too; `benchmarks/` has many calls a graph.
 
 # %%
 if target.type == "cuda":

@@ -272,7 +272,7 @@ viz.plot_resources(**sections.print_uses(run.launches, cache, calls, most_spille
 # ## 9. Predicted and measured
 #
 # Predicted: bytes over the bandwidth of a copy. A token alone waits for a launch and two trips to memory; the bar is 6 us. With
-# `device="cuda"` Flash's heads are timed here, cold, called from Python and not from a CUDA graph.
+# `device="cuda"` Flash's heads are timed here, cold, replayed from CUDA graphs.
 
 # %%
 m, count = profile_shape

@@ -224,7 +224,7 @@ viz.plot_resources(**sections.print_uses(launches.launches, cache, list(host), m
 #
 # Predicted: values, scores and keys once, over the bandwidth of a copy. A decode step is a launch and three trips to memory: 3
 # to 4 us said its author, 5 where 128 tokens of the ring become an entry; the bar is 6. With `device="cuda"` one long step of
-# Flash's width is timed here, cold, called from Python.
+# Flash's width is timed here, cold, replayed from a CUDA graph.
 
 # %%
 m, work = profile_tokens, {}

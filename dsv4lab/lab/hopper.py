@@ -151,8 +151,11 @@ def _cell(value: Any) -> str:
 def profile(
     device: torch.device, calls: dict[str, Callable[[], object]], work: dict[str, Work], ceilings: Ceilings, *, rounds: int = 20
 ) -> list[dict[str, Any]]:
-    """Time calls against each other on the GPU, cold -> rows of microseconds and percent of the bound. Raises KeyError."""
-    taken = time_interleaved(calls, device=device, rounds=rounds)
+    """Time calls against each other on the GPU, cold, from CUDA graphs -> rows of microseconds and percent of the bound.
+
+    Raises KeyError.
+    """
+    taken = time_interleaved(calls, device=device, rounds=rounds, graphs=True)
     rows = []
     for name, timing in taken.items():
         low, high = timing.quartiles_s
