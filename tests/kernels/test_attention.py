@@ -57,6 +57,8 @@ def test_parts_have_every_block_once_and_fill_the_gpu() -> None:
                     assert most == (1 if 0 < k < 8192 else 2)
                 if queries >= 128:
                     assert plan.parts == 1
+    for heads, k, queries, parts in ((64, 512, 64, 2), (64, 512, 66, 2), (64, 512, 67, 1), (128, 1024, 64, 1)):
+        assert divide(queries, heads, capacity("chosen", WINDOW, k), 132).parts == parts, "a half-empty GPU, and a full one"
     assert capacity("window", 128, 512) == 128 and capacity("visible", 128, 512) == 640
 
 

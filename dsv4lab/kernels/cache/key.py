@@ -195,8 +195,7 @@ class KeyRow:
         magnitudes = enc.absolute(words, plan.element)
         bits = enc.amax_bits(magnitudes, plan.element)
         numbers = self._among_nope(Uint32(0) if bits > Uint32(_INFINITY_BITS) else enc.finite(bits).bitcast(Uint32), lane)
-        for distance in (16, 8, 4, 2, 1):
-            numbers = enc.max_u32(numbers, cute.arch.shuffle_sync_bfly(numbers, distance))
+        numbers = Uint32(cute.arch.warp_redux_sync(numbers, "umax"))
         power, inverse = enc.e8m0_ceil(numbers, _RANGE_BITS, _RANGE_FLOOR_BITS)
         if numbers == Uint32(0):
             power, inverse = Uint32(127), Float32(1.0)
@@ -257,8 +256,7 @@ class KeyRow:
         magnitudes = enc.absolute(words, "f32")
         bits = enc.amax_bits(magnitudes, "f32")
         if cutlass.const_expr(plan.record == "fp8"):
-            for distance in (1, 2, 4, 8, 16):
-                bits = enc.max_u32(bits, cute.arch.shuffle_sync_bfly(bits, distance))
+            bits = Uint32(cute.arch.warp_redux_sync(bits, "umax"))
             byte, inverse = enc.e8m0_ceil(bits, _E4M3_MAX_BITS, _FP8_FLOOR_BITS)
             put_words(_e4m3(words, inverse, "f32"), data + Int64(lane * 4), here)
             put_words([byte << 23], scales, here and lane == 0)

@@ -19,8 +19,9 @@ GATHER_WARPS = 8  # two on each scheduler: one would not issue fast enough
 THREADS = 4 * WARPGROUP  # two warpgroups multiply, two gather
 KINDS = ("window", "visible", "chosen")
 # What `divide` weighs, in microseconds: a block of keys; an item's start and end; leaving a part in float32 and its share of
-# the kernel that combines; that kernel's launch. Estimates from cycle counts, for an H200.
-_BLOCK_US, _ITEM_US, _PART_US, _COMBINE_US = 1.25, 2.0, 1.1, 2.5
+# the kernel that combines; that kernel's launch. For an H200: a block of plain keys as measured, packed ones take more (below),
+# so that a second kernel is not started for little; the others are estimates from cycle counts.
+_BLOCK_US, _ITEM_US, _PART_US, _COMBINE_US = 2.0, 2.0, 1.1, 2.5
 _PART_READ_US = ROWS * DIM * 4 / 4.0e6  # of 64 heads at 4 TB/s
 # What `unpacks` weighs, for an H200: a block of packed keys takes 3.2 (FP8) or 2.9 us (NVFP4), one of plain keys 2.0: measured.
 # A kernel that unpacks takes its launch, a look at all positions, latencies, and bytes at 80 % of a copy's rate: estimates.
