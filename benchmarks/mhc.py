@@ -24,6 +24,7 @@ QUICK_TOKENS = (8192, 1)
 BAR_PERCENT, BAR_US = 85.0, 8.0
 S = FLASH.hc_mult
 HOW = dict(eps=EPS, hc_eps=FLASH.hc_eps, sinkhorn_iters=FLASH.hc_sinkhorn_iters)
+_WRONG = 0.01  # relative error of a peer: BF16 rounds to 0.004
 _VOCAB = 16384  # rows of the table: only their bytes matter
 
 
@@ -161,10 +162,20 @@ def measure(bench: Bench, case: Case, device: str = "cuda") -> None:
         candidates["torch.compile"] = compiled if isinstance(compiled, Failure) else operations.calls_of(compiled, sets)
     else:
         candidates["torch.compile"] = Failure(f"of Flash at {max(TOKENS)} tokens and whole runs only, to save time")
-    peer = {"mhc_pre": triton_mhc.mhc_pre, "mhc_post": triton_mhc.mhc_post}.get(case.operation)
+    peers: dict[str, Callable[..., Any]] = {"mhc_pre": triton_mhc.mhc_pre, "mhc_post": triton_mhc.mhc_post}
+    peer = peers.get(case.operation)
     if peer is not None:
-        candidates["triton"] = operations.calls_of(peer, sets)
+        candidates["triton"] = common.attempt(lambda: _triton_calls(case, peer, sets))
     bench.measure(case.name, fields, candidates, nbytes=case.nbytes, flops=0.0)
+
+
+def _triton_calls(case: Case, peer: Callable[..., Any], sets: Sequence[Args]) -> Sequence[Call]:
+    """Compares the kernel with the reference first. Raises RuntimeError on a wrong result."""
+    args, named = sets[0]
+    found = compared(case, sets[0], peer(*args, **named))
+    if not (found["relative_error"] < _WRONG and found.get("comb_error", 0.0) < _WRONG):
+        raise RuntimeError(f"the Triton kernel is wrong: {found}")
+    return operations.calls_of(peer, sets)
 
 
 def compared(case: Case, args: Args, got: Any) -> dict[str, Any]:

@@ -31,8 +31,9 @@ if triton is not None:
         total, square = tl.zeros((R, 32), tl.float32), tl.zeros((R,), tl.float32)
         for start in range(0, k, K):
             at = start + tl.arange(0, K)
-            a = tl.load(x + row[:, None].to(tl.int64) * k + at[None], mask=row[:, None] < m, other=0.0).to(tl.float32)
-            b = tl.load(fn + lane[None] * k + at[:, None], mask=lane[None] < 24, other=0.0)
+            inside = (row[:, None] < m) & (at[None] < k)  # the last block may reach beyond a row
+            a = tl.load(x + row[:, None].to(tl.int64) * k + at[None], mask=inside, other=0.0).to(tl.float32)
+            b = tl.load(fn + lane[None] * k + at[:, None], mask=(lane[None] < 24) & (at[:, None] < k), other=0.0)
             total = tl.dot(a, b, total, input_precision="tf32x3")
             square += tl.sum(a * a, 1)
         mix = total * tl.rsqrt(square / k + eps)[:, None]

@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("src", type=Path, metavar="SRC", help="folder of executed notebooks")
     publish.add_argument("dst", type=Path, metavar="DST", help="folder to write, such as executed/h200; replaced")
     publish.add_argument("--budget", type=int, required=True, metavar="BYTES", help="of the whole folder")
+    publish.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="notebooks to keep beside index and report of all"
+    )
     publish.add_argument("--pictures", type=int, metavar="N", help="of each notebook keep the first N; all by default")
 
     sim = command("sim", _sim, "run a CuTeDSL script written for a GPU on the CPU, and check its kernels")
@@ -178,7 +181,7 @@ def _report(options: argparse.Namespace) -> int:
 def _publish(options: argparse.Namespace) -> int:
     from dsv4lab.lab import publish
 
-    written = publish.publish(options.src, options.dst, budget=options.budget, most=options.pictures)
+    written = publish.publish(options.src, options.dst, budget=options.budget, most=options.pictures, only=options.only)
     print(written)
     return OK if written.passed else FELL_SHORT
 

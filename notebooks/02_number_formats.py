@@ -229,12 +229,13 @@ results["relative_rms"] = {case: round(value, 6) for case, value in values.items
 # large values that carry the energy.
 #
 # **Nano's own weights.** The prediction now takes their measured distribution within a row and the sizes of the rows, and still
-# assumes that the values of a block are independent. Only matrices that are stored in BF16 can tell: one that already lies on a
-# format's grid has no error in that format left.
+# assumes that the values of a block are independent. Only matrices with fine values can tell: one that already lies on a
+# format's grid has no error in that format left, and nano's compressors and head were packed with short mantissas.
 
 # %%
-csa, hca = layers[CSA].attn.compressor.wkv.weight.codes, layers[HCA].attn.compressor.wkv.weight.codes
-matrices = {"embedding": model.embed.weight, "LM head": model.head.weight, "CSA wkv": csa, "HCA wkv": hca}
+csa, hca = layers[CSA], layers[HCA]
+matrices = {"embedding": model.embed.weight, "CSA router": csa.ffn.gate.weight}
+matrices |= {"CSA streams": csa.hc_attn.fn, "HCA streams": hca.hc_ffn.fn}  # the projections of hyper-connections
 chosen = [label for label in formats if label != "FP8 blocks"]  # one row of blocks a matrix is too few for a distribution
 pairs = {f"{label}, {name}": rounding.measure_matrix(formats[label], m) for name, m in matrices.items() for label in chosen}
 predicted = {case: pair[0] for case, pair in pairs.items()}

@@ -1,15 +1,19 @@
 """Measure the shipped nano model through dsv4lab itself and add the figures to `training/record.json`.
 
     python -m training.verify_nano --run LAST_OUT
+    python -m training.verify_nano --before ARCHIVE
 
-Perplexity of the shipped official checkpoint, of its BF16 and full NVFP4 conversions and of the weights before rounding, on
-the same held-out tokens; acceptance of one to three MTP drafts in greedy generation, which must equal plain decoding.
+Perplexity of the shipped official checkpoint and of its BF16 and full NVFP4 conversions, on the same held-out tokens; and of
+the trained weights before any rounding (`--run`, without it the record keeps what it has of them), or of an earlier archive
+such as `git show COMMIT:dsv4lab/data/nano.tar.xz` (`--before`). Acceptance of one to three MTP drafts in greedy generation,
+which must equal plain decoding.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 import dsv4lab
+from dsv4lab import shipped
 from dsv4lab.config import ModelConfig
 from dsv4lab.lab.perplexity import (
     held_out_files,
@@ -35,18 +40,22 @@ MAX_DRAFTS = 3
 CONTEXT = 64  # tokens of each held-out file that generation continues
 
 
-def measure_formats(state: dict[str, torch.Tensor], count: int, length: int) -> dict[str, Any]:
+def measure_formats(state: dict[str, torch.Tensor] | None, before: Path | None, count: int, length: int) -> dict[str, Any]:
     """Perplexity of each format on `count` windows of `length` tokens, and what it loses against the BF16 model of the same
-    weights, in nats per token. `trained` is the training's float32 weights rounded to BF16, which the file cannot hold."""
+    weights, in nats per token. `trained` is the training's float32 weights rounded to BF16, which the file cannot hold, and
+    `before` the official checkpoint of an earlier archive; each is measured where it is given."""
     config, nano = ModelConfig.nano(), dsv4lab.nano()
     found: dict[str, Any] = {"windows": count, "window_tokens": length}
     with tempfile.TemporaryDirectory() as scratch:
         folders = {"bf16": Path(scratch) / "bf16", "official": nano, "nvfp4": Path(scratch) / "nvfp4"}
         for layout in ("bf16", "nvfp4"):
             quantize_checkpoint(nano, folders[layout], layout=layout, progress=False)
-        folders["trained"] = Path(scratch) / "trained"
-        items = convert_items(state.items(), config, layout="bf16")
-        write_checkpoint(folders["trained"], config, items, layout="bf16", copy_from=nano)
+        if state is not None:
+            folders["trained"] = Path(scratch) / "trained"
+            items = convert_items(state.items(), config, layout="bf16")
+            write_checkpoint(folders["trained"], config, items, layout="bf16", copy_from=nano)
+        if before is not None:
+            folders["before"] = shipped.unpacked(before)
         base = None
         for name, path in folders.items():
             model = dsv4lab.load(path)
@@ -64,6 +73,13 @@ def measure_formats(state: dict[str, torch.Tensor], count: int, length: int) -> 
             }
             print(name, json.dumps(found[name]), flush=True)
     return found
+
+
+def against(earlier: dict[str, Any], base: float) -> dict[str, Any]:
+    """An entry of an earlier record on the same tokens, compared with another base's perplexity; its error is not known."""
+    ratio = earlier["perplexity"] / base
+    kept = {key: value for key, value in earlier.items() if key != "standard_error"}
+    return kept | {"perplexity_against_bf16": round(ratio - 1, 5), "loss_minus_bf16": round(math.log(ratio), 5)}
 
 
 def measure_generation(new_tokens: int) -> dict[str, Any]:
@@ -91,17 +107,21 @@ def measure_generation(new_tokens: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="the exported run: output folder of train_nano")
+    parser.add_argument("--run", type=Path, help="the exported run: output folder of train_nano")
+    parser.add_argument("--before", type=Path, help="an earlier archive of nano, to compare with")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--only", choices=("held_out", "generation"), help="leave the other part of the record as it is")
     args = parser.parse_args()
-    state = load_file(args.run / "state.safetensors")
+    state = load_file(args.run / "state.safetensors") if args.run else None
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     measured = record.setdefault("measured_with_dsv4lab", {})
     if args.only != "generation":
-        measured["held_out"] = measure_formats(state, args.windows, args.length)
+        found = measure_formats(state, args.before, args.windows, args.length)
+        if state is None and "trained" in measured.get("held_out", {}):
+            found["trained"] = against(measured["held_out"]["trained"], found["bf16"]["perplexity"])
+        measured["held_out"] = found
     if args.only != "held_out":
         measured["generation"] = measure_generation(args.new_tokens)
     RECORD.write_text(json.dumps(record, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")

@@ -38,8 +38,9 @@ def hyper_connections() -> None:
         new, *_ = mhc.mhc_post_pre(x, streams, post, comb, fn, base, scale, norm, **how)
         assert torch.equal(new, mhc.mhc_post(x, streams, post, comb))
         assert (new - mhc_reference.mhc_post(x, streams, post, comb)).abs().max() < 0.1
-        head = mhc.mhc_head(streams, fn[:4].contiguous(), base[:4].contiguous(), scale[:1], norm, eps=1e-6, hc_eps=1e-6)
-        assert head.isfinite().all()
+        args = (streams, fn[:4].contiguous(), base[:4].contiguous(), scale[:1], norm)
+        head, want = (f(*args, eps=1e-6, hc_eps=1e-6) for f in (mhc.mhc_head, mhc_reference.mhc_head))
+        assert (head - want).abs().max() < 0.05
         ids = torch.arange(tokens, device="cuda")
         assert torch.equal(mhc.embed_streams(ids, streams[:, 0].contiguous(), num_streams=4)[:, 3], streams[:, 0])
 

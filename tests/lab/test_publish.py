@@ -47,7 +47,7 @@ def test_one_form_of_each_output_stays(tmp_path: Path) -> None:
     executed(source / "01_a.ipynb")
     written = publish.publish(source, out, budget=2_000_000, notebooks=source)
     kinds, notebook = read(out / "01_a.ipynb")
-    assert kinds == [{"image/webp"}, {"image/webp"}, {"text/plain"}, {"text/html"}, set()]
+    assert kinds == [{"image/png"}, {"image/png"}, {"text/plain"}, {"text/html"}, set()]
     assert notebook.cells[0].source == "# A title\nText"
     assert notebook.cells[1].source == "draw()\n"
     assert notebook.cells[1].outputs[-1].text == "said\n"
@@ -59,18 +59,58 @@ def test_one_form_of_each_output_stays(tmp_path: Path) -> None:
 
 
 def test_records_make_the_report_and_leave_the_notebook(tmp_path: Path) -> None:
-    kept = publish._smallest({MIME: RECORD, "text/html": "<table>", "text/plain": "close 1.0"}, 100, 10)
+    kept = publish._smallest({MIME: RECORD, "text/html": "<table>", "text/plain": "close 1.0"}, 100, 12)
     assert kept == {MIME: RECORD, "text/plain": "close 1.0"}
     path = tmp_path / "a.ipynb"
     executed(path, pictures=0)
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[1].outputs.append(nbformat.v4.new_output("display_data", kept))
     nbformat.write(notebook, path)
-    assert MIME in publish.compact(path, width=100, quality=10)
-    path.write_text(publish.compact(path, width=100, quality=10))
+    assert MIME in publish.compact(path, width=100, colours=12)
+    path.write_text(publish.compact(path, width=100, colours=12))
     assert read(path)[0][-1] == {MIME, "text/plain"}
     path.write_text(publish._without_records(path))
     assert read(path)[0][-1] == {"text/plain"}
+
+
+def test_neighbouring_texts_share_an_output(tmp_path: Path) -> None:
+    texts = [nbformat.v4.new_output("display_data", {"text/plain": text, MIME: RECORD}) for text in ("one", "two", "three")]
+    texts.insert(2, nbformat.v4.new_output("stream", name="stdout", text="between\n"))
+    cell = nbformat.v4.new_code_cell("x", outputs=texts, metadata={"tags": ["parameters"], "execution": {"a": "b"}})
+    path = tmp_path / "a.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A"), cell]), path)
+    path.write_text(publish.compact(path, width=100, colours=12))
+    path.write_text(publish._without_records(path))
+    _, notebook = read(path)
+    assert [o.get("data", {}).get("text/plain") for o in notebook.cells[1].outputs] == ["one\n\ntwo", None, "three"]
+    assert notebook.cells[1].metadata == {"tags": ["parameters"]}
+
+
+def test_pictures_get_frequent_colours_that_are_well_apart() -> None:
+    """A line on white with a shade beside it: the palette has the ground's and both lines' colours, not the shade."""
+    image = Image.new("RGB", (60, 40), "white")
+    image.paste((0, 114, 178), (0, 10, 60, 14))
+    image.paste((10, 130, 190), (0, 14, 60, 16))  # 38 away from the line
+    image.paste((213, 94, 0), (0, 30, 60, 31))
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    png = base64.b64encode(stream.getvalue()).decode()
+    with Image.open(io.BytesIO(base64.b64decode(publish._palette_png(png, 60, 3)))) as kept:
+        assert (kept.mode, kept.size) == ("P", (60, 40))
+        found = kept.convert("RGB")
+    assert {value for _, value in found.getcolors()} == {(255, 255, 255), (0, 114, 178), (213, 94, 0)}
+    assert [found.getpixel((5, y)) for y in (0, 13, 15, 30)] == [(255, 255, 255), (0, 114, 178), (0, 114, 178), (213, 94, 0)]
+    with Image.open(io.BytesIO(base64.b64decode(publish._palette_png(png, 30, 3)))) as kept:
+        assert kept.size == (30, 20)
+
+
+def test_a_terse_report_says_the_same() -> None:
+    page = (
+        '<table class="checks">\n<tr><th scope="row">a "b" c</th>\n<td colspan="4">1 &lt; 2</td></tr>\n</table>'
+        ' <a href="x.ipynb">x</a> <b>y</b>'
+    )
+    terse = '<table class=checks><tr><th scope=row>a "b" c<td colspan=4>1 &lt; 2</table> <a href="x.ipynb">x</a> <b>y</b>'
+    assert publish._terse(page) == terse
 
 
 def test_pictures_shrink_until_the_budget_is_kept(tmp_path: Path) -> None:
@@ -79,7 +119,7 @@ def test_pictures_shrink_until_the_budget_is_kept(tmp_path: Path) -> None:
     executed(source / "01_a.ipynb")
     wide = publish.publish(source, tmp_path / "wide", budget=2_000_000, notebooks=source)
     tight = publish.publish(source, tmp_path / "tight", budget=wide.bytes // 2, notebooks=source)
-    assert (wide.width, wide.quality) == publish.PICTURES[0]
+    assert (wide.width, wide.colours) == publish.PICTURES[0]
     assert tight.width < wide.width
     assert tight.bytes <= wide.bytes // 2
     with pytest.raises(NotebookError, match=r"must fit 1,000 bytes"):
@@ -89,8 +129,8 @@ def test_pictures_shrink_until_the_budget_is_kept(tmp_path: Path) -> None:
 
 def test_a_picture_left_out_is_said(tmp_path: Path) -> None:
     executed(tmp_path / "a.ipynb")
-    text = publish.compact(tmp_path / "a.ipynb", width=200, quality=10, most=1)
-    assert text.count("image/webp") == 1
+    text = publish.compact(tmp_path / "a.ipynb", width=200, colours=12, most=1)
+    assert text.count("image/png") == 1
     assert text.count("not published") == 1
 
 
@@ -105,3 +145,18 @@ def test_a_failed_run_is_not_called_passed_and_folders_differ(tmp_path: Path) ->
         publish.publish(source, source, budget=10**6)
     with pytest.raises(NotebookError, match="may lie in the other"):
         publish.publish(source, tmp_path, budget=10**6)
+
+
+def test_some_notebooks_are_kept_and_the_others_sources_linked(tmp_path: Path) -> None:
+    source = tmp_path / "raw"
+    source.mkdir()
+    for name in ("01_a", "02_b"):
+        executed(source / f"{name}.ipynb")
+    written = publish.publish(source, tmp_path / "out", budget=10**6, only=["02_b"], notebooks=source)
+    out = tmp_path / "out"
+    assert written.notebooks == 1 and sorted(p.name for p in out.iterdir()) == ["02_b.ipynb", "index.md", "report.html"]
+    index, report = (out / "index.md").read_text(), (out / "report.html").read_text()
+    assert "(../../notebooks/01_a.ipynb)" in index and "(02_b.ipynb)" in index
+    assert 'href="../../notebooks/01_a.ipynb"' in report and 'href="02_b.ipynb"' in report
+    with pytest.raises(NotebookError, match="got 03_c"):
+        publish.publish(source, tmp_path / "out", budget=10**6, only=["02_b", "03_c"], notebooks=source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import re
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from dsv4lab.model.checkpoint import CheckpointError, convert_items, inventory, 
 from dsv4lab.model.model import Model
 from dsv4lab.model.numerics import EXACT
 from dsv4lab.reference import quant
-from training import export_nano, fakequant
+from training import export_nano, fakequant, verify_nano
 from training.data import load_tokenizer, stdlib_files
 from training.model import (
     Params,
@@ -260,6 +261,66 @@ def test_export_replaces_in_one_step(tmp_path: Path) -> None:
         export_nano.export(broken, dsv4lab.nano(), out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == kept
     assert [p.name for p in tmp_path.iterdir()] == ["nano"]
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 12), (torch.float32, 8), (torch.bfloat16, 4), (torch.bfloat16, 2)])
+def test_rounding_is_to_the_nearest_even_of_the_kept_bits(dtype: torch.dtype, bits: int) -> None:
+    """Against arithmetic on the significands in float64; halves, powers of two, zeros and subnormal numbers among them."""
+    x = (torch.randn(4000, generator=torch.Generator().manual_seed(8)) * 3).to(dtype)
+    steps = torch.arange(-64, 64, dtype=torch.float64) / 2 ** (bits + 1)
+    x = torch.cat([x, (1 + steps).to(dtype), (-1 - steps).to(dtype), torch.tensor([0.0, -0.0, 1.0, -2.0], dtype=dtype)])
+    got = export_nano.rounded(x, bits)
+    significand, exponent = torch.frexp(x.double())
+    want = torch.ldexp((significand * 2 ** (bits + 1)).round(), exponent - bits - 1)  # torch rounds halves to even
+    assert got.dtype == dtype
+    assert torch.equal(got.double(), want)
+    assert torch.equal(got.signbit(), x.signbit())
+    assert not torch.equal(got, x)
+    assert torch.equal(export_nano.rounded(got, bits), got)
+    tiny = torch.tensor([2.0**-126 * 0.5], dtype=dtype)  # subnormal, and representable with no mantissa bit beyond the kept
+    assert torch.equal(export_nano.rounded(tiny, bits), tiny)
+
+
+def test_rounding_refuses_what_it_would_spoil() -> None:
+    with pytest.raises(TypeError, match=r"float32 or bfloat16, got torch.float16"):
+        export_nano.rounded(torch.zeros(1, dtype=torch.float16), 2)
+    with pytest.raises(ValueError, match=r"bits must be in \[0, 7\] for torch.bfloat16, got 8"):
+        export_nano.rounded(torch.zeros(1, dtype=torch.bfloat16), 8)
+    with pytest.raises(ValueError, match="stay finite when rounded to 4 bits"):
+        export_nano.rounded(torch.tensor([torch.finfo(torch.bfloat16).max], dtype=torch.bfloat16), 4)
+    with pytest.raises(ValueError, match="must be finite"):
+        export_nano.rounded(torch.tensor([float("nan")]), 12)
+
+
+def test_shipped_weights_are_rounded_and_exporting_them_again_changes_nothing(tmp_path: Path) -> None:
+    items = dict(open_checkpoint(dsv4lab.nano()).items(progress=False))
+    for pattern in export_nano.KEPT_BITS:
+        assert any(re.search(pattern, name) for name in items), pattern
+    for name, value in export_nano.thinned_items(items.items()):
+        assert value is items[name] or torch.equal(value, items[name]), name
+    export_nano.export(items, dsv4lab.nano(), tmp_path / "nano")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "nano").iterdir()} == {
+        p.name: p.read_bytes() for p in dsv4lab.nano().iterdir()
+    }
+
+
+def test_nano_still_tells_tf32_from_float32() -> None:
+    """Weights that float32 products take have bits that TF32's ten do not hold."""
+    for name, value in open_checkpoint(dsv4lab.nano()).items(progress=False):
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and name.endswith("_fn"):
+            assert (export_nano.rounded(value, 10) != value).float().mean() > 0.5, name
+
+
+def test_an_earlier_entry_is_compared_with_another_base() -> None:
+    entry = {
+        "numerics": "exact",
+        "perplexity": 4.0,
+        "perplexity_against_bf16": 9.0,
+        "loss_minus_bf16": 9.0,
+        "standard_error": 1.0,
+    }
+    want = {"numerics": "exact", "perplexity": 4.0, "perplexity_against_bf16": 0.25, "loss_minus_bf16": 0.22314}
+    assert verify_nano.against(entry, 3.2) == want
 
 
 def test_record_is_thin_and_says_what_was_trained() -> None:
