@@ -19,6 +19,7 @@ from dsv4lab.config import SCORE, ModelConfig
 # what a call reads beside weights and pages, by the names of its arguments; of an operation that is not here, nothing
 _MOVED = {
     "linear": ("x",),
+    "two_linears": ("x",),
     "grouped_linear": ("x",),
     "rmsnorm": ("x",),
     "q_norm_rope": ("q",),
@@ -150,7 +151,8 @@ def flops_of(shape: Shape, call: ops.Call) -> float:
         times = given["expert_idx"].shape[1] if call.name == "moe_experts" else 1
         return 6.0 * shape.rows * times * x.shape[1] * w1.shape[-2]
     if "codes" in given:
-        return 2.0 * shape.rows * given["codes"].shape[0] * given["x"].shape[-1]
+        codes = given["codes"] if isinstance(given["codes"], list) else [given["codes"]]
+        return 2.0 * shape.rows * sum(part.shape[0] for part in codes) * given["x"].shape[-1]
     if call.name == "attention":
         seen = [n // shape.ratio if shape.ratio else 0 for n in last]
         most = shape.context if given["topk_indices"] is None else given["topk_indices"].shape[1]

@@ -73,6 +73,7 @@ def cases() -> list[Case]:
     for weight in weights.values():
         add("dequantize", quant.dequantize, weight)
         add("linear", gemm.linear, x16, weight, act="fp8")
+    add("two_linears", gemm.two_linears, x16, weights["fp8_block"], weights["nvfp4"], act="fp8")
     weights["nvfp4"].input_scale = scale
     add("linear", gemm.linear, x16, weights["nvfp4"], act="nvfp4", out_dtype=torch.float32)
     add("grouped_linear", gemm.grouped_linear, rand(TOKENS, 3, 64), quant.quantize(rand(12, 64), "nvfp4"), act="nvfp4")
@@ -174,6 +175,7 @@ def cases() -> list[Case]:
     draw = dict(seed=torch.arange(TOKENS), position=torch.arange(TOKENS) * 7)
     add("probabilities", sampling.probabilities, rand(TOKENS, 23), **knobs)
     add("sample", sampling.sample, rand(TOKENS, 23), **knobs, **draw)
+    add("lm_head_sample", head.lm_head_sample, x16, rand(37, 160).bfloat16(), temperature=knobs["temperature"], **draw)
     target, draft = rand(TOKENS, 3, 23).softmax(-1), rand(TOKENS, 2, 23).softmax(-1)
     add("accept_drafts", sampling.accept_drafts, target, draft, torch.randint(0, 23, (TOKENS, 2), generator=g), **draw)
     known, step = torch.arange(3) + 5, torch.randint(0, 9, (3, 4), generator=g)

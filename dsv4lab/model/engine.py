@@ -219,7 +219,8 @@ class _Engine:
             for values in ([r.seed for r in requests], [len(r.tokens) for r in requests])
         )
         arguments = self.sampling.tensors(len(requests), streams.device)
-        return draw(self.model, self.model.collapse(streams), arguments, seed, position).tolist()
+        hidden, filtered = self.model.collapse(streams), self.sampling.filtered
+        return draw(self.model, hidden, arguments, seed, position, filtered=filtered).tolist()
 
     def _emit(self, r: _Request, ids: list[int]) -> None:
         """Append new ids up to a stop id or the limit."""

@@ -52,6 +52,21 @@ class Linear(_PackedModule):
         return ops.linear(x, self.weight, act=self.numerics.act(self.format), out_dtype=out_dtype)
 
 
+def both(first: Linear, second: Linear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What two linears make of one x, which is quantised once where they quantise alike."""
+    act = first.numerics.act(first.format)
+    if act == "none" or act != second.numerics.act(second.format):
+        return first(x), second(x)
+    return ops.two_linears(x, first.weight, second.weight, act=act)
+
+
+def share_input_scale(first: Linear, second: Linear) -> None:
+    """Keep equal calibrated scales as one tensor, by which kernels see that both quantise alike. Waits for the device."""
+    a, b = first.weight.input_scale, second.weight.input_scale
+    if a is not None and b is not None and torch.equal(a, b):
+        second.input_scale = a
+
+
 class GroupedLinear(Linear):
     """One matrix a group, rows of a group contiguous: the low-rank half of the output projection."""
 

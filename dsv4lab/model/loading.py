@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dsv4lab.model.attention import Attention
 from dsv4lab.model.checkpoint import open_checkpoint
 from dsv4lab.model.model import Model
 from dsv4lab.model.numerics import EXACT, OFFICIAL, Numerics, get_numerics
@@ -38,4 +39,7 @@ def load(
     model.tokenizer = tokenizer
     for name, value in checkpoint.items(progress=progress):
         model.assign(name, value.to(model.device))
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.share()
     return model.eval()

@@ -41,6 +41,11 @@ class Sampling:
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise ValueError(f"seed must be a 64-bit integer, got {self.seed}")
 
+    @property
+    def filtered(self) -> bool:
+        """Whether some tokens are left out before a draw."""
+        return self.top_k > 0 or self.top_p < 1
+
     def tensors(self, rows: int, device: torch.device) -> dict[str, torch.Tensor] | None:
         """Arguments of the sampling operations for a batch of requests, which greedy ones do without: None."""
         if self.temperature == 0:
@@ -53,14 +58,22 @@ class Sampling:
 
 
 def draw(
-    model: Model, hidden: torch.Tensor, arguments: dict[str, torch.Tensor] | None, seed: torch.Tensor, position: torch.Tensor
+    model: Model,
+    hidden: torch.Tensor,
+    arguments: dict[str, torch.Tensor] | None,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+    *,
+    filtered: bool,
 ) -> torch.Tensor:
     """One token a row: hidden (B, D); arguments: `Sampling.tensors`; seed, position (B,) int64 -> ids (B,) int64.
 
-    Without arguments the likeliest ones, with no logits in memory.
+    Without arguments the likeliest ones. Those, and draws that are not filtered, need no logits in memory.
     """
     if arguments is None:
         return ops.lm_head_greedy(hidden, model.head.weight)
+    if not filtered:
+        return ops.lm_head_sample(hidden, model.head.weight, arguments["temperature"], seed, position)
     return ops.sample(ops.lm_head(hidden, model.head.weight), **arguments, seed=seed, position=position)
 
 
@@ -154,7 +167,8 @@ class Round:
             choices = ops.lm_head_greedy(hidden, model.head.weight).view_as(self.step_ids)
             count, token = ops.match_drafts(choices, self.step_ids)
         elif not n:
-            count, token = self.none, draw(model, hidden, self.arguments, self.seed, self.known)
+            token = draw(model, hidden, self.arguments, self.seed, self.known, filtered=self.sampling.filtered)
+            count = self.none
         else:
             assert self.draft_probs is not None and self.verified is not None
             target = ops.probabilities(ops.lm_head(hidden, model.head.weight), **self.verified)

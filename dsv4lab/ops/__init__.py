@@ -30,8 +30,8 @@ from dsv4lab.kernels.registry import KERNELS
 from dsv4lab.ops.cache import cache_read, cache_write, compress
 from dsv4lab.ops.decoding import advance_decode, decode_plan, match_drafts
 from dsv4lab.ops.experts import moe, moe_combine, router_hash, router_topk, shared_expert, swiglu, swiglu_fp8, swiglu_nvfp4
-from dsv4lab.ops.gemm import grouped_linear, linear, lm_head
-from dsv4lab.ops.head import accept_drafts, lm_head_greedy, mtp_input, probabilities, sample
+from dsv4lab.ops.gemm import grouped_linear, linear, lm_head, two_linears
+from dsv4lab.ops.head import accept_drafts, lm_head_greedy, lm_head_sample, mtp_input, probabilities, sample
 from dsv4lab.ops.indexing import attention, index_query, index_scores, index_topk
 from dsv4lab.ops.mhc import embed_streams, mhc_head, mhc_post, mhc_post_pre, mhc_pre
 from dsv4lab.ops.norm import (
@@ -72,6 +72,7 @@ __all__ = [
     "linear",
     "lm_head",
     "lm_head_greedy",
+    "lm_head_sample",
     "match_drafts",
     "mhc_head",
     "mhc_post",
@@ -100,6 +101,7 @@ __all__ = [
     "swiglu",
     "swiglu_fp8",
     "swiglu_nvfp4",
+    "two_linears",
 ]
 
 for _kernel in KERNELS:

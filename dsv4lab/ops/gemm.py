@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dsv4lab.dispatch import operator
-from dsv4lab.formats import PackedWeight
-from dsv4lab.ops.weights import flat, packed
+from dsv4lab.formats import PackedWeight, weights_of
+from dsv4lab.ops.weights import flat, pack_all, packed
 from dsv4lab.reference import gemm as _gemm
 
 
@@ -33,6 +33,25 @@ def _linear(
 def linear(x: Tensor, weight: PackedWeight, *, act: str, out_dtype: Optional[torch.dtype] = None) -> Tensor:
     """See `reference.gemm.linear`."""
     return _linear(x, *flat(weight), act, out_dtype)
+
+
+@operator(fake=lambda x, fmts, codes, *_, **__: tuple(x.new_empty((x.shape[0], c.shape[0])) for c in codes))
+def _two_linears(
+    x: Tensor,
+    fmts: str,
+    codes: list[Tensor],
+    scale: list[Tensor],
+    global_scale: list[Tensor],
+    input_scale: list[Tensor],
+    *,
+    act: str,
+) -> tuple[Tensor, Tensor]:
+    return _gemm.two_linears(x, *weights_of(fmts, codes, scale, global_scale, input_scale), act=act)
+
+
+def two_linears(x: Tensor, first: PackedWeight, second: PackedWeight, *, act: str) -> tuple[Tensor, Tensor]:
+    """See `reference.gemm.two_linears`."""
+    return _two_linears(x, *pack_all(first, second), act=act)
 
 
 @operator(fake=lambda x, fmt, codes, *_: x.new_empty((x.shape[0], x.shape[1], codes.shape[0] // x.shape[1])))

@@ -1,4 +1,4 @@
-"""The prediction block, the greedy head, and sampling."""
+"""The prediction block, heads that draw, and sampling."""
 
 # No `from __future__ import annotations`: torch.library reads the schema from the annotations themselves.
 import torch
@@ -54,6 +54,12 @@ def mtp_input(
 def lm_head_greedy(x: Tensor, weight: Tensor) -> Tensor:
     """See `reference.head.lm_head_greedy`."""
     return _head.lm_head_greedy(x, weight)
+
+
+@operator(fake=lambda x, *_, **__: x.new_empty(x.shape[0], dtype=torch.int64))
+def lm_head_sample(x: Tensor, weight: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """See `reference.head.lm_head_sample`."""
+    return _head.lm_head_sample(x, weight, temperature=temperature, seed=seed, position=position)
 
 
 @operator(fake=lambda logits, *_, **__: logits.new_empty(logits.shape[0], dtype=torch.int64))

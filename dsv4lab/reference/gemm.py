@@ -46,6 +46,11 @@ def linear(x: torch.Tensor, weight: PackedWeight, *, act: str, out_dtype: torch.
     return matmul_rows(xq.float(), dequantize(weight)).to(out_dtype or x.dtype)
 
 
+def two_linears(x: torch.Tensor, first: PackedWeight, second: PackedWeight, *, act: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear` of one x with two weights, (M, N1) and (M, N2) like x: what a kernel quantises once for both."""
+    return linear(x, first, act=act), linear(x, second, act=act)
+
+
 def grouped_linear(x: torch.Tensor, weight: PackedWeight, *, act: str) -> torch.Tensor:
     """One matrix a group: z[g] = W[g] x[g], the low-rank half of the output projection.
 

@@ -1,4 +1,4 @@
-"""The entry of the prediction (MTP) block (spec 7), and the head of greedy decoding.
+"""The entry of the prediction (MTP) block (spec 7), and heads that draw: of greedy decoding, and of unfiltered sampling.
 
 Logits: `reference.gemm.lm_head`; sampling: `reference.sampling`.
 """
@@ -10,6 +10,7 @@ import torch
 from dsv4lab.formats import PackedWeight
 from dsv4lab.reference.gemm import linear, lm_head
 from dsv4lab.reference.norm import rmsnorm
+from dsv4lab.reference.sampling import sample
 
 
 def mtp_input(
@@ -40,3 +41,14 @@ def lm_head_greedy(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     every number, as in torch's argmax, so that a row with NaN logits gets the first one's id.
     """
     return lm_head(x, weight).argmax(-1)
+
+
+def lm_head_sample(
+    x: torch.Tensor, weight: torch.Tensor, *, temperature: torch.Tensor, seed: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    """`sampling.sample` of `gemm.lm_head`'s logits, without filters: the draw needs the largest of logits / T + noise alone.
+
+    x (M, D) float, weight (V, D) float; temperature (M,) f32, 0 = greedy; seed, position (M,) int64 -> ids (M,) int64.
+    Raises ValueError on shapes, TypeError on dtypes. Logits must not be NaN.
+    """
+    return sample(lm_head(x, weight), temperature=temperature, seed=seed, position=position)

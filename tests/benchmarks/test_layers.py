@@ -234,7 +234,8 @@ def test_launches_of_experts_are_the_steps_they_are_taken_for(scene: str, fmt: s
     first, second = ["product 1"] * (1 + (fmt == "official")), ["product 2"] * (1 + (fmt == "official"))
     assert found["shared_expert"] == [*first, *second]
     plan = found["moe_experts"]
-    assert plan[0] == "permute" and plan[-1] == "combine" and plan.count("gather") == (scene == "prefill")
+    assert plan.count("permute") == plan.count("gather") == (scene == "prefill")  # a token alone has neither
+    assert plan[0] in ("permute", "product 1") and plan[-1] == "combine"
     assert [s for s in plan if s.startswith("product")] == [*first, *second]
     assert set(plan) <= work.expert_parts(1, 1, 1, 1.0, 1.0).keys()
 

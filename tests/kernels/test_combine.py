@@ -91,6 +91,19 @@ def test_choices_fit(top_k: int) -> None:
                 assert config.units == 1 or config.piece <= depth
 
 
+@pytest.mark.parametrize(("tokens", "depth", "top_k"), [(1, 4096, 6), (5, 136, 3), (2, 64, 16)])
+def test_rows_of_the_slots_are_added_in_the_order_of_experts(tokens: int, depth: int, top_k: int) -> None:
+    """The same bits as of sorted rows; ids are wide, and of those that are no expert's, rows are not looked at."""
+    y, ids, shared = material(tokens, depth, top_k, 4, BF16, F32)
+    rows = y[position_of(ids, 4).long().clamp(min=0)].view(-1, depth)
+    rows[ids.flatten() == 4] = torch.nan
+    wide = torch.where(ids == 4, torch.tensor([4, -1, 2**32, 2**31])[torch.arange(ids.numel()) % 4].view(ids.shape), ids)
+    sim.enable("sm_90a")
+    with sim.simulating("sm_90a", checks=sim.Checks(races=True)), running_on(sim.Host("sm_90a")):
+        got = combine(rows, wide.flatten(), top_k=top_k, shared=shared, num_experts=4)
+    assert torch.equal(got, expected(y, ids, 4, shared))
+
+
 def test_bad_rows_are_refused_and_none_is_nothing() -> None:
     y, position, shared = torch.zeros(8, 16), torch.zeros(8, dtype=torch.int32), torch.zeros(4, 16)
     for args, other, message in (
@@ -103,7 +116,13 @@ def test_bad_rows_are_refused_and_none_is_nothing() -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             combine(*args, top_k=2, shared=other)
-    with pytest.raises(ValueError, match="config must be for y f32, top_k 2, shared None, indexed True"):
+    with pytest.raises(TypeError, match=r"position must be int64, got torch\.int32"):
+        combine(y, position, top_k=2, num_experts=4)
+    with pytest.raises(ValueError, match="y must have the 8 rows of the slots for 4 experts, got 7"):
+        combine(y[:7], position.long(), top_k=2, num_experts=4)
+    with pytest.raises(ValueError, match="experts must be 0, or below"):
+        CombineConfig("f32", 1, None, indexed=False, experts=4).check()
+    with pytest.raises(ValueError, match=r"config must be for \(y, top_k, shared, indexed, experts\)"):
         combine(y, position, top_k=2, config=CombineConfig("bf16", 2, None))
     with pytest.raises(TypeError, match="routed must be float32"):
         moe_combine(shared.bfloat16(), shared)

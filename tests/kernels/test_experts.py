@@ -91,8 +91,23 @@ def test_a_token_alone_and_none_at_all() -> None:
     x = torch.randn(1, 128, generator=torch.Generator().manual_seed(8)).bfloat16()
     y = simulated(lambda: experts(x, weights, ids, w1, w3, w2, limit=LIMIT, act="fp8"))
     assert relative(y, reference.moe(x, weights, ids, w1, w3, w2, limit=LIMIT, act="fp8")) < 1e-3
-    none = simulated(lambda: experts(x[:0], weights[:0], ids[:0], w1, w3, w2, limit=LIMIT, act="fp8"))
-    assert none.shape == (0, 128)
+    # rows that no launch has sorted: an expert twice, ids that are none
+    w1, w3, w2 = matrices("nvfp4", 6, 256, 128)
+    x, weights = (
+        torch.randn(1, 256, generator=torch.Generator().manual_seed(9)).bfloat16(),
+        torch.tensor([[0.5, 0.7, 0.2, 0.9]]),
+    )
+    for given, known in (([5, 3, 1, 3], [5, 3, 1, 3]), ([4, -1, 2, 2**33 + 1], [4, 0, 2, 0])):
+        ids, wanted = torch.tensor([given]), torch.tensor([known])
+        y = simulated(
+            lambda ids=ids: experts(x, weights, ids, w1, w3, w2, limit=LIMIT, act="none"),
+            schedule="random",
+            checks=sim.Checks(races=True),
+        )
+        want = reference.moe(x, weights * (ids == wanted), wanted, w1, w3, w2, limit=LIMIT, act="none")
+        assert relative(y, want) < 1e-3
+    none = simulated(lambda: experts(x[:0], weights[:0], ids[:0], w1, w3, w2, limit=LIMIT, act="none"))
+    assert none.shape == (0, 256)
 
 
 @pytest.mark.parametrize("scaled", ["no", "row", "token"])
@@ -148,7 +163,7 @@ def test_bad_input_is_refused() -> None:
         grouped(x, weight, tiles, rows=5, out_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="limit must be given for a paired weight alone"):
         grouped(x, weight, tiles, rows=4, out_dtype=torch.bfloat16, limit=1.0)
-    with pytest.raises(ValueError, match=r"config must have \(tokens, gather, scaled\)"):
+    with pytest.raises(ValueError, match=r"config must have \(tokens, single, gather, scaled\)"):
         grouped(x, weight, Tiles(tiles.tiles, tiles.count, 64), rows=4, out_dtype=torch.bfloat16)
     w1, w3, w2 = matrices("mxfp4", 2, 128, 64)
     args = (x, torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int64), w1, w3, w2)

@@ -77,6 +77,10 @@ def calls() -> dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]]:
         w = trained_weight("fp8_block", 128, 256, seed=2).to("cuda")
         return (x(18).view(9, 2, 256), "fp8_block", w.codes, w.scale, None, None, "fp8"), {}
 
+    def two() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        w = [trained_weight("fp8_block", n, 256, seed=n) for n in (128, 64)]
+        return (x(), *parts(*w)), dict(act="fp8")
+
     def experts() -> tuple[tuple[Any, ...], dict[str, Any]]:
         w = [trained_weight("mxfp4", 6, *shape, seed=3) for shape in ((128, 256), (128, 256), (256, 128))]
         return (x(), *(t.cuda() for t in routing(9, 6, 2, seed=4)), *parts(*w)), dict(limit=10.0, act="fp8")
@@ -103,6 +107,8 @@ def calls() -> dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]]:
         "grouped_linear": grouped,
         "lm_head": lambda: ((x(), x(40)), {}),
         "lm_head_greedy": lambda: ((x(), x(40)), {}),
+        "lm_head_sample": lambda: ((x(), x(40), torch.rand(9, device="cuda"), *(torch.arange(9, device="cuda"),) * 2), {}),
+        "two_linears": two,
         "moe_experts": experts,
         "shared_expert": shared,
         "router_topk": router,

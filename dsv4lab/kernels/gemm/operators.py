@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dsv4lab.formats import BF16, FP8_BLOCK, NVFP4, PackedWeight, get_format, to_atom128x4
+from dsv4lab.formats import BF16, FP8_BLOCK, NVFP4, PackedWeight, get_format, to_atom128x4, weights_of
 from dsv4lab.kernels._common.elements import FLOATS
 from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.gemm.mixed.api import linear
@@ -19,14 +20,21 @@ _PARTS = 3  # BF16 numbers whose sum is a float32
 
 
 def activations(x: torch.Tensor, act: str, input_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What is multiplied: x (M, K) quantised as `act` says -> values (M, K) bf16, factor (M,) f32 or None.
+    """What is multiplied: x (M, K) quantised as `act` says -> values (M, K) bf16, factor f32 or None.
 
-    An act of "none" takes bf16 alone.
+    An act of "none" takes bf16 alone. The factor is (M,), or (1,) where one input_scale is given: `factor_of`.
     """
     if act == "none":
         return x.contiguous(), None
     values, factor = activation_values(x.contiguous(), act, input_scale)
+    if factor is not None and input_scale is not None and input_scale.numel() == 1:
+        return values, input_scale.reshape(1)
     return values, None if factor is None else factor.contiguous()
+
+
+def factor_of(input_scale: torch.Tensor | None) -> str:
+    """What `activations` has factors for, as `linear` names it: one for the matrix where its input's scale is given."""
+    return "row" if input_scale is None else "matrix"
 
 
 def _weight(fmt: str, *parts: torch.Tensor | None) -> PackedWeight:
@@ -48,7 +56,34 @@ def linear_sm90(
     if act == "none" and x.dtype == torch.float32:
         return _exact(x, weight).to(out)
     values, factor = activations(x, act, input_scale)
-    return linear(values, weight, out_dtype=out, factor=factor)
+    return linear(values, weight, out_dtype=out, factor=factor, factor_of=factor_of(input_scale))
+
+
+def two_linears_sm90(
+    x: torch.Tensor,
+    fmts: str,
+    codes: list[torch.Tensor],
+    scale: list[torch.Tensor],
+    global_scale: list[torch.Tensor],
+    input_scale: list[torch.Tensor],
+    *,
+    act: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`two_linears` on Hopper: x is quantised once, but for NVFP4 whose given scales are not one and the same tensor."""
+    first, second = weights_of(fmts, codes, scale, global_scale, input_scale)
+    if act == "none" and x.dtype == torch.float32:
+        y, z = (_exact(x, prepared(w)).to(x.dtype) for w in (first, second))
+        return y, z
+    values, factor = activations(x, act, first.input_scale)
+    y = linear(values, prepared(first), out_dtype=x.dtype, factor=factor, factor_of=factor_of(first.input_scale))
+    if act == "nvfp4" and not _same(first.input_scale, second.input_scale):
+        values, factor = activations(x, act, second.input_scale)
+    return y, linear(values, prepared(second), out_dtype=x.dtype, factor=factor, factor_of=factor_of(second.input_scale))
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether two scales are one, as far as the host can see."""
+    return a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr())
 
 
 def _exact(x: torch.Tensor, weight: Any) -> torch.Tensor:
@@ -73,13 +108,31 @@ def grouped_linear_sm90(
     if act == "none" and x.dtype == torch.float32:
         return _exact(x, weight)
     values, factor = activations(x.flatten(0, 1), act, input_scale)
-    return linear(values.view(x.shape), weight, out_dtype=x.dtype, factor=factor)
+    return linear(values.view(x.shape), weight, out_dtype=x.dtype, factor=factor, factor_of=factor_of(input_scale))
 
 
 def lm_head_sm90(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`lm_head` on Hopper."""
     ready = prepared(PackedWeight(BF16, weight))
     return _exact(x, ready) if x.dtype == torch.float32 else linear(x.contiguous(), ready, out_dtype=torch.float32)
+
+
+def two_linears_sm100(
+    x: torch.Tensor,
+    fmts: str,
+    codes: list[torch.Tensor],
+    scale: list[torch.Tensor],
+    global_scale: list[torch.Tensor],
+    input_scale: list[torch.Tensor],
+    *,
+    act: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`two_linears` with NVFP4 weights and activations, one after the other."""
+    y, z = (
+        linear_sm100(x, w.format.name, w.codes, w.scale, w.global_scale, w.input_scale, act, None)  # type: ignore[arg-type]
+        for w in weights_of(fmts, codes, scale, global_scale, input_scale)
+    )
+    return y, z
 
 
 def linear_sm100(
@@ -192,9 +245,31 @@ def _linear_sm100_refuses(
     return None
 
 
+def _two_refused(refuses: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Of an operator with two weights, what `refuses` says of either."""
+
+    def refuse(
+        x: torch.Tensor,
+        fmts: str,
+        codes: list[torch.Tensor],
+        scale: list[torch.Tensor],
+        global_scale: list[torch.Tensor],
+        input_scale: list[torch.Tensor],
+        *,
+        act: str,
+    ) -> str | None:
+        weights = weights_of(fmts, codes, scale, global_scale, input_scale)
+        parts = ((w.format.name, w.codes, w.scale, w.global_scale, w.input_scale) for w in weights)
+        return next((why for part in parts if (why := refuses(x, *part, act, None))), None)
+
+    return refuse
+
+
 ENTRIES = (
     Entry("linear", "sm_90a", linear_sm90, _linear_sm90_refuses),
     Entry("linear", "sm_100a", linear_sm100, _linear_sm100_refuses),
+    Entry("two_linears", "sm_90a", two_linears_sm90, _two_refused(_linear_sm90_refuses)),
+    Entry("two_linears", "sm_100a", two_linears_sm100, _two_refused(_linear_sm100_refuses)),
     Entry("grouped_linear", "sm_90a", grouped_linear_sm90, _grouped_sm90_refuses),
     Entry("lm_head", "sm_90a", lm_head_sm90, why_not_head),
 )

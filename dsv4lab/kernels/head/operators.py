@@ -8,7 +8,8 @@ from torch import Tensor
 from dsv4lab.formats import BF16, PackedWeight, weights_of
 from dsv4lab.kernels._common.elements import FLOATS
 from dsv4lab.kernels.entry import Entry
-from dsv4lab.kernels.gemm.mixed.api import partial_argmax
+from dsv4lab.kernels.gemm.mixed.api import Draws, partial_argmax, partial_sample
+from dsv4lab.kernels.gemm.mixed.config import FEW
 from dsv4lab.kernels.gemm.mixed.prepared import prepared
 from dsv4lab.kernels.gemm.operators import linear_sm90, lm_head_sm90, why_not_head, why_not_mixed
 from dsv4lab.kernels.head.decoding import api as decoding
@@ -28,6 +29,16 @@ def lm_head_greedy(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype == torch.float32:
         return lm_head_sm90(x, weight).argmax(-1)
     return pick_largest(partial_argmax(x.contiguous(), prepared(PackedWeight(BF16, weight))))
+
+
+def lm_head_sample(x: Tensor, weight: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """`ops.lm_head_sample`: no logits in memory for few rows of bf16. Of more, keys would keep the product waiting."""
+    temperature, seed, position = temperature.contiguous(), seed.contiguous(), position.contiguous()
+    if x.dtype == torch.bfloat16 and x.shape[0] <= FEW:
+        draws = Draws(temperature, seed, position)
+        return pick_largest(partial_sample(x.contiguous(), prepared(PackedWeight(BF16, weight)), draws))
+    off = torch.zeros_like(seed), torch.ones_like(temperature)
+    return api.sample(lm_head_sm90(x, weight), temperature, *off, seed, position)
 
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
@@ -101,6 +112,13 @@ def _refuse_logits(logits: Tensor, *vectors: Tensor) -> str | None:
     return None
 
 
+def _refuse_head_sample(x: Tensor, weight: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> str | None:
+    rows, vocab = x.shape[0], weight.shape[0]
+    if vocab > MAX_SLICE * SamplerConfig.cluster or rows > api.MAX_BATCH or rows * vocab >= 2**31:
+        return f"logits must be those of the sampler, got {rows} rows of {vocab}"
+    return why_not_head(x, weight)
+
+
 def _refuse_probs(target_probs: Tensor, draft_probs: Tensor, draft_ids: Tensor, seed: Tensor, position: Tensor) -> str | None:
     if target_probs.dtype != torch.float32 or draft_probs.dtype != torch.float32:
         return f"target_probs and draft_probs must be float32, got {target_probs.dtype} and {draft_probs.dtype}"
@@ -157,6 +175,7 @@ def _refuse_mtp(
 ENTRIES = (
     Entry("mtp_input", "sm_90a", mtp_input, _refuse_mtp),
     Entry("lm_head_greedy", "sm_90a", lm_head_greedy, why_not_head),
+    Entry("lm_head_sample", "sm_90a", lm_head_sample, _refuse_head_sample),
     *(
         Entry(operation, arch, function, refuses)
         for arch in api.ARCHITECTURES

@@ -1,9 +1,10 @@
 """The experts on Hopper, from token rows and their routing to the sum over each token's experts; no step waits for the host.
 
-    permute   routing -> sorted rows and a list of token tiles (moe.permute)
+    permute   routing -> sorted rows and a list of token tiles (moe.permute); a token alone has its rows sorted by no launch:
+              a tile for each, and the last step puts them in order
     x         quantised as the model says; many tokens: rows copied into sorted order (moe.gather), few: read where they are
     product 1 clamped SwiGLU of gate and up, times the routing weight, rounded (gemm.mixed, grouped, paired)
-    h         quantised as the model says
+    h         quantised as the model says, by product 1 itself where that is faster (`gemm.mixed.config.requantises`)
     product 2 (gemm.mixed, grouped)
     combine   a token's rows added in the order of expert ids (moe.combine)
 
@@ -17,9 +18,9 @@ import torch
 
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels.gemm.mixed.api import Slots, Tiles, grouped, linear
-from dsv4lab.kernels.gemm.mixed.config import FEW, grouped_tokens
+from dsv4lab.kernels.gemm.mixed.config import FEW, grouped_tokens, requantises
 from dsv4lab.kernels.gemm.mixed.prepared import prepared
-from dsv4lab.kernels.gemm.operators import activations
+from dsv4lab.kernels.gemm.operators import activations, factor_of
 from dsv4lab.kernels.moe.combine.api import combine
 from dsv4lab.kernels.moe.gather.api import gather_rows
 from dsv4lab.kernels.moe.permute.api import permute
@@ -45,18 +46,21 @@ def experts(
     pair, down = prepared(w1, w3), prepared(w2)
     num_experts, top_k, rows = pair.shape[0], expert_idx.shape[1], expert_idx.numel()
     tokens, _ = grouped_tokens(rows, num_experts)
-    order = permute(expert_idx.contiguous(), num_experts=num_experts, tile_tokens=tokens)
-    tiles = Tiles(order.tiles, order.num_tiles, tokens)
-    slots = Slots(order.slots, weights.contiguous(), top_k)
-
     # A calibrated scale belongs to an expert, so rows are quantised when it is known whose they are.
     static = act == "nvfp4" and w1.input_scale is not None
+    ids = expert_idx.contiguous()
+    alone = rows == top_k and not static and tokens <= FEW
+    order = None if alone else permute(ids, num_experts=num_experts, tile_tokens=tokens)
+    tiles = Tiles.of_rows(ids.view(-1), tokens) if order is None else Tiles(order.tiles, order.num_tiles, tokens)
+    slots = Slots(None if order is None else order.slots, weights.contiguous(), top_k)
     gather = tokens <= FEW and not static
     values, factor = (x.contiguous(), None) if static else activations(x, act, None)
-    if not gather:
+    if not gather and order is not None:
         values = gather_rows(values, order.slots, top_k=top_k)
     if static:
-        values, factor = activations(values, act, _of_rows(w1.input_scale, expert_idx, order.slots))
+        values, _ = activations(values, act, _of_rows(w1.input_scale, expert_idx, slots.slots))
+        factor = _of_matrices(w1.input_scale)
+    requant = _requant(x, act, w2.input_scale, tokens)
     h = grouped(
         values,
         pair,
@@ -66,17 +70,39 @@ def experts(
         slots=slots,
         gather=gather,
         factor=factor,
-        factor_of="row" if static else "token",
+        factor_of="matrix" if static else "token",
         limit=limit,
+        requant=requant,
     )
-    values, factor = activations(h, act, _of_rows(w2.input_scale, expert_idx, order.slots) if act == "nvfp4" else None)
-    y = grouped(values, down, tiles, rows=rows, out_dtype=x.dtype, factor=factor)
+    given = _of_matrices(w2.input_scale) if act == "nvfp4" else None
+    factor = given
+    if requant is None:
+        h, of_rows = activations(h, act, _of_rows(given, expert_idx, slots.slots))
+        factor = of_rows if given is None else given
+    y = grouped(h, down, tiles, rows=rows, out_dtype=x.dtype, factor=factor, factor_of=factor_of(given))
+    if order is None:
+        return combine(y, ids.view(-1), top_k=top_k, num_experts=num_experts)
     return combine(y, order.position, top_k=top_k)
 
 
-def _of_rows(input_scale: torch.Tensor | None, expert_idx: torch.Tensor, slots: torch.Tensor) -> torch.Tensor | None:
-    """Each sorted row's scale, from one an expert."""
-    return None if input_scale is None else input_scale.float()[expert_idx.flatten()[slots.long()]]
+def _of_matrices(input_scale: torch.Tensor | None) -> torch.Tensor | None:
+    """One scale an expert, (E,) f32."""
+    return None if input_scale is None else input_scale.float().reshape(-1).contiguous()
+
+
+def _of_rows(input_scale: torch.Tensor | None, expert_idx: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor | None:
+    """Each row's scale, from one an expert; slots: of sorted rows."""
+    if input_scale is None:
+        return None
+    ids = expert_idx.flatten()  # which may name no expert, but in sorted rows
+    return input_scale.float()[ids.clamp(0, len(input_scale) - 1) if slots is None else ids[slots.long()]]
+
+
+def _requant(x: torch.Tensor, act: str, input_scale: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
+    """The scales by which the first product quantises what it writes; None: it does not, as for float32."""
+    if x.dtype != torch.bfloat16 or not requantises(act, tokens=tokens, given=input_scale is not None):
+        return None
+    return _of_matrices(input_scale)
 
 
 def shared_expert(
@@ -84,6 +110,8 @@ def shared_expert(
 ) -> torch.Tensor:
     """The expert of every token, as `reference.moe.expert`: x (M, D) bf16, or f32 with an act -> (M, D) of x.dtype."""
     values, factor = activations(x, act, w1.input_scale)
-    h = linear(values, prepared(w1, w3), out_dtype=x.dtype, factor=factor, limit=limit)
-    values, factor = activations(h, act, w2.input_scale)
-    return linear(values, prepared(w2), out_dtype=x.dtype, factor=factor)
+    requant = _requant(x, act, w2.input_scale, x.shape[0])
+    of = factor_of(w1.input_scale)
+    h = linear(values, prepared(w1, w3), out_dtype=x.dtype, factor=factor, factor_of=of, limit=limit, requant=requant)
+    values, factor = activations(h, act, w2.input_scale) if requant is None else (h, requant)
+    return linear(values, prepared(w2), out_dtype=x.dtype, factor=factor, factor_of=factor_of(w2.input_scale))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
-from dsv4lab.kernels.gemm.mixed.config import MixedConfig, choose, choose_grouped
+from dsv4lab.kernels.gemm.mixed.config import BLOCK, FEW, MixedConfig, choose, choose_grouped
 from dsv4lab.kernels.gemm.mixed.layout import GROUP_ROWS, K_PAD, SLAB, TILE, PreparedWeight, record_words
 
 
@@ -20,19 +20,26 @@ class Tiles:
     """Which rows of a grouped product belong to which matrix, as the permutation kernel leaves it on the device.
 
     tiles (T, 4) i32: matrix, first row, end row, unused; count (1,) i32: how many of them there are. tokens: rows of a tile at
-    most.
+    most. Without a permutation (`of_rows`) tiles (rows, 2) i32: each row's matrix, unused; count is None, rows are slots.
     """
 
     tiles: torch.Tensor
-    count: torch.Tensor
+    count: torch.Tensor | None
     tokens: int
+
+    @classmethod
+    def of_rows(cls, matrices: torch.Tensor, tokens: int) -> Tiles:
+        """A tile for each row: matrices (rows,) i64, contiguous; the result of a row whose matrix is none is anything."""
+        return cls(matrices.view(torch.int32).view(-1, 2), None, tokens)
 
 
 @dataclass(frozen=True)
 class Slots:
-    """What the rows of an expert's first product are: slots (M,) i32, each token * top_k + choice; weights f32, one a slot."""
+    """What the rows of an expert's first product are: slots (M,) i32, each token * top_k + choice, or None where row m is
+    slot m (`Tiles.of_rows`); weights f32, one a slot.
+    """
 
-    slots: torch.Tensor
+    slots: torch.Tensor | None
     weights: torch.Tensor
     top_k: int
 
@@ -43,13 +50,17 @@ def linear(
     *,
     out_dtype: torch.dtype,
     factor: torch.Tensor | None = None,
+    factor_of: str = "row",
     limit: float | None = None,
+    requant: torch.Tensor | None = None,
     config: MixedConfig | None = None,
 ) -> torch.Tensor:
     """y = factor x W^T, or clamped SwiGLU of a pair's two products.
 
     x (M, K) bf16, contiguous, or of G groups (M, G, K), for which z[g] = W[g] x[g], rows of W's groups following each other;
-    weight: one matrix (N, K); factor (M,) or (M, G) f32; limit: of a paired weight's SwiGLU
+    weight: one matrix (N, K); factor (M,) or (M, G) f32, one a "row", or (1,), of the "matrix"; limit: of a paired weight's
+    SwiGLU; requant (1,) f32: the global scale, decode direction, normal and positive, by which its results are quantised to
+    NVFP4: what `quant.rows.api.activation_values` makes of bf16 y, where `config.requantises`
     -> (M, N) or (M, G, N / G) of out_dtype, bf16 or f32.
 
     Weights are decoded to BF16 exactly, sums are float32 in the tensor core's order, factors come last. The result does not
@@ -60,6 +71,7 @@ def linear(
     groups = x.shape[1] if x.dim() == 3 else 1
     _check_x(x, out_dtype, (groups, k) if x.dim() == 3 else (k,))
     _check_limit(weight, limit)
+    _check_requant(weight, requant)
     if matrices != 1:
         raise ValueError(f"weight must be one matrix, got a stack of {matrices}")
     if groups > 1 and (k % K_PAD or n % (groups * GROUP_ROWS) or weight.paired):
@@ -72,15 +84,16 @@ def linear(
     if not y.numel():
         return y
     padded = weight.records.shape[1] * TILE
-    scaled = "no" if factor is None else "row"
+    scaled = "no" if factor is None else factor_of
     rows = n // groups * (2 if weight.paired else 1)  # of a group: a tile must not have rows of two
     if config is None:
         config = choose(weight.format, ELEMENT[out_dtype], m, rows, padded, paired=weight.paired, scaled=scaled, groups=groups)
+        config = replace(config, requant=requant is not None)
     if groups > 1 and rows % config.rows:
         raise ValueError(f"config must have rows that divide the {rows} of a group, got {config.rows}")
     factor = factor.reshape(-1) if factor is not None else None
     group_rows = rows if groups > 1 else weight.records.shape[0] * SLAB
-    _launch(config, x.view(m, -1), weight, y.view(m, -1), factor, None, None, group_rows, limit)
+    _launch(config, x.view(m, -1), weight, y.view(m, -1), factor, None, None, group_rows, limit, requant)
     return y
 
 
@@ -93,19 +106,50 @@ def partial_argmax(x: torch.Tensor, weight: PreparedWeight, *, config: MixedConf
     float32, to the bit: configurations are the same but for `out`.
     Raises ValueError on shapes, TypeError on dtypes.
     """
+    return _picked("argmax", x, weight, None, config)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What each row's token is drawn with, see `reference.sampling`: temperature (M,) f32, seed, position (M,) i64."""
+
+    temperature: torch.Tensor
+    seed: torch.Tensor
+    position: torch.Tensor
+
+
+def partial_sample(x: torch.Tensor, weight: PreparedWeight, draws: Draws, *, config: MixedConfig | None = None) -> torch.Tensor:
+    """`partial_argmax` of logits / T + noise, of the logits themselves where T is 0: M at most `FEW`, no NaN.
+
+    The largest of a row names the token that the sampler draws from the logits where nothing is filtered.
+    """
+    m = x.shape[0]
+    if m > FEW:
+        raise ValueError(f"x must have at most {FEW} rows, got {m}")
+    for name, dtype in (("temperature", torch.float32), ("seed", torch.int64), ("position", torch.int64)):
+        value = getattr(draws, name)
+        if value.dtype != dtype:
+            raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
+        if tuple(value.shape) != (m,) or not value.is_contiguous():
+            raise ValueError(f"{name} must be contiguous ({m},), one value a row, got {tuple(value.shape)}")
+    return _picked("sample", x, weight, draws, config)
+
+
+def _picked(out: str, x: torch.Tensor, weight: PreparedWeight, draws: Draws | None, config: MixedConfig | None) -> torch.Tensor:
+    """The largest number of each row and part, packed."""
     matrices, n, k = weight.shape
     _check_x(x, torch.float32, (k,))
     if matrices != 1 or weight.paired:
         raise ValueError(f"weight must be one matrix, no pair, got a stack of {matrices} and paired={weight.paired}")
     m = x.shape[0]
     if config is None:
-        config = choose(weight.format, "argmax", max(m, 1), n, weight.records.shape[1] * TILE)
+        config = choose(weight.format, out, max(m, 1), n, weight.records.shape[1] * TILE)
     parts = -(-weight.slabs // config.slabs) * (config.rows // config.part_rows)
     if m * parts >= 2**31:
         raise ValueError(f"x must have M * {parts} < 2^31, got M={m}")
     found = torch.empty((m, parts), dtype=torch.int64, device=x.device)
     if m:
-        _launch(config, x, weight, found, None, None, None, n, None)
+        _launch(config, x, weight, found, None, None, None, n, None, draws=draws)
     return found
 
 
@@ -121,17 +165,20 @@ def grouped(
     factor: torch.Tensor | None = None,
     factor_of: str = "row",
     limit: float | None = None,
+    requant: torch.Tensor | None = None,
     config: MixedConfig | None = None,
 ) -> torch.Tensor:
     """Rows of x times the matrix that each belongs to: an expert's first product (slots, a paired weight) or its second.
 
     x (rows, K) bf16 in the order of the tiles or, with gather (slots, tiles of at most `FEW` tokens), (tokens, K) in their own.
-    factor: of the products, f32, one a "row" or, of slots, a "token". Result (rows, N); rows that no tile has are not written.
+    factor: of the products, f32, one a "row", a "matrix" or, of slots, a "token". requant (E,): as for `linear`, one a matrix.
+    Result (rows, N); rows that no tile has are not written.
     Raises ValueError on shapes, TypeError on dtypes.
     """
     _, n, k = weight.shape
     _check_x(x, out_dtype, (k,))
     _check_limit(weight, limit)
+    _check_requant(weight, requant)
     num_rows = rows // slots.top_k if gather and slots else rows
     if x.shape[0] != num_rows:
         raise ValueError(f"x must have {num_rows} rows, got {x.shape[0]}")
@@ -139,27 +186,44 @@ def grouped(
     if not y.numel():
         return y
     scaled = "no" if factor is None else factor_of
-    config = config or choose_grouped(
-        weight.format,
-        ELEMENT[out_dtype],
-        rows,
-        weight.shape[0],
-        weight.records.shape[1] * TILE,
-        paired=weight.paired,
-        slotted=slots is not None,
-        gather=gather,
-        scaled=scaled,
-    )
-    if config.tokens != tiles.tokens or config.gather != gather or config.scaled != scaled:
-        want, got = (tiles.tokens, gather, scaled), (config.tokens, config.gather, config.scaled)
-        raise ValueError(f"config must have (tokens, gather, scaled) = {want}, got {got}")
-    _launch(config, x, weight, y, factor, slots, tiles, weight.slabs * SLAB, limit)
+    padded = weight.records.shape[1] * TILE
+    if config is None:
+        config = choose_grouped(
+            weight.format,
+            ELEMENT[out_dtype],
+            rows,
+            weight.shape[0],
+            padded,
+            paired=weight.paired,
+            slotted=slots is not None,
+            gather=gather,
+            scaled=scaled,
+            single=tiles.count is None,
+        )
+        config = replace(config, requant=requant is not None)
+    want = (tiles.tokens, tiles.count is None, gather, scaled)
+    got = (config.tokens, config.single, config.gather, config.scaled)
+    if want != got:
+        raise ValueError(f"config must have (tokens, single, gather, scaled) = {want}, got {got}")
+    _launch(config, x, weight, y, factor, slots, tiles, weight.slabs * SLAB, limit, requant)
     return y
 
 
 def _check_limit(weight: PreparedWeight, limit: float | None) -> None:
     if weight.paired == (limit is None):
         raise ValueError(f"limit must be given for a paired weight alone, got {limit} and paired={weight.paired}")
+
+
+def _check_requant(weight: PreparedWeight, requant: torch.Tensor | None) -> None:
+    if requant is None:
+        return
+    matrices, n, _ = weight.shape
+    if requant.dtype != torch.float32:
+        raise TypeError(f"requant must be float32, got {requant.dtype}")
+    if tuple(requant.shape) != (matrices,) or not requant.is_contiguous():
+        raise ValueError(f"requant must be contiguous ({matrices},), got {tuple(requant.shape)}")
+    if n % BLOCK:
+        raise ValueError(f"weight must have N % {BLOCK} == 0 where results are quantised, got N={n}")
 
 
 def _check_x(x: torch.Tensor, out_dtype: torch.dtype, want: tuple[int, ...]) -> None:
@@ -179,37 +243,49 @@ def _launch(
     tiles: Tiles | None,
     group_rows: int,
     limit: float | None,
+    requant: torch.Tensor | None = None,
+    draws: Draws | None = None,
 ) -> None:
     flags = (config.format, config.paired, config.scaled != "no", config.slotted, config.grouped)
     want = (weight.format, weight.paired, factor is not None, slots is not None, tiles is not None)
     if flags != want:
         raise ValueError(f"config must have (format, paired, scaled, slotted, grouped) = {want}, got {flags}")
-    out = ELEMENT.get(y.dtype, "argmax")
+    out = ELEMENT.get(y.dtype, "argmax" if draws is None else "sample")
     if config.out != out:
         raise ValueError(f"config must have out = {out}, got {config.out!r}")
+    if config.requant != (requant is not None):
+        raise ValueError(f"config must have requant = {requant is not None}, got {config.requant}")
+    if config.kept and tiles is None and y.shape[0] > config.kept:
+        raise ValueError(f"config must have room for {y.shape[0]} tokens, got kept={config.kept}")
     if weight.records.shape[1] % config.chunks:
         raise ValueError(f"config must have chunks that divide K / {TILE} = {weight.records.shape[1]}, got {config.chunks}")
     runtime = runtime_of(x)
     row_tiles = -(-weight.slabs // config.slabs)
     count = tiles.tiles.shape[0] * row_tiles if tiles else -(-y.shape[0] // config.tokens) * row_tiles
     places = runtime.multiprocessors * config.resident
-    ctas = min(count, max(places // config.cluster, 1)) * config.cluster
+    ctas = max(places // config.cluster, 1)
+    if not config.apart or config.cluster > 1:  # else all: a multiprocessor then has one CTA of each of two launches
+        ctas = min(count, ctas)
     f32, i32 = weight.alpha.view(-1), weight.records.view(-1)  # stand in for what the configuration does not read
+    i64 = weight.records.view(-1)[:2].view(torch.int64)
     runtime.call(
         _compiled(config, runtime),
         x,
         weight.records,
         weight.alpha,
         y,
-        f32[:1] if factor is None else factor,
-        slots.slots if slots else i32[:1],
+        draws.temperature if draws else f32[:1] if factor is None else factor,
+        slots.slots if slots and slots.slots is not None else i32[:1],
         slots.weights.view(-1) if slots else f32[:1],
         tiles.tiles if tiles else i32[:4].view(1, 4),
-        tiles.count if tiles else i32[:1],
+        tiles.count if tiles and tiles.count is not None else i32[:1],
+        f32[:1] if requant is None else requant,
+        draws.seed if draws else i64,
+        draws.position if draws else i64,
         slots.top_k if slots else 1,
         group_rows,
         float("inf") if limit is None else limit,
-        ctas,
+        ctas * config.cluster,
     )
 
 
@@ -228,7 +304,7 @@ def _compiled(config: MixedConfig, runtime: Runtime) -> Callable[..., Any]:
 
         i32, f32 = cutlass.Int32, cutlass.Float32
         free = cute.sym_int
-        if config.out == "argmax":
+        if config.picks:
             result = fake(cutlass.Int64, free(), free(), align=8)
         else:
             result = fake({"bf16": cutlass.BFloat16, "f32": f32}[config.out], free(), free(divisibility=8))
@@ -240,8 +316,11 @@ def _compiled(config: MixedConfig, runtime: Runtime) -> Callable[..., Any]:
             fake(f32, free(), align=4),
             fake(i32, free(), align=4),
             fake(f32, free(), align=4),
-            fake(i32, free(), 4, align=4),
+            fake(i32, free(), 2 if config.single else 4, align=4),
             fake(i32, free(), align=4),
+            fake(f32, free(), align=4),
+            fake(cutlass.Int64, free(), align=8),
+            fake(cutlass.Int64, free(), align=8),
             i32(1),
             i32(1),
             f32(1.0),

@@ -18,20 +18,24 @@ _FOR_TWO = 180  # CTAs of half the memory that do
 # Relative cost of a token and 128 rows, by (tokens, slabs) of a tile: weights are decoded again for every tile of tokens.
 _COST = {(32, 8): 1.5, (32, 4): 1.0, (64, 8): 1.4, (64, 4): 1.0, (128, 8): 1.08, (192, 8): 1.12, (256, 8): 1.0}
 _NARROW = {128: (64,), 192: (64, 128), 256: (128, 192)}  # narrower products of a linear, for its last tile of tokens
+BLOCK = 16  # columns of a quantised result that share a scale
 _SMALL_BYTES = 6 << 20  # a weight that arrives in less time than a launch takes
 
 
 @dataclass(frozen=True)
 class MixedConfig:
-    """format: of the weight. out: "bf16", "f32", or "argmax" (of each token and part of the rows, the largest result and its
-    row, as `_common.order.pack` has them). tokens: of an output tile; narrow: of the products that
-    do for a tile with fewer (with four widths, ptxas waits for every `wgmma`). slabs: of 16 weight rows of a tile.
+    """format: of the weight. out: "bf16", "f32", "argmax" (of each token and part of the rows, the largest result and its row,
+    as `_common.order.pack` has them), or "sample" (the same of results / T + noise). tokens: of an output tile; narrow: of the
+    products that do for a tile with fewer (with four widths, ptxas waits for every `wgmma`). slabs: of a tile, 16 rows each.
     chunks: tiles of 64 along K in a stage. stages: of the ring. splits: warps that share a slab's K, and per_warp: slabs
     of a warp, where warps multiply on their own. cluster: CTAs that share a tile's K.
-    grouped: tiles come from a list, each with a matrix and rows of its own.
+    grouped: tiles come from a list, each with a matrix and rows of its own. single: the list is one of matrices, a row each.
     slotted: rows of a grouped product are slots (token * top_k + choice), looked up; the result takes the slot's weight.
     gather: x has a row for each token, not for each slot. paired: clamped SwiGLU of gate and up rows. scaled: whether products
-    have a factor, one a "row" or, of slots, one a "token". early: weights do not wait for the kernel before.
+    have a factor, one a "row", a "matrix" or, of slots, a "token". early: weights do not wait for the kernel before.
+    kept: where warps multiply, tokens that a stage has room for, 0 for all of a tile: linears of fewer. apart: half of a
+    multiprocessor's shared memory, and one CTA on each: the next launch's CTA has the other half while this one multiplies.
+    requant: where warps multiply, whether the results of a pair leave as the NVFP4 values that they are quantised to.
     """
 
     format: str
@@ -45,11 +49,15 @@ class MixedConfig:
     per_warp: int = 1
     cluster: int = 1
     grouped: bool = False
+    single: bool = False
     slotted: bool = False
     gather: bool = False
     paired: bool = False
     scaled: str = "no"
     early: bool = True
+    kept: int = 0
+    apart: bool = False
+    requant: bool = False
 
     @property
     def rows(self) -> int:
@@ -69,7 +77,7 @@ class MixedConfig:
     @property
     def resident(self) -> int:
         """CTAs of a multiprocessor at a time."""
-        return 2 if self.by_warp and self.shared_bytes <= HALF_SHARED_BYTES else 1
+        return 2 if self.by_warp and self.shared_bytes <= HALF_SHARED_BYTES and not self.apart else 1
 
     @property
     def warps(self) -> int:
@@ -106,9 +114,14 @@ class MixedConfig:
         return self.chunks * TILE * 2 + ROW_PAD
 
     @property
+    def room(self) -> int:
+        """Tokens of a stage."""
+        return self.kept or self.tokens
+
+    @property
     def token_bytes(self) -> int:
         """Of a stage."""
-        return self.tokens * (self.token_pitch if self.by_warp else self.chunks * TILE * 2)
+        return self.room * (self.token_pitch if self.by_warp else self.chunks * TILE * 2)
 
     @property
     def sums(self) -> int:
@@ -124,6 +137,11 @@ class MixedConfig:
     def direct_pitch(self) -> int:
         """Bytes between tokens of a direct epilogue's buffer: a warpgroup's columns, and room that spreads banks."""
         return 4 * self.rows_out // self.slabs * 2 + ROW_PAD
+
+    @property
+    def picks(self) -> bool:
+        """Whether the largest results leave instead of all."""
+        return self.out in ("argmax", "sample")
 
     @property
     def part_rows(self) -> int:
@@ -150,11 +168,13 @@ class MixedConfig:
         """Raises ValueError naming the choice that cannot be."""
         if self.format not in PLANES:
             raise ValueError(f"format must be one of {', '.join(PLANES)}, got {self.format!r}")
-        if self.out not in ("bf16", "f32", "argmax"):
-            raise ValueError(f"out must be bf16, f32 or argmax, got {self.out!r}")
-        if self.out == "argmax" and (self.paired or self.grouped or self.scaled != "no"):
+        if self.out not in ("bf16", "f32", "argmax", "sample"):
+            raise ValueError(f"out must be bf16, f32, argmax or sample, got {self.out!r}")
+        if self.picks and (self.paired or self.grouped or self.scaled != "no"):
             got = f"paired={self.paired}, grouped={self.grouped}, scaled={self.scaled!r}"
-            raise ValueError(f"argmax needs one matrix's products as they are, got {got}")
+            raise ValueError(f"{self.out} needs one matrix's products as they are, got {got}")
+        if self.out == "sample" and not self.by_warp:
+            raise ValueError(f"tokens must be at most {FEW} for sample, whose keys need registers, got {self.tokens}")
         if self.tokens not in (8, 16, 32, 64, 128, 192, 256):
             raise ValueError(f"tokens must be 8, 16, 32, 64, 128, 192 or 256, got {self.tokens}")
         if list(self.widths) != sorted(set(self.widths)) or len(self.narrow) > 2 or any(w % 32 or not w for w in self.narrow):
@@ -175,12 +195,30 @@ class MixedConfig:
             raise ValueError("slotted needs a grouped configuration, got one that is not")
         if self.gather and not (self.slotted and self.by_warp):
             raise ValueError(f"gather needs slots and at most {FEW} tokens, got {self.tokens} and slotted={self.slotted}")
-        if self.scaled not in ("no", "row", "token") or (self.scaled == "token" and not self.slotted):
-            raise ValueError(f"scaled must be no or row, or token of slots, got {self.scaled!r}")
+        if self.scaled not in ("no", "row", "matrix", "token") or (self.scaled == "token" and not self.slotted):
+            raise ValueError(f"scaled must be no, row or matrix, or token of slots, got {self.scaled!r}")
+        if self.single and not (self.grouped and self.by_warp):
+            raise ValueError(f"single needs a grouped configuration of at most {FEW} tokens, got {self.tokens}")
+        known = self.by_warp and (self.single or not self.grouped)
+        if self.kept and not (known and 0 < self.kept <= self.tokens):
+            raise ValueError(f"kept must be 0, or 1 to tokens where at most {FEW} are known beforehand, got {self.kept}")
+        if self.apart and (not self.by_warp or self.shared_bytes > HALF_SHARED_BYTES):
+            raise ValueError(f"apart needs at most {FEW} tokens and {HALF_SHARED_BYTES} bytes, got {self.shared_bytes}")
         if self.grouped and self.cluster > 1:
             raise ValueError(f"cluster must be 1 for a grouped configuration, got {self.cluster}")
+        self._check_requant()
         if self.stages < 2 or self.shared_bytes > SHARED_BYTES:
             raise ValueError(f"stages must be >= 2 and fit {SHARED_BYTES} bytes, got {self.stages}: {self.shared_bytes} bytes")
+
+    def _check_requant(self) -> None:
+        if not self.requant:
+            return
+        if not self.paired or self.out != "bf16" or not self.by_warp:
+            got = f"paired={self.paired}, out={self.out!r} and tokens={self.tokens}"
+            raise ValueError(f"requant needs a pair's results in bf16 and at most {FEW} tokens, got {got}")
+        # a block's lanes are in one warp, and of one CTA
+        if self.rows_out % BLOCK or self.slice * self.rows_out // self.cluster % BLOCK:
+            raise ValueError(f"slabs must be so many that {BLOCK} columns meet, got {self.slabs}")
 
 
 def with_stages(config: MixedConfig, limit: int) -> MixedConfig:
@@ -255,8 +293,13 @@ def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, 
     if thrifty and slabs >= 4 and _ENOUGH // 2 <= tiles(slabs) < _FOR_TWO and k >= 32 * TILE:
         cluster = 2
     small = n * groups * k // SLAB // TILE * record_words(fmt) * 4 < _SMALL_BYTES
+    measured = None if small or paired or groups > 1 or fmt != "nvfp4" else _measured(fmt, out, m, n, k, scaled)
+    if measured is not None:
+        return measured
     short = small or cluster > 1
     half = short or ((tokens == 8 or fmt == "nvfp4") and tiles(slabs) >= _FOR_TWO)
+    if fmt == "nvfp4" and tokens == 16 and cluster > 1 and groups == 1 and not small and k >= 128 * TILE:
+        half = False  # where tokens take half of a stage, two stages are too few (Flash wo_b: a sixth less time)
     per_warp = 2 if tokens == 16 and slabs > 1 and not (short and tiles(slabs) >= _ENOUGH) else 1
 
     def shape(chunks: int, limit: int) -> MixedConfig:
@@ -271,6 +314,24 @@ def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, 
     tries = [t for t in tries if t.resident == 2 and (t.stages >= (4 if tokens == 8 else 3) or cluster > 1)]
     tries += [t for t in (shape(chunks_for(k, c), SHARED_BYTES) for c in (8, 4, 2)) if t.stages >= 3]
     return next((t for t in tries if t.shared_bytes <= SHARED_BYTES), shape(1, SHARED_BYTES))
+
+
+def _measured(fmt: str, out: str, m: int, n: int, k: int, scaled: str) -> MixedConfig | None:
+    """For one NVFP4 matrix of 6 MB or more, what a sweep on an H200 found better than the rules of `_few`; None elsewhere.
+
+    A tile of 256 rows for every multiprocessor, up to 8 tokens (Flash wq_b): one CTA of 16 warps on each, in half of its
+    memory, beside the next launch's, which fills its stages meanwhile. With two tiles for a CTA that is slower.
+    Few tiles and a long K, from 5 tokens on (Pro wo_b): four CTAs share 256 rows, so that a CTA reads a quarter of the tokens.
+    """
+    tokens = 8 if m <= 8 else 16
+    tiles = -(-n // (16 * SLAB))
+    if m <= 8 and _ENOUGH <= tiles <= _MULTIPROCESSORS:
+        shape = MixedConfig(fmt, out, tokens, 16, chunks_for(k, 2), 2, scaled=scaled, kept=1 if m == 1 else 0, apart=True)
+        return with_stages(shape, HALF_SHARED_BYTES)
+    chunks = chunks_for(k, 4)
+    if m > 4 and _ENOUGH <= 4 * tiles <= _MULTIPROCESSORS and k >= 128 * TILE:
+        return with_stages(MixedConfig(fmt, out, tokens, 16, chunks, 2, cluster=4, scaled=scaled), SHARED_BYTES)
+    return None
 
 
 def _longest_share(full: int, partial: int, size: float, ctas: int) -> float:
@@ -307,11 +368,22 @@ def grouped_tokens(rows: int, experts: int) -> tuple[int, tuple[int, ...]]:
 
 
 def choose_grouped(
-    fmt: str, out: str, rows: int, experts: int, k: int, *, paired: bool, slotted: bool, gather: bool, scaled: str
+    fmt: str,
+    out: str,
+    rows: int,
+    experts: int,
+    k: int,
+    *,
+    paired: bool,
+    slotted: bool,
+    gather: bool,
+    scaled: str,
+    single: bool = False,
 ) -> MixedConfig:
     """The configuration of a grouped product of so many rows with as many matrices.
 
-    slotted: the first product of an expert, which comes right after the list of its tiles.
+    slotted: the first product of an expert, which comes right after the list of its tiles. single: tiles are one token's rows;
+    few as they are, one CTA of 16 warps on a multiprocessor is then a fifteenth faster for the layer than two of eight.
     """
     tokens, narrow = grouped_tokens(rows, experts)
     few = tokens <= FEW
@@ -325,13 +397,25 @@ def choose_grouped(
             chunks,
             2,
             narrow,
-            splits=min(2, chunks) if few else 1,
+            splits=min(4 if single else 2, chunks) if few else 1,
             grouped=True,
+            single=single,
+            kept=1 if single else 0,
             slotted=slotted,
             gather=gather,
             paired=paired,
             scaled=scaled,
             early=not slotted,
         ),
-        HALF_SHARED_BYTES if tokens == 8 else SHARED_BYTES,
+        HALF_SHARED_BYTES if tokens == 8 and not single else SHARED_BYTES,
     )
+
+
+def requantises(act: str, *, tokens: int, given: bool) -> bool:
+    """Whether a pair's product also quantises its results for the next one, whose activations are `act`.
+
+    tokens: of the product's tiles. given: whether NVFP4's global scale is; else it is a row's own, of columns of many tiles.
+    On an H200 that saves 6 to 8 us a layer. With more tokens a tile, and for FP8, whose groups of 128 columns need wide tiles,
+    two kernels are faster.
+    """
+    return act == "nvfp4" and given and tokens <= FEW

@@ -10,7 +10,11 @@ The CTAs of a cluster read each other's, each its share of the slice:
     ready   all CTAs of the cluster have written         read   all have read: the buffer may be written again
 
 Where out is argmax, results themselves are not written, but for every token and part of the tile's rows the largest one and its
-row. They are those of a float32 y, to the bit; the lanes that have a token's compare theirs.
+row. They are those of a float32 y, to the bit; the lanes that have a token's compare theirs. Where out is sample, it is the
+largest of y / T + noise, of which four columns share a call of the generator: what `head.sampler` draws from y, unfiltered.
+
+Where SwiGLU's results are quantised (requant), they are first rounded to BF16, as if written; then the lanes that have columns
+of a block agree on its largest magnitude, and what leaves is the values of its codes, see `requantise`.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -24,7 +28,9 @@ from cutlass import Float32, Int32, Int64, Uint32, Uint64
 
 from dsv4lab.kernels._common.order import image, largest_of, largest_of_lanes, pack
 from dsv4lab.kernels._common.ptx import exp2
-from dsv4lab.kernels.gemm.mixed.config import PITCH_PAD
+from dsv4lab.kernels.gemm.mixed import requantise
+from dsv4lab.kernels.gemm.mixed.config import BLOCK, PITCH_PAD
+from dsv4lab.kernels.head.sampler.draw import keys_of
 
 _BARRIER = 1  # named barrier of the multiplying warps; the next ones are each warpgroup's own
 _LOG2_E = 1.4426950408889634
@@ -40,6 +46,8 @@ class Epilogue:
     factor: Any
     slots: Any
     slot_weight: Any
+    given: Any
+    draw: Any
     top_k: Any
     group_rows: Any
     limit: Any
@@ -64,14 +72,17 @@ class Epilogue:
         """A tile's sums to rows `first` to `last` of y; `turn` counts the uses of the buffers."""
         plan = self.plan
         terms = None
-        if cutlass.const_expr(plan.direct and (plan.slotted or plan.scaled != "no")):
+        if cutlass.const_expr(plan.direct and (plan.slotted or plan.scaled not in ("no", "matrix"))):
             terms = self._tile_terms(row_tile, first, last)
+        blocks = None
+        if cutlass.const_expr(plan.requant):
+            blocks = requantise.global_terms(self.given[matrix])
         for s in cutlass.range_constexpr(plan.tokens // plan.slice):
             if first + s * plan.slice < last:
                 if cutlass.const_expr(plan.direct):
                     turn = self._store_directly(total, terms, matrix, row_tile, first, last, turn, s)
                 else:
-                    turn = self._store_sums(total, matrix, row_tile, first, last, turn, s)
+                    turn = self._store_sums(total, blocks, matrix, row_tile, first, last, turn, s)
         return turn
 
     # ---- directly ------------------------------------------------------------------------------------------------------
@@ -81,7 +92,7 @@ class Epilogue:
     ) -> Any:
         plan = self.plan
         thread, _, _ = cute.arch.thread_idx()
-        gains = self.alpha[matrix, 0], self.alpha[matrix, 1]
+        gains = self._gains(matrix)
         group, mine = thread // 128, thread % 128
         lane, warp = mine % 32, mine // 32
         start = first + s * plan.slice
@@ -141,7 +152,7 @@ class Epilogue:
     # ---- by sums -------------------------------------------------------------------------------------------------------
     @cute.jit
     def _store_sums(
-        self, total: Any, matrix: Any, row_tile: Any, first: Any, last: Any, turn: Any, s: cutlass.Constexpr
+        self, total: Any, blocks: Any, matrix: Any, row_tile: Any, first: Any, last: Any, turn: Any, s: cutlass.Constexpr
     ) -> Any:
         plan = self.plan
         thread, _, _ = cute.arch.thread_idx()
@@ -172,10 +183,14 @@ class Epilogue:
             token, quad = (low + share) // quads, (low + share) % quads
             row = first + s * plan.slice + token
             column = row_tile * plan.rows_out + 4 * quad
-            if cutlass.const_expr(plan.out == "argmax"):
+            if cutlass.const_expr(plan.picks):
                 self._store_largest(share < units and row < last, row, column, quad, token * pitch)
-            elif share < units and row < last and column < self.y.shape[1]:
-                self._store_quad(matrix, row, column, quad, token * pitch)
+            else:
+                inside = share < units and row < last and column < self.y.shape[1]
+                if cutlass.const_expr(plan.requant):
+                    self._store_block(inside, blocks, matrix, row, column, quad, token * pitch)
+                elif inside:
+                    self._store_quad(matrix, row, column, quad, token * pitch)
         if cutlass.const_expr(plan.cluster > 1):
             self._tell(self.read)
         else:
@@ -185,22 +200,43 @@ class Epilogue:
     @cute.jit
     def _store_quad(self, matrix: Any, row: Any, column: Any, quad: Any, offset: Any) -> None:
         """Four neighbouring columns of one row of y."""
+        result = cute.make_rmem_tensor((4,), self.y.element_type)
+        value = self._quad(matrix, row, column, quad, offset)
+        result.store(value.load().to(self.y.element_type))
+        cute.autovec_copy(result, cute.local_tile(self.y[row, None], (4,), (column // 4,)))
+
+    @cute.jit
+    def _store_block(self, inside: Any, blocks: Any, matrix: Any, row: Any, column: Any, quad: Any, offset: Any) -> None:
+        """The same, quantised with the neighbouring lanes' columns. All lanes come here; inside: whether there are columns."""
+        words = cute.make_rmem_tensor((2,), Uint32)
+        words.fill(0)
+        if inside:
+            value = self._quad(matrix, row, column, quad, offset)
+            for i in cutlass.range_constexpr(2):
+                words[i] = _pack(value[2 * i], value[2 * i + 1])
+        out = cute.make_rmem_tensor((2,), Uint32)
+        mine = [words[0], words[1]]
+        requantise.nvfp4_values(out, mine, requantise.largest_bits(mine, BLOCK // 4), blocks)
+        if inside:
+            _store_8(self.y[row, None].iterator + column, out)
+
+    @cute.jit
+    def _quad(self, matrix: Any, row: Any, column: Any, quad: Any, offset: Any) -> Any:
+        """Four neighbouring results of a row, float32."""
         plan = self.plan
         scale, weight = self._terms(row, column)
-        gain = self.alpha[matrix, 0] * scale
-        result = cute.make_rmem_tensor((4,), self.y.element_type)
+        gains = self._gains(matrix)
         value = cute.make_rmem_tensor((4,), Float32)
         if cutlass.const_expr(plan.paired):
             at = offset + quad // 2 * 16 + quad % 2 * 4
-            gate, up = self._added(at, gain), self._added(at + 8, self.alpha[matrix, 1] * scale)
+            gate, up = self._added(at, gains[0] * scale), self._added(at + 8, gains[1] * scale)
             for e in cutlass.range_constexpr(4):
                 value[e] = self._swiglu(gate[e], up[e]) * weight
         else:
-            added = self._added(offset + 4 * quad, gain)
+            added = self._added(offset + 4 * quad, gains[0] * scale)
             for e in cutlass.range_constexpr(4):
                 value[e] = added[e] * weight
-        result.store(value.load().to(self.y.element_type))
-        cute.autovec_copy(result, cute.local_tile(self.y[row, None], (4,), (column // 4,)))
+        return value
 
     @cute.jit
     def _store_largest(self, counts: Any, row: Any, column: Any, quad: Any, offset: Any) -> None:
@@ -212,7 +248,10 @@ class Epilogue:
         best = Uint64(0)
         if counts and column < self.group_rows:
             added = self._added(offset + 4 * quad, self.alpha[0, 0])
-            best = largest_of([pack(image(added[e]), column + e) for e in range(4)])
+            keys = [added[e] for e in range(4)]
+            if cutlass.const_expr(plan.out == "sample"):
+                keys = keys_of(keys, column // 4, self.factor[row], *(t[row] for t in self.draw))
+            best = largest_of([pack(image(keys[e]), column + e) for e in range(4)])
         lanes = plan.part_rows // 4  # a power of two: tokens begin at multiples of it
         best = largest_of_lanes(best, lanes)
         if counts and quad % lanes == 0:
@@ -236,12 +275,20 @@ class Epilogue:
         return value
 
     # ---- both ----------------------------------------------------------------------------------------------------------
+    def _gains(self, matrix: Any) -> tuple[Any, Any]:
+        """What products are multiplied by, of a pair gate's and up's."""
+        gains = self.alpha[matrix, 0], self.alpha[matrix, 1]
+        if self.plan.scaled == "matrix":
+            factor = self.factor[matrix]
+            return gains[0] * factor, gains[1] * factor
+        return gains
+
     def _terms(self, row: Any, column: Any) -> tuple[Any, Any]:
         """Of a row of y: the factor of its products, the weight of its result."""
         plan = self.plan
         token, scale, weight = row, Float32(1.0), Float32(1.0)
         if plan.slotted:
-            slot = self.slots[row]
+            slot = row if plan.single else self.slots[row]
             token, weight = slot // self.top_k, self.slot_weight[slot]
         if plan.scaled == "token":
             scale = self.factor[token]
@@ -292,6 +339,11 @@ def _store_matrices(address: Any, words: list[Any]) -> None:
     """Four 8 x 8 matrices of BF16 to shared memory, transposed; a lane's address is that of a row of one of them."""
     code = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};"
     cute.arch.inline_ptx(code, read_only_args=[address, *words])
+
+
+def _store_8(target: Any, words: Any) -> None:
+    """Two words to global memory."""
+    cute.arch.inline_ptx("st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[target, words[0], words[1]])
 
 
 def _copy_16(target: Any, source: Any) -> None:

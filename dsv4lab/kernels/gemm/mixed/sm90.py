@@ -16,6 +16,7 @@ Bytes: the weight once, x once for every tile of weight rows (from L2), y once. 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import cutlass
@@ -67,6 +68,9 @@ class MixedLinearSm90:
         slot_weight: cute.Tensor,
         tiles: cute.Tensor,
         num_tiles: cute.Tensor,
+        given: cute.Tensor,
+        seed: cute.Tensor,
+        position: cute.Tensor,
         top_k: Int32,
         group_rows: Int32,
         limit: Float32,
@@ -74,11 +78,12 @@ class MixedLinearSm90:
         stream: Any,
     ) -> None:
         """x (rows, columns) bf16; records (E * slabs, tiles, words) i32; alpha (E, 2) f32; y (M, N) bf16 or f32, or (M, parts)
-        i64 for argmax, whose group_rows is N.
+        i64 for argmax and sample, whose group_rows is N and which has temperatures for factors and seed, position (M,) i64.
 
-        factor: (M,) f32, of groups (M, G), of slots (tokens,); slots (M,) i32, slot_weight (slots,) f32 and top_k if slotted;
-        tiles (T, 4) i32 (matrix, first row, end row, -) and num_tiles (1,) i32 if grouped. group_rows: rows of y^T that share
-        their columns of x: the next group's follow along x's row. limit: of SwiGLU.
+        factor: (M,) f32, of groups (M, G), of slots (tokens,), of matrices (E,); given (E,) f32: global scales of results;
+        slots (M,) i32, slot_weight (slots,) f32 and top_k if slotted;
+        tiles (T, 4) i32 (matrix, first row, end row, -) and num_tiles (1,) i32 if grouped, (M, 2) i32 (matrix, -) if single.
+        group_rows: rows of y^T that share their columns of x: the next group's follow along x's row. limit: of SwiGLU.
         """
         plan = self.plan
         layout = hopper.make_smem_layout_b(
@@ -90,12 +95,29 @@ class MixedLinearSm90:
             box = cute.slice_(one, (None, None, 0))
             load_x, tma_x = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), x, box, (plan.box, TILE))
         self.kernel(
-            load_x, tma_x, records, alpha, y, factor, slots, slot_weight, tiles, num_tiles, top_k, group_rows, limit, layout
+            load_x,
+            tma_x,
+            records,
+            alpha,
+            y,
+            factor,
+            slots,
+            slot_weight,
+            tiles,
+            num_tiles,
+            given,
+            seed,
+            position,
+            top_k,
+            group_rows,
+            limit,
+            layout,
         ).launch(
             grid=[ctas, 1, 1],
             block=[plan.threads, 1, 1],
             cluster=[plan.cluster, 1, 1] if plan.cluster > 1 else None,
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=2 if plan.apart else 1,
+            preferred_smem_carveout=100 if plan.apart else None,  # without one, two CTAs make the compiler ask a driver
             stream=stream,
             use_pdl=True,
         )
@@ -113,6 +135,9 @@ class MixedLinearSm90:
         slot_weight: cute.Tensor,
         tiles: cute.Tensor,
         num_tiles: cute.Tensor,
+        given: cute.Tensor,
+        seed: cute.Tensor,
+        position: cute.Tensor,
         top_k: Int32,
         group_rows: Int32,
         limit: Float32,
@@ -131,7 +156,7 @@ class MixedLinearSm90:
         if cutlass.const_expr(plan.by_warp):
             # (words of a token, token, stage)
             shared_x = memory.allocate_tensor(
-                Uint32, cute.make_layout((plan.token_pitch // 4, plan.tokens, stages)), byte_alignment=128
+                Uint32, cute.make_layout((plan.token_pitch // 4, plan.room, stages)), byte_alignment=128
             )
         else:
             shared_x = memory.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
@@ -171,7 +196,10 @@ class MixedLinearSm90:
         else:
             if cutlass.const_expr(plan.tokens >= 128):
                 cute.arch.setmaxregister_increase(_MANY_REGISTERS)
-            out = Epilogue(plan, y, alpha, factor, slots, slot_weight, top_k, group_rows, limit, sums, shared, shared + 1)
+            draw = (seed, position)
+            out = Epilogue(
+                plan, y, alpha, factor, slots, slot_weight, given, draw, top_k, group_rows, limit, sums, shared, shared + 1
+            )
             self._consume(out, records, alpha, y, tiles, num_tiles, shared_x, shared_w, full, empty)
 
     @cute.jit
@@ -202,13 +230,19 @@ class MixedLinearSm90:
         row_tiles = cute.ceil_div(slabs, plan.slabs)
         steps = records.shape[1] // plan.chunks
         low, high = rank * steps // plan.cluster, (rank + 1) * steps // plan.cluster
-        entries = num_tiles[0] if cutlass.const_expr(plan.grouped) else cute.ceil_div(y.shape[0], plan.tokens)
+        entries = cute.ceil_div(y.shape[0], 1 if plan.single else plan.tokens)
+        if cutlass.const_expr(plan.grouped and not plan.single):
+            entries = num_tiles[0]
         return block // plan.cluster, grid // plan.cluster, entries * row_tiles, row_tiles, low, high, slabs
 
-    def _tile(self, tile: Any, inner: Any, y: Any, tiles: Any) -> tuple[Any, ...]:
+    def _tile(self, tile: Any, inner: Any, alpha: Any, y: Any, tiles: Any) -> tuple[Any, ...]:
         """Of a tile: (matrix, tile of weight rows, first row of y, end row)."""
         plan = self.plan
         entry, row_tile = tile // inner, tile % inner
+        if cutlass.const_expr(plan.single):
+            # whatever a row's matrix is, one is read: nobody reads the result of a row that has none
+            matrix = cutlass.min(cutlass.max(tiles[entry, 0], 0), alpha.shape[0] - 1)
+            return matrix, row_tile, entry, entry + 1
         if cutlass.const_expr(plan.grouped):
             return tiles[entry, 0], row_tile, tiles[entry, 1], tiles[entry, 2]
         first = entry * plan.tokens
@@ -225,7 +259,7 @@ class MixedLinearSm90:
         words = self.words * plan.chunks
         stage, phase = Int32(0), Int32(1)  # of the ring's empty barriers; the phase before the first counts as over
         for tile in cutlass.range(begin, end, stride, unroll=1):
-            matrix, row_tile, _, _ = self._tile(tile, inner, y, tiles)
+            matrix, row_tile, _, _ = self._tile(tile, inner, alpha, y, tiles)
             slab = matrix * slabs + cutlass.min(row_tile * plan.slabs + lane, slabs - 1)  # past the last: never stored
             for step in cutlass.range(low, high, 1, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
@@ -260,11 +294,11 @@ class MixedLinearSm90:
         cute.arch.griddepcontrol_wait()
         stage, phase = Int32(0), Int32(1)
         for tile in cutlass.range(begin, end, stride, unroll=1):
-            _, row_tile, first, last = self._tile(tile, inner, y, tiles)
+            _, row_tile, first, last = self._tile(tile, inner, alpha, y, tiles)
             column = row_tile * plan.rows // group_rows * (records.shape[1] * TILE)
             row = cutlass.min(first + lane, last - 1)
             if cutlass.const_expr(plan.gather):
-                row = slots[row] // top_k
+                row = (row if cutlass.const_expr(plan.single) else slots[row]) // top_k
             for step in cutlass.range(low, high, 1, unroll=1):
                 start = step * plan.chunks * TILE + column
                 size = cutlass.max(cutlass.min(plan.chunks * TILE, x.shape[1] - start), 0) * 2
@@ -300,7 +334,7 @@ class MixedLinearSm90:
         cute.arch.griddepcontrol_wait()
         stage, phase = Int32(0), Int32(1)
         for tile in cutlass.range(begin, end, stride, unroll=1):
-            _, row_tile, first, last = self._tile(tile, inner, y, tiles)
+            _, row_tile, first, last = self._tile(tile, inner, alpha, y, tiles)
             column = row_tile * plan.rows // group_rows * (records.shape[1] * TILE)
             filled = Int32(-(-plan.widths[0] // plan.box))  # boxes that the tile's product reads
             for i in cutlass.range_constexpr(1, len(plan.widths)):
@@ -346,11 +380,26 @@ class MixedLinearSm90:
         plan = self.plan
         begin, stride, end, inner, low, high, _ = self._plan(records, alpha, y, num_tiles)
         total = cute.make_rmem_tensor((plan.sums,), Float32)
+        # alpha comes from memory, whose latency would be the tile's end: warps ask for it before their products and, of the one
+        # matrix of a linear, before the kernel before has ended.
+        gains = cute.make_rmem_tensor(cute.make_layout((1, 2), stride=(0, 1)), Float32)  # of whatever matrix
+        ahead = plan.by_warp and plan.early and not plan.grouped
+        if cutlass.const_expr(plan.by_warp):
+            out = replace(out, alpha=gains)
+        if cutlass.const_expr(ahead):
+            _keep(gains, alpha, 0)
+        slot_weight, weight = out.slot_weight, cute.make_rmem_tensor(cute.make_layout(1, stride=0), Float32)
+        if cutlass.const_expr(plan.single and plan.slotted):
+            out = replace(out, slot_weight=weight)
         cute.arch.griddepcontrol_wait()  # y may still be read, and factors written, by the kernel before
         stage, phase = Int32(0), Int32(0)
         turn = Int32(0)  # of the cluster's epilogue
         for tile in cutlass.range(begin, end, stride, unroll=1):
-            matrix, row_tile, first, last = self._tile(tile, inner, y, tiles)
+            matrix, row_tile, first, last = self._tile(tile, inner, alpha, y, tiles)
+            if cutlass.const_expr(plan.by_warp and not ahead):
+                _keep(gains, alpha, matrix)
+            if cutlass.const_expr(plan.single and plan.slotted):
+                weight[0] = slot_weight[first]  # of the tile's one row
             total.fill(0.0)
             ring = (full, empty, high - low)
             if cutlass.const_expr(plan.by_warp):
@@ -365,3 +414,9 @@ class MixedLinearSm90:
             turn = out.store(total, matrix, row_tile, first, last, turn)
         if cutlass.const_expr(plan.cluster > 1):
             out.leave(turn)
+
+
+def _keep(gains: Any, alpha: Any, matrix: Any) -> None:
+    """Both factors of a matrix, in registers."""
+    for i in range(2):
+        gains[0, i] = alpha[matrix, i]

@@ -21,7 +21,7 @@ from dsv4lab.kernels._common.order import choose, floor_of, image, image_in, pac
 from dsv4lab.kernels._common.ptx import exp2, log2
 from dsv4lab.kernels.head.sampler import noise
 from dsv4lab.kernels.head.sampler.config import GROUP, WARP, SamplerConfig
-from dsv4lab.kernels.head.sampler.device import fma, load_group, magnitude, shared_max, shared_now
+from dsv4lab.kernels.head.sampler.device import fma, load_group, low_high, magnitude, shared_max, shared_now
 from dsv4lab.kernels.head.sampler.noise import larger, smaller
 
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
@@ -31,6 +31,7 @@ _HALF_EXPONENT = 0.4713  # E <= 2^0.4713 w for w <= 1/2
 _CLAMP = 1e38  # infinite keys are tested as this one
 _FLOOR_WARPS = 8  # whose first group gives the bound
 MAX_TOKEN = 2**31 - 1
+MIN_TEMPERATURE = 1e-5
 
 
 class Draw:
@@ -134,6 +135,14 @@ class Draw:
                 key = noise.add(noise.div(x, divisor), noise.gumbel(w))
                 shared_max(best, pack(image(key), token))
                 left = left & (left - 1)
+
+
+def keys_of(values: list[Any], group: Any, temperature: Any, seed: Any, position: Any) -> list[Any]:
+    """The exact keys of a group's logits, their own where the temperature is 0: seed, position int64."""
+    greedy = temperature <= Float32(0.0)
+    divisor = choose(greedy, Float32(1.0), cutlass.max(temperature, Float32(MIN_TEMPERATURE)))
+    word = noise.words(group, low_high(position), low_high(seed), noise.SAMPLE)
+    return [choose(greedy, x, noise.add(noise.div(x, divisor), noise.gumbel(w))) for x, w in zip(values, word, strict=True)]
 
 
 @cute.jit

@@ -32,10 +32,9 @@ from dsv4lab.kernels._common.ptx import exp2
 from dsv4lab.kernels.head.sampler import noise
 from dsv4lab.kernels.head.sampler.config import GROUP, WARP, SamplerConfig
 from dsv4lab.kernels.head.sampler.device import arrive, fma, leave, low_high, part, remote, wait, widened
-from dsv4lab.kernels.head.sampler.draw import LOG2E, MAX_TOKEN, Draw
+from dsv4lab.kernels.head.sampler.draw import LOG2E, MAX_TOKEN, MIN_TEMPERATURE, Draw
 from dsv4lab.kernels.head.sampler.filter import Filter
 
-MIN_TEMPERATURE = 1e-5
 _LOG2E_HIGH, _LOG2E_LOW = 1.44269502162933349609375, 1.9259629911266174681e-08  # their sum is log2(e) to 48 bits
 _LN2 = 0.693147180559945309
 

@@ -19,23 +19,28 @@ def combine(
     *,
     top_k: int,
     shared: torch.Tensor | None = None,
+    num_experts: int | None = None,
     config: CombineConfig | None = None,
 ) -> torch.Tensor:
     """Sum each token's rows in the order of their positions, which is that of expert ids; add `shared`, rounding once.
 
     y (N, D) bf16 or f32; position (M k,) i32, below N or -1, which adds nothing; shared (M, D) bf16 or f32; all contiguous,
-    D % 8 == 0 -> (M, D) of shared's dtype, f32 without one. Equal to the reference's sum in every bit: float32, from zero,
-    one row after another, `shared` last.  Raises ValueError on shapes, TypeError on dtypes.
+    D % 8 == 0 -> (M, D) of shared's dtype, f32 without one. num_experts E: position has expert ids instead, i64, and y the
+    slots' rows in order, N = M k; ids outside 0 .. E-1 add nothing. Equal to the reference's sum in every bit: float32, from
+    zero, one row after another, `shared` last.  Raises ValueError on shapes, TypeError on dtypes.
     """
-    if position.dtype != torch.int32:
-        raise TypeError(f"position must be int32, got {position.dtype}")
+    kind = torch.int32 if num_experts is None else torch.int64
+    if position.dtype != kind:
+        raise TypeError(f"position must be {str(kind)[6:]}, got {position.dtype}")
     if position.dim() != 1 or top_k < 1 or position.shape[0] % top_k or not position.is_contiguous():
         raise ValueError(f"position must be contiguous (M k,), got {tuple(position.shape)}, k={top_k}")
     _check_rows("y", y)
+    if num_experts is not None and (num_experts < 1 or y.shape[0] != position.shape[0]):
+        raise ValueError(f"y must have the {position.shape[0]} rows of the slots for {num_experts} experts, got {y.shape[0]}")
     tokens = position.shape[0] // top_k
     if tokens and not y.shape[0]:
         raise ValueError(f"y must have rows to sum, got none for {tokens} tokens")
-    return _launch(y, position, tokens, shared, top_k, config, indexed=True)
+    return _launch(y, position, tokens, shared, top_k, config, indexed=True, experts=num_experts or 0)
 
 
 def moe_combine(routed: torch.Tensor, shared: torch.Tensor, *, config: CombineConfig | None = None) -> torch.Tensor:
@@ -69,6 +74,7 @@ def _launch(
     config: CombineConfig | None,
     *,
     indexed: bool,
+    experts: int = 0,
 ) -> torch.Tensor:
     depth = y.shape[1]
     if shared is not None:
@@ -82,10 +88,11 @@ def _launch(
     if not out.numel():
         return out
     element, kind = ELEMENT[y.dtype], None if shared is None else ELEMENT[shared.dtype]
-    config = config or CombineConfig.for_shape(tokens, depth, element, top_k, kind, indexed=indexed)
+    config = config or CombineConfig.for_shape(tokens, depth, element, top_k, kind, indexed=indexed, experts=experts)
     config.check()
-    if (config.y, config.top_k, config.shared, config.indexed) != (element, top_k, kind, indexed):
-        raise ValueError(f"config must be for y {element}, top_k {top_k}, shared {kind}, indexed {indexed}, got {config}")
+    want = (element, top_k, kind, indexed, experts)
+    if (config.y, config.top_k, config.shared, config.indexed, config.experts) != want:
+        raise ValueError(f"config must be for (y, top_k, shared, indexed, experts) = {want}, got {config}")
     runtime = runtime_of(y)
     runtime.call(_compiled(config, runtime), y, position, out if shared is None else shared, out)
     return out
@@ -105,7 +112,7 @@ def _compiled(config: CombineConfig, runtime: Runtime) -> Callable[..., Any]:
         tokens, depth = cute.sym_int(), cute.sym_int(divisibility=DEPTH_MULTIPLE)
         examples = (
             fake(types[config.y], cute.sym_int(), depth),
-            fake(cutlass.Int32, cute.sym_int(), align=4),
+            fake(cutlass.Int64, cute.sym_int(), align=8) if config.experts else fake(cutlass.Int32, cute.sym_int(), align=4),
             fake(types[config.out], tokens, depth),
             fake(types[config.out], tokens, depth),
             fake_stream(),

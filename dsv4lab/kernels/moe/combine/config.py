@@ -16,7 +16,7 @@ _MANY_WARPS = 132 * 16  # as for the gather
 class CombineConfig:
     """y: "bf16" or "f32". top_k: rows of a token. shared: "bf16" or "f32", or None for a plain f32 sum.
     units: accesses of a lane along a row. indexed: rows are found by position; otherwise row m of y is token m's, top_k is 1.
-    warps: of a CTA.
+    warps: of a CTA. experts: 0, or of how many; rows are then those of the slots, in order, and have expert ids for positions.
     """
 
     y: str
@@ -25,6 +25,7 @@ class CombineConfig:
     units: int = 1
     indexed: bool = True
     warps: int = 4
+    experts: int = 0
 
     @property
     def out(self) -> str:
@@ -46,6 +47,8 @@ class CombineConfig:
             raise ValueError(f"y must be bf16 or f32, and shared that or None, got {self.y!r} and {self.shared!r}")
         if not 1 <= self.top_k <= MAX_TOP_K:
             raise ValueError(f"top_k must be 1 to {MAX_TOP_K}, got {self.top_k}")
+        if not 0 <= self.experts * self.top_k < MAX_ELEMENTS or (self.experts and not self.indexed):
+            raise ValueError(f"experts must be 0, or below 2^31 / top_k of indexed rows, got {self.experts}")
         if not self.indexed and self.top_k != 1:
             raise ValueError(f"top_k must be 1 where rows are not indexed, got {self.top_k}")
         if self.units not in (1, 2, 4) or self.units * self.top_k > 2 * MAX_TOP_K:
@@ -55,12 +58,12 @@ class CombineConfig:
 
     @classmethod
     def for_shape(
-        cls, tokens: int, depth: int, y: str, top_k: int, shared: str | None, *, indexed: bool = True
+        cls, tokens: int, depth: int, y: str, top_k: int, shared: str | None, *, indexed: bool = True, experts: int = 0
     ) -> CombineConfig:
         """About eight loads of a lane in flight, where that leaves warps enough and a row is long enough."""
         wanted = 4 if top_k <= 2 else 2 if top_k <= 8 else 1
         for units in (4, 2):
-            config = cls(y, top_k, shared, units, indexed)
+            config = cls(y, top_k, shared, units, indexed, experts=experts)
             if units <= wanted and depth >= config.piece and tokens * -(-depth // config.piece) >= _MANY_WARPS:
                 return config
-        return cls(y, top_k, shared, 1, indexed)
+        return cls(y, top_k, shared, 1, indexed, experts=experts)

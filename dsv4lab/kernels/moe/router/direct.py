@@ -136,18 +136,14 @@ class DirectLogits:
     @cute.jit
     def _came_last(self, flag: Any, counter: Any, arrivals: Any, thread: Any) -> Any:
         """Whether this CTA is the last of its token tile: then all parts are there. The counter is zero again afterwards."""
-        cute.arch.fence_acq_rel_gpu()
-        cute.arch.barrier()
+        cute.arch.barrier()  # all have written: one thread's release and acquire, between two barriers, are everyone's
         if thread == 0:
             before = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
             flag[0] = before
             if before == arrivals - 1:
                 cute.make_tensor(counter, cute.make_layout(1))[0] = Int32(0)
         cute.arch.barrier()
-        last = flag[0] == arrivals - 1
-        if last:
-            cute.arch.fence_acq_rel_gpu()
-        return last
+        return flag[0] == arrivals - 1
 
 
 def _kept(parts: list[list[Any]], inside: Any) -> list[list[Any]]:
