@@ -11,7 +11,7 @@ import torch
 from dsv4lab import sim
 from dsv4lab.formats import F32, FP8_BLOCK, PackedWeight, get_format
 from dsv4lab.kernels._common.launch import running_on
-from dsv4lab.kernels.gemm.mixed.api import _compiled, linear
+from dsv4lab.kernels.gemm.mixed.api import linear
 from dsv4lab.kernels.gemm.mixed.config import SHARED_BYTES, MixedConfig, choose
 from dsv4lab.kernels.gemm.mixed.layout import PreparedWeight, prepare
 from dsv4lab.kernels.gemm.mixed.prepared import prepared
@@ -45,7 +45,7 @@ SHAPES = [
     (13, 192, 1024, replace(FEW, tokens=16, slabs=1, chunks=4, splits=4)),
     (16, 96, 1024, replace(FEW, tokens=16, slabs=2, chunks=8, splits=8, per_warp=2)),
     (3, 200, 200, replace(FEW, slabs=8, splits=1)),  # K ends inside a tile of a pair
-    (1, 328, 256, replace(FEW, slabs=8, splits=1, kept=1, apart=True)),  # CTAs without a tile, room for one token
+    (1, 328, 256, replace(FEW, slabs=8, splits=1, kept=1)),  # CTAs without a tile, room for one token
     (33, 128, 512, MixedConfig("nvfp4", "f32", 32, 8, 2, 2, cluster=2)),  # by warpgroups, two token tiles
     (70, 136, 328, MixedConfig("nvfp4", "f32", 64, 4, 1, 3)),  # one slice a stage
     (300, 128, 256, MixedConfig("nvfp4", "f32", 256, 8, 1, 3, (64, 224))),  # a narrow product for the second tile
@@ -67,7 +67,7 @@ def test_products_are_right_at_every_edge(m: int, n: int, k: int, config: MixedC
     [
         (9, SHAPES[1][3]),
         (9, SHAPES[3][3]),
-        (13, replace(SHAPES[3][3], slabs=16, chunks=2, splits=2, apart=True)),
+        (13, replace(SHAPES[3][3], slabs=16, chunks=2, splits=2)),
         (70, SHAPES[6][3]),
         (140, replace(SHAPES[8][3], tokens=192, narrow=(64, 160))),
     ],
@@ -125,43 +125,22 @@ def test_choices_fit_and_cover_the_model(n: int, k: int, fmt: str) -> None:
         assert (m <= config.tokens) == (m <= 16) or m > 16
 
 
-@pytest.mark.parametrize("m", [1, 8])
-def test_two_launches_share_a_multiprocessor_where_they_lie_apart(m: int) -> None:
-    """In shared memory and registers: ptxas has to find the latter without spills."""
-    config = choose("nvfp4", "bf16", m, 32768, 1024, scaled="row")
-    assert config.apart and config.resident == 1 and 2 * (config.shared_bytes + 1024) <= 228 * 1024
-    cubins = []
-
-    class Listening(sim.Host):
-        def know(self, ptx: str, cubin: bytes) -> None:
-            cubins.append(cubin)
-
-    sim.enable(ARCH)
-    _compiled(config, Listening(ARCH))
-    (found,) = sim.resources(cubins[0]).values()
-    assert 2 * config.threads * (-(-found.registers // 8) * 8) <= 65536
-    assert found.stack_bytes == found.spill_store_bytes == 0
-
-
 def test_few_tokens_take_what_was_measured() -> None:
-    """(slabs, cluster, whether it lies apart) of NVFP4 matrices."""
+    """(slabs, cluster) of NVFP4 matrices."""
     for m, n, k, want in (
-        (1, 32768, 1024, (16, 1, True)),
-        (8, 32768, 1024, (16, 1, True)),
-        (16, 32768, 1024, (8, 1, False)),
-        (1, 65536, 1536, (8, 1, False)),  # two tiles for a CTA
-        (1, 7168, 16384, (2, 1, False)),
-        (8, 7168, 16384, (16, 4, False)),
-        (16, 7168, 16384, (16, 4, False)),
-        (8, 4096, 8192, (2, 1, False)),
-        (16, 4096, 8192, (4, 2, False)),
+        (1, 32768, 1024, (8, 1)),
+        (8, 32768, 1024, (8, 1)),
+        (16, 32768, 1024, (8, 1)),
+        (1, 65536, 1536, (8, 1)),  # two tiles for a CTA
+        (1, 7168, 16384, (2, 1)),
+        (8, 7168, 16384, (16, 4)),
+        (16, 7168, 16384, (16, 4)),
+        (8, 4096, 8192, (2, 1)),
+        (16, 4096, 8192, (4, 2)),
     ):
         config = choose("nvfp4", "bf16", m, n, k)
-        assert (config.slabs, config.cluster, config.apart) == want
-        assert config.kept == (1 if config.apart and m == 1 else 0)
+        assert (config.slabs, config.cluster) == want
     assert choose("nvfp4", "bf16", 16, 4096, 8192).stages == 6
-    assert not choose("nvfp4", "bf16", 1, 32768, 1024, paired=True).apart
-    assert not choose("mxfp4", "bf16", 1, 32768, 1024).apart
 
 
 def test_a_prepared_weight_is_remade_when_the_weight_changes() -> None:
@@ -223,7 +202,6 @@ def test_bad_input_is_refused() -> None:
         (dict(single=True), "single needs a grouped configuration of at most 16 tokens"),
         (dict(kept=9), "kept must be 0, or 1 to tokens"),
         (dict(grouped=True, kept=1), "kept must be 0, or 1 to tokens"),
-        (dict(stages=8, chunks=8, slabs=8, apart=True), "apart needs at most 16 tokens and 115712 bytes"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(FEW, **choice).check()  # type: ignore[arg-type]

@@ -146,7 +146,7 @@ def test_descriptors_of_compiled_host_code(
 
 
 def test_the_entry_point_of_the_runtime_encodes_the_same(kernels: ModuleType) -> None:
-    library = sim.enable("sm_90a").library
+    library = sim.enable("sm_90a").libraries[0]
     target = (ctypes.c_uint8 * 128)()
 
     def encode(element_stride: int = 1, swizzle: int = 3) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -263,11 +264,9 @@ def _launch(
     row_tiles = -(-weight.slabs // config.slabs)
     count = tiles.tiles.shape[0] * row_tiles if tiles else -(-y.shape[0] // config.tokens) * row_tiles
     places = runtime.multiprocessors * config.resident
-    ctas = max(places // config.cluster, 1)
-    if not config.apart or config.cluster > 1:  # else all: a multiprocessor then has one CTA of each of two launches
-        ctas = min(count, ctas)
+    ctas = min(count, max(places // config.cluster, 1))
     f32, i32 = weight.alpha.view(-1), weight.records.view(-1)  # stand in for what the configuration does not read
-    i64 = weight.records.view(-1)[:2].view(torch.int64)
+    i64 = _unread(x.device)
     runtime.call(
         _compiled(config, runtime),
         x,
@@ -287,6 +286,12 @@ def _launch(
         float("inf") if limit is None else limit,
         ctas * config.cluster,
     )
+
+
+@functools.cache
+def _unread(device: torch.device) -> torch.Tensor:
+    """Stands in for int64 tensors; memory of its own, or the simulator would take the records for it."""
+    return torch.empty(1, dtype=torch.int64, device=device)
 
 
 def _compiled(config: MixedConfig, runtime: Runtime) -> Callable[..., Any]:

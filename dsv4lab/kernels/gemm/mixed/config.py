@@ -33,8 +33,7 @@ class MixedConfig:
     slotted: rows of a grouped product are slots (token * top_k + choice), looked up; the result takes the slot's weight.
     gather: x has a row for each token, not for each slot. paired: clamped SwiGLU of gate and up rows. scaled: whether products
     have a factor, one a "row", a "matrix" or, of slots, a "token". early: weights do not wait for the kernel before.
-    kept: where warps multiply, tokens that a stage has room for, 0 for all of a tile: linears of fewer. apart: half of a
-    multiprocessor's shared memory, and one CTA on each: the next launch's CTA has the other half while this one multiplies.
+    kept: where warps multiply, tokens that a stage has room for, 0 for all of a tile: linears of fewer.
     requant: where warps multiply, whether the results of a pair leave as the NVFP4 values that they are quantised to.
     """
 
@@ -56,7 +55,6 @@ class MixedConfig:
     scaled: str = "no"
     early: bool = True
     kept: int = 0
-    apart: bool = False
     requant: bool = False
 
     @property
@@ -77,7 +75,7 @@ class MixedConfig:
     @property
     def resident(self) -> int:
         """CTAs of a multiprocessor at a time."""
-        return 2 if self.by_warp and self.shared_bytes <= HALF_SHARED_BYTES and not self.apart else 1
+        return 2 if self.by_warp and self.shared_bytes <= HALF_SHARED_BYTES else 1
 
     @property
     def warps(self) -> int:
@@ -202,8 +200,6 @@ class MixedConfig:
         known = self.by_warp and (self.single or not self.grouped)
         if self.kept and not (known and 0 < self.kept <= self.tokens):
             raise ValueError(f"kept must be 0, or 1 to tokens where at most {FEW} are known beforehand, got {self.kept}")
-        if self.apart and (not self.by_warp or self.shared_bytes > HALF_SHARED_BYTES):
-            raise ValueError(f"apart needs at most {FEW} tokens and {HALF_SHARED_BYTES} bytes, got {self.shared_bytes}")
         if self.grouped and self.cluster > 1:
             raise ValueError(f"cluster must be 1 for a grouped configuration, got {self.cluster}")
         self._check_requant()
@@ -319,15 +315,10 @@ def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, 
 def _measured(fmt: str, out: str, m: int, n: int, k: int, scaled: str) -> MixedConfig | None:
     """For one NVFP4 matrix of 6 MB or more, what a sweep on an H200 found better than the rules of `_few`; None elsewhere.
 
-    A tile of 256 rows for every multiprocessor, up to 8 tokens (Flash wq_b): one CTA of 16 warps on each, in half of its
-    memory, beside the next launch's, which fills its stages meanwhile. With two tiles for a CTA that is slower.
     Few tiles and a long K, from 5 tokens on (Pro wo_b): four CTAs share 256 rows, so that a CTA reads a quarter of the tokens.
     """
     tokens = 8 if m <= 8 else 16
     tiles = -(-n // (16 * SLAB))
-    if m <= 8 and _ENOUGH <= tiles <= _MULTIPROCESSORS:
-        shape = MixedConfig(fmt, out, tokens, 16, chunks_for(k, 2), 2, scaled=scaled, kept=1 if m == 1 else 0, apart=True)
-        return with_stages(shape, HALF_SHARED_BYTES)
     chunks = chunks_for(k, 4)
     if m > 4 and _ENOUGH <= 4 * tiles <= _MULTIPROCESSORS and k >= 128 * TILE:
         return with_stages(MixedConfig(fmt, out, tokens, 16, chunks, 2, cluster=4, scaled=scaled), SHARED_BYTES)

@@ -116,8 +116,7 @@ class MixedLinearSm90:
             grid=[ctas, 1, 1],
             block=[plan.threads, 1, 1],
             cluster=[plan.cluster, 1, 1] if plan.cluster > 1 else None,
-            min_blocks_per_mp=2 if plan.apart else 1,
-            preferred_smem_carveout=100 if plan.apart else None,  # without one, two CTAs make the compiler ask a driver
+            min_blocks_per_mp=1,
             stream=stream,
             use_pdl=True,
         )
