@@ -88,16 +88,13 @@ def publish(
             write_atomically(folder / "index.md", _index(json.loads(report.data.read_text(encoding="utf-8"))))
             report.data.unlink()
             write_atomically(report.page, _terse(report.page.read_text(encoding="utf-8")))
+            left_out = [path for path in folder.glob("*.ipynb") if only and path.stem not in only]
+            for path in left_out:
+                path.unlink()
+            for page in (report.page, folder / "index.md"):
+                write_atomically(page, _to_sources(page.read_text(encoding="utf-8"), [path.name for path in left_out]))
             for path in folder.glob("*.ipynb"):
-                if only and path.stem not in only:
-                    path.unlink()
-                    for page in (report.page, folder / "index.md"):
-                        text = page.read_text(encoding="utf-8")
-                        write_atomically(
-                            page, re.sub(rf'(?<=[("]){re.escape(path.name)}(?=[)"])', f"{_SOURCES}{path.name}", text)
-                        )
-                else:
-                    write_atomically(path, _without_records(path))
+                write_atomically(path, _without_records(path))
             sizes = {path: path.stat().st_size for path in folder.iterdir()}
             total, largest = sum(sizes.values()), max(size for path, size in sizes.items() if path.suffix == ".ipynb")
             if total <= budget and largest < NOTEBOOK_BYTES:
@@ -192,6 +189,13 @@ def _palette(image: Image.Image, colours: int) -> Image.Image:
     palette = Image.new("P", (1, 1))
     palette.putpalette([level for value in chosen for level in value])
     return palette
+
+
+def _to_sources(page: str, names: Sequence[str]) -> str:
+    """A page whose links to these notebooks, in Markdown or HTML, lead to their sources."""
+    for name in names:
+        page = re.sub(rf'(?<=[("]){re.escape(name)}(?=[)"])', f"{_SOURCES}{name}", page)
+    return page
 
 
 def _terse(page: str) -> str:

@@ -21,10 +21,8 @@ import dsv4lab
 from dsv4lab import ops, sim
 from dsv4lab.kernels._common import cache, launch
 
-kept, linked, called = cache._link, [], []
-cache._link = lambda code, libraries: linked.append(code) or kept(code, libraries)
 bind, call = sim.Host.bind, sim.Host.call
-plain = []
+plain, called = [], []
 sim.Host.bind = lambda host, code: plain.append(code) or bind(host, code)
 sim.Host.call = lambda host, function, *args: called.append((host, args)) or call(host, function, *args)
 
@@ -37,7 +35,7 @@ def simulated():
 
 
 def native():
-    function = kept(plain[0], launch.runtime_libraries())
+    function = cache._link(plain[0], launch.runtime_libraries())
     with dsv4lab.backend("sim", arch="sm_90a") as chosen:
         try:
             call(called[0][0], function, *called[0][1])
@@ -46,11 +44,9 @@ def native():
     return False
 
 
-with dsv4lab.backend("sim", arch="sm_90a"):
-    host = sim.Host("sm_90a")
 if sys.argv[1] == "native":  # something of CuTeDSL's library first: an object file of an earlier process
     path = sorted(cache.folder().glob("*.kernel"))[0]
-    kept(cache.read(path).object, launch.runtime_libraries())
+    cache._link(cache.read(path).object, launch.runtime_libraries())
 print(simulated(), native(), simulated(), native())
 """
 
