@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COLD_BYTES = 300e6  # several times the L2, 50 or 60 MB
 MIN_GRAPH_US, MAX_GRAPH_US = 200.0, 4000.0  # of a candidate's graph: above the noise of events, below what is waited for gladly
 _REPLAYS, _WARM_UP = 10, 3
+_COPY_BYTES = [1 << power for power in range(20, 29)]  # 1 MiB to 256 MiB
 _DEADLINE_S = 120.0  # for the replays of all candidates
 _REASON_CHARACTERS = 200
 
@@ -60,10 +62,24 @@ class Failure:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """copy: bytes read and written a second; bf16: flops a second of an 8192^3 product."""
+    """copy: bytes read and written a second; bf16: flops a second of an 8192^3 product; copies: microseconds of smaller copies,
+    by their bytes read and written, which launch and end make slower than that.
+    """
 
     copy: float
     bf16: float
+    copies: Mapping[float, float] = field(default_factory=dict)
+
+    def copy_us(self, nbytes: float) -> float | None:
+        """What a copy of as many bytes takes, between two that were measured; None for fewer than the smallest of them."""
+        sizes = sorted(self.copies)
+        if not sizes or nbytes < sizes[0]:
+            return None
+        if nbytes >= sizes[-1]:
+            return self.copies[sizes[-1]] + (nbytes - sizes[-1]) / self.copy * 1e6
+        i = next(i for i, size in enumerate(sizes) if size > nbytes)
+        low, high = sizes[i - 1], sizes[i]
+        return self.copies[low] + (self.copies[high] - self.copies[low]) * (nbytes - low) / (high - low)
 
     def bound_us(self, nbytes: float, flops: float) -> tuple[float, str]:
         """The least microseconds that so many bytes and flops take, and which of them it is."""
@@ -172,7 +188,7 @@ def still_alive() -> None:
 
 
 def measure_ceilings(stopwatch: Stopwatch) -> Ceilings:
-    """Copy: x * 1 of 1 GiB into another. Raises RuntimeError where one of them cannot be measured."""
+    """Copy: x * 1 of 1 GiB into another, and of smaller ones. Raises RuntimeError where one of them cannot be measured."""
     source = torch.zeros(1 << 28, device="cuda")
     target = torch.empty_like(source)
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -180,7 +196,19 @@ def measure_ceilings(stopwatch: Stopwatch) -> Ceilings:
     copy, bf16 = found["copy"], found["bf16"]
     if isinstance(copy, Failure) or isinstance(bf16, Failure):
         raise RuntimeError(f"ceilings cannot be measured: {copy}, {bf16}")
-    return Ceilings(2 * source.nbytes / copy.best_us * 1e6, 2 * 8192**3 / bf16.best_us * 1e6)
+    rate = 2 * source.nbytes / copy.best_us * 1e6
+    copies = {float(size): [*small_copies(source, target, size)] for size in _COPY_BYTES}
+    times = stopwatch.measure({str(size): repeated(calls, size / rate * 1e6) for size, calls in copies.items()})
+    small = {size: time_.best_us for size in copies if isinstance(time_ := times[str(size)], Timing)}
+    return Ceilings(rate, 2 * 8192**3 / bf16.best_us * 1e6, small)
+
+
+def small_copies(source: torch.Tensor, target: torch.Tensor, nbytes: float) -> Iterator[Call]:
+    """Copies of parts of one into the other, so many bytes read and written by each: enough of them that L2 has none."""
+    numbers = int(nbytes) // 2 // source.element_size()
+    for i in range(num_copies(nbytes)):
+        a, b = (t.view(-1)[i * numbers : (i + 1) * numbers] for t in (source, target))
+        yield partial(torch.mul, a, 1.0, out=b)
 
 
 # ---- accuracy ----------------------------------------------------------------------------------------------------------
@@ -317,7 +345,7 @@ class Bench:
         times |= self.stopwatch.measure(ready)
         times = {key: times[key] for key in candidates}
         row = {"shape": name} | timing_fields(times, bound, which) | {"bound_us": bound, "bytes": nbytes, "flops": flops}
-        row |= bar_fields(row, fields)
+        row |= copy_fields(row, self.ceilings) | bar_fields(row, fields)
         self.write(row | dict(fields))
         print(line_of(row | dict(fields)), flush=True)
         return row
@@ -365,6 +393,14 @@ def timing_fields(times: Mapping[str, Timing | Failure], bound: float, which: st
             ratio = round(time_.best_us / ours.best_us, 3) if isinstance(ours, Timing) else None
             row["peers"][name] = {"us": round(time_.best_us, 3), "ratio": ratio}
     return row
+
+
+def copy_fields(row: Mapping[str, Any], ceilings: Ceilings) -> dict[str, Any]:
+    """percent_of_copy: of a copy of as many bytes, launch and end included, where bytes are the bound. A kernel of 13 MB whose
+    copy runs at 62 % of the rate of large ones cannot be expected beyond that.
+    """
+    copy_us = ceilings.copy_us(row["bytes"]) if row["us"] and row["bound"] == "bytes" else None
+    return {} if copy_us is None else {"copy_us": copy_us, "percent_of_copy": round(100 * copy_us / row["us"], 1)}
 
 
 def bar_fields(row: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -423,6 +459,8 @@ def line_of(row: Mapping[str, Any]) -> str:
     parts = [f"{row['shape']:26} {row.get('format', ''):9} m {row.get('m', ''):>5} {us} us"]
     if row["percent_of_bound"] is not None:
         parts.append(f"{row['percent_of_bound']:5.1f}% {row['bound']}")
+    if row.get("percent_of_copy") is not None:
+        parts.append(f"{row['percent_of_copy']:.0f}% of copy")
     for name, peer in row["peers"].items():
         parts.append(f"{name} -" if peer["ratio"] is None else f"{name} {peer['ratio']:.2f}x")
     if row.get("tflops") is not None:

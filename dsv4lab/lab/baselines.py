@@ -107,12 +107,16 @@ def bound_and_time(rows: Sequence[Row], label: str) -> tuple[dict[str, float], d
 
 
 def summary(rows: Sequence[Row], fields: Sequence[str], peers: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Rows cut down to some fields, time, bound and percent of it, and the time of peers over ours, for `hopper.table`."""
+    """Rows cut down to some fields, time, bound and percent of it, of a copy of as many bytes where that was measured, and the
+    time of peers over ours, for `hopper.table`.
+    """
     found = []
     for row in rows:
         line = {key: row.get(key) for key in fields}
         line |= {"us": row["us"], "bound us": round(row.get("bound_us", 0.0), 2), "bound by": row.get("bound")}
         line |= {"% of bound": row.get("percent_of_bound")}
+        if any("percent_of_copy" in r for r in rows):
+            line |= {"% of a copy": row.get("percent_of_copy")}
         line |= {f"{peer} /": (row.get("peers", {}).get(peer) or {}).get("ratio") for peer in peers}
         found.append(line)
     return found

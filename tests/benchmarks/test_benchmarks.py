@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,27 @@ def test_bounds_and_errors() -> None:
     assert common.cosine(want * 7, want) == pytest.approx(1.0) and common.cosine(want, want.flip(1)) == pytest.approx(0.96)
     row = common.accuracy_fields(want * 1.2, want, want * 1.1)
     assert row["error_over_cublas"] == pytest.approx(2.0, abs=1e-3)
+
+
+def test_small_copies_are_slower_than_large_ones() -> None:
+    ceilings = replace(CEILINGS, copies={1e6: 2.0, 4e6: 3.5, 16e6: 6.5})
+    assert ceilings.copy_us(0.9e6) is None and CEILINGS.copy_us(1e9) is None
+    assert ceilings.copy_us(1e6) == 2.0 and ceilings.copy_us(2e6) == 2.5 and ceilings.copy_us(10e6) == 5.0
+    assert ceilings.copy_us(20e6) == 6.5 + 1.0  # the rest at the rate of large ones
+    row = {"us": 4.0, "bound": "bytes", "bytes": 4e6}
+    assert common.copy_fields(row, ceilings) == {"copy_us": 3.5, "percent_of_copy": 87.5}
+    for other in ({"bound": "flops"}, {"us": None}, {"bytes": 1e3}):
+        assert common.copy_fields(row | other, ceilings) == {}
+
+
+def test_small_copies_read_and_write_so_many_bytes_of_places_of_their_own() -> None:
+    source, target = torch.arange(2.0**20), torch.zeros(2**20)
+    calls = list(common.small_copies(source, target, 2**10))
+    assert len(calls) == common.num_copies(2**10)
+    for i, call in enumerate(calls):
+        call()
+        assert int((target != 0).sum()) == (i + 1) * 2**10 // 8 - 1  # the first number is a zero
+    assert torch.equal(target[: len(calls) * 128], source[: len(calls) * 128])
 
 
 def test_rows_are_json_whatever_happened() -> None:

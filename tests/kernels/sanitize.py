@@ -44,12 +44,17 @@ def linears() -> None:
 
 def mixtures() -> None:
     weights = [trained_weight("nvfp4", 6, *shape, seed=1).to("cuda") for shape in ((64, 128), (64, 128), (128, 64))]
-    for tokens in (3, 400):
+    for tokens in (1, 3, 400):
         x = torch.randn(tokens, 128, device="cuda").bfloat16()
         route, ids = (t.cuda() for t in routing(tokens, 6, 2, seed=2))
         y = experts(x, route, ids, *weights, limit=10.0, act="none")
         want = moe.moe(x, route, ids, *weights, limit=10.0, act="none")
         assert (y - want).norm() < 0.01 * want.norm()
+        given = [replace(w, input_scale=torch.full((6,), 0.01, device="cuda")) for w in weights]
+        for calibrated in (weights, [*weights[:2], given[2]], given):  # the second: product 1 quantises for product 2
+            y = experts(x, route, ids, *calibrated, limit=10.0, act="nvfp4")
+            want = moe.moe(x, route, ids, *calibrated, limit=10.0, act="nvfp4")
+            assert (y - want).norm() < 0.05 * want.norm()
         gate = torch.randn(16, 128, device="cuda").bfloat16()
         found = router_topk(x, gate, torch.zeros(16, device="cuda"), top_k=3, route_scale=1.0)
         assert torch.equal(found[1], moe.router_topk(x, gate, torch.zeros(16, device="cuda"), top_k=3, route_scale=1.0)[1])

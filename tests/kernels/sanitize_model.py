@@ -23,6 +23,7 @@ from dsv4lab.reference import mhc as mhc_reference
 from dsv4lab.reference import sampling
 from tests.kernels.test_decoding import check
 from tests.kernels.test_lm_head_greedy import FEW
+from tests.kernels.test_lm_head_sample import CONFIGS, both, drawn, operands
 from tests.kernels.test_sampler import check_probabilities, check_sample, rows, settings
 
 
@@ -73,6 +74,13 @@ def greedy_head() -> None:
         assert torch.equal(pick_largest(partial_argmax(x, ready, config=config)), logits.argmax(-1)), config
 
 
+def drawing_head() -> None:
+    for m, vocab, depth, config in CONFIGS:
+        x, weight, draws = operands(m, vocab, depth)
+        ids, logits = both(x.cuda(), weight.cuda(), replace(draws, **{k: v.cuda() for k, v in vars(draws).items()}), config)
+        assert torch.equal(ids.cpu(), drawn(logits.cpu(), draws)), config
+
+
 def streams() -> None:
     e, f = torch.randn(7, 256, device="cuda").bfloat16(), torch.randn(7, 4, 256, device="cuda").bfloat16()
     assert torch.equal(add_streams(e, f), (e.float()[:, None] + f.float()).bfloat16())
@@ -83,6 +91,7 @@ if __name__ == "__main__":
     hyper_connections()
     sampling_and_drafts()
     greedy_head()
+    drawing_head()
     streams()
     torch.cuda.synchronize()
     print("all as the reference has it")
