@@ -10,7 +10,16 @@ import torch
 
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
-from dsv4lab.kernels.attention.core.config import DIM, ROPE_DIM, AttentionConfig, CombineConfig, capacity, divide, unpacks
+from dsv4lab.kernels.attention.core.config import (
+    DIM,
+    ROPE_DIM,
+    AttentionConfig,
+    CombineConfig,
+    capacity,
+    divide,
+    pairs,
+    unpacks,
+)
 from dsv4lab.kernels.cache.unpack.api import unpack_keys
 
 ARCHITECTURES = ("sm_90a",)
@@ -37,6 +46,7 @@ def attention(
     entry_page: int,
     parts: int | None = None,
     unpack: bool | None = None,
+    pair: bool | None = None,
 ) -> torch.Tensor:
     """Attend from every query to its window and its compressed entries: see `reference.attention.attention`.
 
@@ -47,6 +57,7 @@ def attention(
     divided, by default `config.divide`'s; the result depends on it as on any order of summation, and on nothing else. unpack:
     whether a kernel before this one decodes packed keys, by default as `config.unpacks` has it; results are the same bits but
     for what no key has, NaN codes and scales beyond 2^7 (`decode`).
+    pair: whether two CTAs share the work of decoding keys, by default as `config.pairs` has it; results are the same bits.
     Raises ValueError on shapes, TypeError on dtypes.
     """
     m, heads = q.shape[:2]
@@ -99,6 +110,12 @@ def attention(
         config = replace(config, record="plain")
         near = _bytes("window_pages", plain, config, window_page)
         far = None if plain_far is None else _bytes("entry_pages", plain_far, config, entry_page)
+    if pair is None:
+        pair = pairs(division, config.record, runtime.multiprocessors)
+    if pair and division.head_tiles % 2:
+        raise ValueError(f"pair must be false for an odd number of tiles of heads, got True for {division.head_tiles}")
+    config = replace(config, pair=pair)
+    config.check()
     rows = m * heads
     nothing = positions.view(torch.int32)
     flat = out.view(rows, DIM)
@@ -124,7 +141,7 @@ def attention(
         count,
         division.head_tiles,
         items,
-        min(items, runtime.multiprocessors),
+        min(items, runtime.multiprocessors // config.ctas * config.ctas),
     )
     if count > 1:
         runtime.call(_compiled_combine(runtime), partial, lse, sinks, flat)

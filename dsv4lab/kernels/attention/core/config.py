@@ -32,7 +32,8 @@ _SEEN = 0.5  # of a pool's entries: it is made for other sequences, too, and for
 @dataclass(frozen=True)
 class AttentionConfig:
     """record: of the keys, "plain" (BF16), "fp8" or "nvfp4". kind: entries attended besides the window, none ("window"), every
-    "visible" one, or those "chosen" by index. window: tokens. window_page, entry_page: records of a page.
+    "visible" one, or those "chosen" by index. window: tokens. window_page, entry_page: records of a page. pair: CTAs are
+    clusters of two, which have two tiles of a query's heads and decode half of its keys each.
     """
 
     record: str
@@ -40,6 +41,17 @@ class AttentionConfig:
     window: int = 128
     window_page: int = 64
     entry_page: int = 1
+    pair: bool = False
+
+    @property
+    def ctas(self) -> int:
+        """That have the same keys to decode, each for its tile of heads."""
+        return 2 if self.pair else 1
+
+    @property
+    def mask_bytes(self) -> int:
+        """Of a stage: which keys there are, a bit a key; in pairs a word of every warp that decodes, with a byte a key."""
+        return 4 * GATHER_WARPS * self.ctas if self.pair else KEYS // 8
 
     @property
     def data_bytes(self) -> int:
@@ -64,6 +76,8 @@ class AttentionConfig:
         for name, value in (("window", self.window), ("window_page", self.window_page), ("entry_page", self.entry_page)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.pair and self.record == "plain":
+            raise ValueError("pair must be false for plain records, which are not decoded, got True")
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,11 @@ def divide(queries: int, heads: int, keys: int, multiprocessors: int) -> Divisio
     most = max(min(blocks, 2 * multiprocessors // max(items, 1)), 1)
     parts = min(range(1, most + 1), key=lambda n: (cost(n), n))
     return Division(queries, head_tiles, parts, min(items * parts, multiprocessors))
+
+
+def pairs(division: Division, record: str, multiprocessors: int) -> bool:
+    """Whether CTAs work in pairs: where keys are decoded, and every tile of heads has another that needs the same ones."""
+    return record != "plain" and division.head_tiles % 2 == 0 and multiprocessors > 1
 
 
 def unpacks(division: Division, record: str, keys: int, *, rings: int, window: int, tokens: int, entries: int) -> bool:

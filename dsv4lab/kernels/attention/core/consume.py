@@ -84,6 +84,7 @@ class Consume:
     out: Any
     partial: Any
     lse: Any
+    peer: Any  # in a pair, how far it is to the other CTA's shared memory
 
     @cute.jit
     def run(self, me: cutlass.Constexpr, thread: Any, first: Any, items: Any, stride: Any) -> None:
@@ -207,7 +208,10 @@ class Consume:
 
     @cute.jit
     def _release(self, lane: Any, stage: cutlass.Constexpr, half: cutlass.Constexpr) -> None:
+        """Half of a stage may be filled again; in a pair each CTA fills the other's, too."""
         if lane == 0:
+            if cutlass.const_expr(self.work.plan.pair):
+                ptx.arrive_there((self.empty + 2 * stage + half).toint() + self.peer)
             cute.arch.mbarrier_arrive(self.empty + 2 * stage + half)
 
     @cute.jit
@@ -232,14 +236,7 @@ class Consume:
         shrink: Any,
     ) -> None:
         """P of this warpgroup's block, in registers and in shared memory, with the rows' maxima."""
-        mask = ptx.load_pair(self.masks + me * 8)
-        if (mask[0] & mask[1]) != Uint32(0xFFFFFFFF):
-            for j in cutlass.range_constexpr(_GROUPS):
-                bits = mask[j // 4] >> (8 * (j % 4) + 2 * (lane % 4))
-                for e in cutlass.range_constexpr(2):
-                    for r in cutlass.range_constexpr(2):
-                        at = 4 * j + 2 * r + e
-                        scores[at] = scores[at] if bits & Uint32(1 << e) != 0 else Float32(-Float32.inf)
+        self._mask(me, lane, scores)
         for r in cutlass.range_constexpr(2):
             found = Float32(-Float32.inf)
             for j in cutlass.range_constexpr(_GROUPS):
@@ -268,6 +265,29 @@ class Consume:
             store_matrices(base + ((2 * j + lane // 16) ^ (lane % 8)) * 16, [words[4 * j + i] for i in range(4)])
         cute.arch.fence_view_async_shared()
         cute.arch.barrier_arrive(barrier_id=_PROBABLE + me, number_of_threads=2 * WARPGROUP)
+
+    @cute.jit
+    def _mask(self, me: cutlass.Constexpr, lane: Any, scores: Any) -> None:
+        """Scores of keys that are none are made the least there is; as a rule there are none of those."""
+        if cutlass.const_expr(self.work.plan.pair):  # a word of four keys, as `Gather` has balloted
+            word = ptx.load_word(self.masks + me * self.work.plan.mask_bytes + lane % 16 * 4)
+            if cute.arch.vote_any_sync(word != -1):
+                four = [Uint32(cute.arch.vote_ballot_sync((word & (1 << 8 * b)) != 0)) for b in range(4)]  # keys 4 i + b
+                pair = [cutlass.select_(lane % 2 == 1, four[2 + e], four[e]) >> (lane % 4 // 2) for e in range(2)]
+                for j in cutlass.range_constexpr(_GROUPS):
+                    for e in cutlass.range_constexpr(2):
+                        for r in cutlass.range_constexpr(2):
+                            at = 4 * j + 2 * r + e
+                            scores[at] = scores[at] if pair[e] & Uint32(1 << 2 * j) != 0 else Float32(-Float32.inf)
+        else:
+            mask = ptx.load_pair(self.masks + me * self.work.plan.mask_bytes)
+            if (mask[0] & mask[1]) != Uint32(0xFFFFFFFF):
+                for j in cutlass.range_constexpr(_GROUPS):
+                    bits = mask[j // 4] >> (8 * (j % 4) + 2 * (lane % 4))
+                    for e in cutlass.range_constexpr(2):
+                        for r in cutlass.range_constexpr(2):
+                            at = 4 * j + 2 * r + e
+                            scores[at] = scores[at] if bits & Uint32(1 << e) != 0 else Float32(-Float32.inf)
 
     @cute.jit
     def _follow(self, stage: cutlass.Constexpr, lane: Any, warp: Any, high: Any, total: Any, shrink: Any) -> None:

@@ -114,7 +114,7 @@ class Gather:
 
             cute.arch.cp_async_wait_group(0)
             cute.arch.sync_warp()  # a lane has copied the codes that it reads, but others its scales
-            gains = factors(record, _scales(record, scales), part, range(_CODED))
+            gains = factors(record, read_scales(record, scales), part, range(_CODED))
             # What registers hold is decoded before there is a place for it.
             early = [decode(record, _words(slot, t, codes), gains[t]) for t in range(_EARLY)]
             cute.arch.mbarrier_wait(self.empty + 2 * stage, free)
@@ -264,7 +264,7 @@ def _words(slot: Any, t: int, codes: int) -> Any:
     return load_words(address) if codes == 4 else ptx.load_pair(address)
 
 
-def _scales(record: str, address: Any) -> list[Any]:
+def read_scales(record: str, address: Any) -> list[Any]:
     """All scales of a key."""
     if SCALE_WORDS[record] == 2:
         return [*ptx.load_pair(address)]

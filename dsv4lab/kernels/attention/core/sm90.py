@@ -35,6 +35,7 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
+from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import (
     DIM,
     HALVES,
@@ -49,6 +50,8 @@ from dsv4lab.kernels.attention.core.config import (
 )
 from dsv4lab.kernels.attention.core.consume import Consume
 from dsv4lab.kernels.attention.core.gather import Gather, packed_words
+from dsv4lab.kernels.attention.core.pair import PairGather
+from dsv4lab.kernels.attention.core.pair import packed_words as pair_words
 from dsv4lab.kernels.attention.core.work import Work
 
 _CONSUME_REGISTERS, _GATHER_REGISTERS = 192, 64  # of a thread; it is launched with 128
@@ -112,7 +115,14 @@ class AttentionSm90:
             parts,
             head_tiles,
             items,
-        ).launch(grid=[ctas, 1, 1], block=[THREADS, 1, 1], min_blocks_per_mp=1, stream=stream, use_pdl=True)
+        ).launch(
+            grid=[ctas, 1, 1],
+            block=[THREADS, 1, 1],
+            cluster=[2, 1, 1] if self.plan.pair else None,
+            min_blocks_per_mp=1,
+            stream=stream,
+            use_pdl=True,
+        )
 
     @cute.kernel
     def kernel(
@@ -145,7 +155,7 @@ class AttentionSm90:
         full = memory.allocate_array(Int64, STAGES * HALVES)
         empty = memory.allocate_array(Int64, STAGES * HALVES)
         queries = memory.allocate_array(Int64, 2)  # full, empty
-        masks = memory.allocate_array(Uint64, STAGES)
+        masks = memory.allocate_array(Uint64, STAGES * plan.mask_bytes // 8)
         counts = memory.allocate_tensor(Int32, cute.make_layout(1))
         maxima = memory.allocate_tensor(Float32, cute.make_layout((STAGES, ROWS), stride=(ROWS, 1)))
         sums = memory.allocate_tensor(Float32, cute.make_layout((2, 2, ROWS), stride=(2 * ROWS, ROWS, 1)))
@@ -156,27 +166,40 @@ class AttentionSm90:
         shared_q, shared_k, shared_p = (
             memory.allocate_tensor(BFloat16, tile.outer, byte_alignment=1024, swizzle=tile.inner) for tile in tiles
         )
-        packed = memory.allocate_array(Uint32, max(packed_words(plan.record), 1))
+        words = pair_words(plan.record) if plan.pair else packed_words(plan.record)
+        packed = memory.allocate_array(Uint32, max(words, 1))
         # The same keys with dims as the product's N: (dim, key, half of a stage), eight keys of 64 dims in 1024 bytes.
         shape = ((TILE, _HALF // TILE), (8, KEYS // 8), STAGES * HALVES)
         stride = ((1, KEYS * TILE), (TILE, 8 * TILE), KEYS * _HALF)
         shared_v = cute.make_tensor(shared_k.iterator, cute.make_layout(shape, stride=stride))
 
-        work = Work(plan, window_pages, entry_pages, table, positions, seq_idx, chosen, ring_len, ratio, parts, head_tiles)
-        gather = Gather(work, shared_k.iterator.toint(), packed.toint(), masks.toint(), full, empty)
+        rank, peer = Int32(0), Int32(0)
+        if cutlass.const_expr(plan.pair):
+            rank = block % 2
+            block, grid, items = block // 2, grid // 2, items // 2
+            peer = ptx.to_peer(masks.toint(), rank ^ 1)
+        pools = (window_pages, entry_pages, table, positions, seq_idx, chosen)
+        work = Work(plan, *pools, ring_len, ratio, parts, head_tiles, rank)
+        places = (shared_k.iterator.toint(), packed.toint(), masks.toint())
+        gather = PairGather(work, *places, full, empty, peer) if plan.pair else Gather(work, *places, full, empty)
         if warp == 0:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_init(queries, 1)
                 cute.arch.mbarrier_init(queries + 1, _CONSUME_WARPS)
                 for i in cutlass.range_constexpr(STAGES * HALVES):
                     cute.arch.mbarrier_init(full + i, gather.arrivals)
-                    cute.arch.mbarrier_init(empty + i, _CONSUME_WARPS // 2)
+                    cute.arch.mbarrier_init(empty + i, _CONSUME_WARPS // 2 * plan.ctas)
             cute.arch.mbarrier_init_fence()
         elif warp == _CONSUME_WARPS:
             cpasync.prefetch_descriptor(load_q)
-        cute.arch.barrier(barrier_id=0, number_of_threads=THREADS)
+        if cutlass.const_expr(plan.pair):
+            cute.arch.cluster_arrive_relaxed()
+        else:
+            cute.arch.barrier(barrier_id=0, number_of_threads=THREADS)
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
+        if cutlass.const_expr(plan.pair):
+            cute.arch.cluster_wait()
 
         if warp >= _CONSUME_WARPS:
             cute.arch.setmaxregister_decrease(_GATHER_REGISTERS)
@@ -203,6 +226,7 @@ class AttentionSm90:
                 out,
                 partial,
                 lse,
+                peer,
             )
             if warp < _CONSUME_WARPS // 2:
                 consume.run(0, thread, block, items, grid)
@@ -245,3 +269,5 @@ class AttentionSm90:
                         cute.copy(load_q, source[None, t], target[None, t], tma_bar_ptr=queries)
             phase = phase ^ 1
             phases = gather.item(query, span, index, warp, phases)
+        if cutlass.const_expr(self.plan.pair):
+            gather.leave(phases)

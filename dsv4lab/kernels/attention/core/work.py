@@ -36,11 +36,18 @@ class Work:
     ratio: Any
     parts: Any
     head_tiles: Any
+    rank: Any  # of the CTA in its pair
 
     @cute.jit
     def item(self, item: Any) -> tuple[Any, Any, Any]:
-        """(query, tile of heads, part): parts of a query are neighbours, as are its head tiles, which read the same keys."""
+        """(query, tile of heads, part): parts of a query are neighbours, as are its head tiles, which read the same keys.
+
+        In pairs, an item has two tiles, this CTA's and the other's.
+        """
         part, rest = item % self.parts, item // self.parts
+        if cutlass.const_expr(self.plan.pair):
+            tiles = self.head_tiles // 2
+            return rest // tiles, rest % tiles * 2 + self.rank, part
         return rest // self.head_tiles, rest % self.head_tiles, part
 
     @cute.jit
