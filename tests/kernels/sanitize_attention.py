@@ -84,8 +84,15 @@ def compressors() -> None:
 
 
 def attentions() -> None:
-    for record, kind, parts in (("fp8", "chosen", 2), ("nvfp4", "visible", 1), ("plain", "window", 1)):
-        case = make_case(record, kind, [(700, 2), (130, 1)], 64, k=200, device="cuda")
+    """Heads of two tiles are a pair of CTAs'."""
+    for record, kind, heads, parts in (
+        ("fp8", "chosen", 64, 2),
+        ("nvfp4", "visible", 64, 1),
+        ("plain", "window", 64, 1),
+        ("fp8", "chosen", 128, 2),
+        ("nvfp4", "visible", 72, 1),
+    ):
+        case = make_case(record, kind, [(700, 2), (130, 1)], heads, k=200, device="cuda")
         judge(case, case.run(parts))
         judge(case, case.run(parts, unpack=True))
 

@@ -30,7 +30,8 @@ from tests.kernels.attention import BF16, WINDOW, Case, judge, make_case
 
 
 def simulated(case: Case, parts: int | None = None, ctas: int = 4, *, unpack: bool = False, **how: object) -> torch.Tensor:
-    """Keys are decoded in the kernel: few CTAs, to whom four queries are many, would have them unpacked."""
+    """Each CTA decodes its keys: few, to whom four queries are many, would have them unpacked, or work in pairs."""
+    case = replace(case, how=case.how | dict(pair=False))
     sim.enable("sm_90a", multiprocessors=ctas)
     with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):  # type: ignore[arg-type]
         return case.run(parts, unpack)

@@ -10,13 +10,15 @@ import torch
 from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core import api
+from dsv4lab.kernels.attention.core.config import AttentionConfig, capacity, divide, pairs
+from dsv4lab.reference.attention import attention as reference
 from tests.kernels.attention import Case, judge, make_case
 
 
-def run(case: Case, parts: int | None = None, *, pair: bool | None) -> torch.Tensor:
-    """Keys are decoded in the kernel."""
+def run(case: Case, parts: int | None = None, *, pair: bool | None, unpack: bool | None = False) -> torch.Tensor:
+    """Keys are decoded in the kernel, as a rule."""
     how: dict[str, Any] = {name: value for name, value in case.how.items() if name != "rope_dim"}
-    return api.attention(*case.args, **how, parts=parts, unpack=False, pair=pair)
+    return api.attention(*case.args, **how, parts=parts, unpack=unpack, pair=pair)
 
 
 def simulated(case: Case, parts: int | None = None, ctas: int = 4, *, pair: bool | None = True, **how: object) -> torch.Tensor:
@@ -25,30 +27,113 @@ def simulated(case: Case, parts: int | None = None, ctas: int = 4, *, pair: bool
         return run(case, parts, pair=pair)
 
 
+# ---- choice ------------------------------------------------------------------------------------------------------------
+def test_pairs_are_for_packed_keys_and_tiles_that_come_in_twos() -> None:
+    for record in ("plain", "fp8", "nvfp4"):
+        for heads, tiles in ((4, 1), (64, 1), (72, 2), (128, 2), (192, 3), (256, 4)):
+            for queries in (1, 64, 128, 4096):
+                division = divide(queries, heads, capacity("chosen", 128, 1024), 132)
+                assert pairs(division, record, 132) == (record != "plain" and tiles % 2 == 0)
+                assert not pairs(division, record, 1), "two CTAs must run at once"
+    with pytest.raises(ValueError, match="pair must be false for plain records, which are not decoded, got True"):
+        AttentionConfig("plain", "chosen", pair=True).check()
+    with pytest.raises(ValueError, match="pair must be false for an odd number of tiles of heads, got True for 1"):
+        simulated(make_case("fp8", "chosen", [(3, 1)], 64))
+
+
+class Silent:
+    """A runtime that launches nothing and remembers how many CTAs it was asked for."""
+
+    arch, multiprocessors, libraries = "sm_90a", 7, ()
+    ctas: int
+
+    def call(self, function: Any, *args: Any) -> None:
+        self.ctas = args[-1]
+
+
+def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[AttentionConfig] = []
+    monkeypatch.setattr(api, "_compiled", lambda config, _: compiled.append(config))
+    monkeypatch.setattr(api, "unpack_keys", lambda near, *_, **__: (torch.empty(near.shape[0], 64, 512).bfloat16(), None))
+    runtime = Silent()
+    for record, heads, queries, unpack, wanted, ctas in (
+        ("fp8", 128, 1, False, True, 2),
+        ("fp8", 128, 9, False, True, 6),  # of seven multiprocessors
+        ("nvfp4", 72, 9, None, True, 6),
+        ("fp8", 64, 9, False, False, 7),
+        ("plain", 128, 9, None, False, 7),
+        ("fp8", 128, 9, True, False, 7),
+    ):
+        with running_on(runtime):  # type: ignore[arg-type]
+            run(make_case(record, "window", [(300, queries)], heads), 1, pair=None, unpack=unpack)
+        assert (compiled[-1].pair, runtime.ctas) == (wanted, ctas), (record, heads, queries)
+
+
 # ---- in the simulator --------------------------------------------------------------------------------------------------
-SAME = [
-    # no entry yet; windows that are not full, full, have one more; several blocks, several items of a pair; a part without keys
-    ("fp8", "chosen", [(1, 1), (127, 1), (128, 1), (129, 1), (1000, 2)], 128, 200, 1),
-    ("nvfp4", "visible", [(1, 1), (129, 2), (40_000, 1)], 72, 0, 1),
-    ("fp8", "window", [(65, 2), (1000, 1)], 128, 0, 3),
-]
-
-
-@pytest.mark.parametrize(("record", "kind", "sequences", "heads", "k", "parts"), SAME)
-def test_pairs_give_the_same_bits(
-    record: str, kind: str, sequences: list[tuple[int, int]], heads: int, k: int, parts: int
-) -> None:
-    case = make_case(record, kind, sequences, heads, k=k)
-    found = simulated(case, parts)
+def test_pairs_give_the_same_bits() -> None:
+    """No entry yet, a window with one token more, four blocks of keys: items of two pairs."""
+    case = make_case("fp8", "chosen", [(1, 1), (129, 1), (500, 1)], 128, k=100)
+    found = simulated(case, 1)
     judge(case, found)
-    assert torch.equal(found, simulated(case, parts, pair=False))
+    assert torch.equal(found, simulated(case, 1, pair=False))
 
 
-@pytest.mark.parametrize("schedule", ["eager", "lazy", "random"])
-@pytest.mark.parametrize(
-    ("record", "kind", "k", "parts", "ctas"), [("fp8", "chosen", 200, 2, 4), ("nvfp4", "chosen", 70, 1, 2)]
-)
-def test_any_schedule_and_no_race(record: str, kind: str, k: int, parts: int, ctas: int, schedule: str) -> None:
-    case = make_case(record, kind, [(700, 2)], 128, k=k)
-    found = simulated(case, parts, ctas, schedule=schedule, checks=sim.Checks(races=True))
+def test_parts_of_different_lengths() -> None:
+    """Parts of one and two blocks, and without keys; a second tile of 8 heads."""
+    case = make_case("nvfp4", "visible", [(1, 1), (16_000, 1)], 72)
+    assert judge(case, simulated(case, 3)) < 0.004
+
+
+@pytest.mark.parametrize(("schedule", "parts"), [("lazy", 1), ("random", 2)])
+def test_any_schedule_and_no_race(schedule: str, parts: int) -> None:
+    """Items that follow each other in a pair, of four blocks or two."""
+    case = make_case("fp8", "chosen", [(400, 2)], 128, k=90, fewer=0.3)
+    found = simulated(case, parts, ctas=2, schedule=schedule, checks=sim.Checks(races=True))
     assert judge(case, found) < 0.004
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("record", ["fp8", "nvfp4"])
+@pytest.mark.parametrize(("heads", "k"), [(128, 1024), (72, 200), (256, 512)])
+def test_pairs_give_the_same_bits_on_the_gpu(record: str, heads: int, k: int, seed: int) -> None:
+    for kind in ("window", "chosen", "visible"):
+        for sequences in (
+            [(1, 1)],
+            [(4096, 1)],
+            [(127, 3), (128, 1), (129, 8), (512, 2), (640, 5), (1000, 1)],
+            [(4096, 8), (65_537, 2)],
+            [(700, 300), (5000, 129)],
+        ):
+            case = make_case(record, kind, sequences, heads, k=k, seed=seed, device="cuda")
+            for parts in (None, 1, 3):
+                found = run(case, parts, pair=True)
+                assert torch.equal(found, run(case, parts, pair=False))
+                assert torch.equal(found, run(case, parts, pair=True))  # not a matter of timing
+            if sum(n for _, n in sequences) < 100:
+                judge(case, found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["chosen", "visible"])
+def test_a_cuda_graph_replays_with_new_inputs(kind: str) -> None:
+    """Positions grow after capture: both CTAs of a pair find the same blocks from what is on the device."""
+    cases = [make_case("fp8", kind, [(n, 2), (n // 2, 1)], 128, k=512, seed=n, device="cuda") for n in (9000, 400, 5000, 8999)]
+    first = cases[0]
+    run(first, pair=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(first, pair=True)
+    for case in cases:
+        for held, new in zip(first.args, case.args, strict=True):
+            if held is not None and held.shape == new.shape:
+                held.copy_(new)
+            elif held is not None:  # smaller pools and tables
+                held.view(torch.uint8).fill_(255)
+                held[tuple(slice(n) for n in new.shape)] = new
+        graph.replay()
+        torch.cuda.synchronize()
+        want = reference(*case.args, **case.how).double()
+        assert (found.double() - want).norm() / want.norm() < 0.004

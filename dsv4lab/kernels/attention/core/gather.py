@@ -3,12 +3,12 @@
 A stage holds a block: eight column tiles of 64 keys by 64 dims, rows of 128 bytes in the 128-byte swizzle, so that one tile is
 both the K-major operand of Q K^T and the MN-major operand of P V. It is filled by halves, four tiles each.
 
-Packed records: a warp has 8 keys of a block; four lanes have a key, each 16 dims of every tile. A whole block is in flight
-while the one before it is decoded: the left half and all scales by `cp.async` into shared memory, where 17 KB are free, the
-right half into 20 registers a lane. Indices, three blocks ahead, and pages, two ahead, come with the left half. So there are
-two kinds of loads, and neither waits for the other: loads into registers share six scoreboards a warp, and ptxas gives the
-right half's also to indices and to spilled registers if there are any, whose turn then takes a whole latency. 470 instructions
-a warp and block of FP8, 520 of NVFP4.
+Packed records, where no pair of CTAs decodes them (`pair`): a warp has 8 keys of a block; four lanes have a key, each 16 dims
+of every tile. A whole block is in flight while the one before it is decoded: the left half and all scales by `cp.async` into
+shared memory, where 17 KB are free, the right half into 20 registers a lane. Indices, three blocks ahead, and pages, two ahead,
+come with the left half. So there are two kinds of loads, and neither waits for the other: loads into registers share six
+scoreboards a warp, and ptxas gives the right half's also to indices and to spilled registers if there are any, whose turn then
+takes a whole latency. 470 instructions a warp and block of FP8, 520 of NVFP4.
 
 Plain records: `cp.async` of 16 bytes, eight lanes a key. Keys that are none are zeros, whatever memory holds, and cleared in
 the block's mask.

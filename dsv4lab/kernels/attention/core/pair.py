@@ -9,8 +9,8 @@ consumers arrive at both CTAs' barriers.
 
 A block is decoded before its stage is free, to 32 registers, so that nothing but stores stands between a stage that was read
 and one that is full. Codes of the next block are on their way to shared memory meanwhile, by `cp.async`, with its scales, the
-page of the block after it and the index of the one after that; rotary dims, which need no work, to registers. 380 instructions
-a warp and block of FP8.
+page of the block after it and the index of the one after that; rotary dims, which need no work, to registers. 375 instructions
+a warp and block of FP8. A block takes 2.4 us on an H200 where each CTA's decoding for itself takes 3.2.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """

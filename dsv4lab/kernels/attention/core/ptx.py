@@ -7,16 +7,15 @@ from cutlass import Int32, Uint32
 
 
 def load_or_zeros(address: Any, wanted: Any, words: int) -> tuple[Any, ...]:
-    """1, 2 or 4 words of global memory that no running kernel writes, past the first-level cache; zeros where not wanted."""
+    """2 or 4 words of global memory that no running kernel writes, past the first-level cache; zeros where not wanted."""
     targets = ", ".join(f"{{$w{i}}}" for i in range(words))
-    form, targets = ("", targets) if words == 1 else (f".v{words}", f"{{{targets}}}")
     zeros = " ".join(f"mov.b32 {{$w{i}}}, 0;" for i in range(words))
     code = (
         f"{{ .reg .pred wanted; setp.ne.b32 wanted, {{$r1}}, 0; {zeros} "
-        f"@wanted ld.global.L1::no_allocate{form}.b32 {targets}, [{{$r0}}]; }}"
+        f"@wanted ld.global.L1::no_allocate.v{words}.b32 {{{targets}}}, [{{$r0}}]; }}"
     )
-    found = cute.arch.inline_ptx(code, write_only_types=[Uint32] * words, read_only_args=[address, wanted])
-    return (found,) if words == 1 else tuple(found)
+    found: tuple[Any, ...] = cute.arch.inline_ptx(code, write_only_types=[Uint32] * words, read_only_args=[address, wanted])
+    return found
 
 
 def store_byte(address: Any, value: Any) -> None:

@@ -11,6 +11,11 @@ A CTA is persistent and goes through items (query, tile of 64 heads, part of the
                                    empty: the item's last scores are done
     halves    gather -> consume    full: written by every warp      empty: multiplied, see `consume`
 
+Where keys are packed and heads are an even number of tiles, CTAs are clusters of two, which have two tiles of a query's heads
+and the same part: each decodes half of a block's keys for both (`pair`).
+
+    halves    gather -> consume    full: written by every warp of both CTAs    empty: multiplied by both CTAs
+
 With several parts for a query, each leaves O / sum and log2(sum) + M in float32, which `combine` puts together.
 
 Cost of a block, 64 heads x 64 keys: 8.4 MFLOP, 2048 cycles of a multiprocessor's tensor cores (4096 FLOP a cycle). Shared
