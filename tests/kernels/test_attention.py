@@ -84,6 +84,8 @@ def test_prefill_unpacks_and_decode_does_not(record: str, heads: int, k: int) ->
             assert not way(record, seqs, heads, k, rings=seqs, ring=192, reach=seqs * context // 4)
             assert not way(record, seqs, heads, 0, rings=seqs, ring=192, reach=seqs * context // 128)
         assert not way(record, seqs, heads, 0, rings=seqs, ring=192, reach=0)
+    drafts = way(record, 256, heads, k, rings=64, ring=192, reach=64 * 2048)  # four queries of each of 64 sequences
+    assert not drafts, "128 heads decode in pairs, and 64 have fewer keys"
     assert not way("plain", 4096, heads, k, rings=1, ring=4224, reach=2048)
     assert not way(record, 4096, heads, k, rings=1025, ring=192, reach=2048), "more sequences than a CTA has threads"
     assert not way(record, 4096, heads, k, rings=0, ring=4224, reach=2048)

@@ -23,9 +23,10 @@ KINDS = ("window", "visible", "chosen")
 # so that a second kernel is not started for little; the others are estimates from cycle counts.
 _BLOCK_US, _ITEM_US, _PART_US, _COMBINE_US = 2.0, 2.0, 1.1, 2.5
 _PART_READ_US = ROWS * DIM * 4 / 4.0e6  # of 64 heads at 4 TB/s
-# What `unpacks` weighs, for an H200: a block of packed keys takes 3.2 (FP8) or 2.9 us (NVFP4), one of plain keys 2.0: measured.
-# A kernel that unpacks takes its launch, a look at all positions, latencies, and bytes at 80 % of a copy's rate: estimates.
-_DECODE_US, _UNPACK_US, _UNPACK_BYTES = 1.0, 6.0, 3.4e6  # the last one a microsecond
+# What `unpacks` weighs, for an H200: a block of packed keys takes 3.2 (FP8) or 2.9 us (NVFP4), in pairs 2.4 (FP8), one of plain
+# keys 2.0: measured. A kernel that unpacks takes its launch, a look at all positions, latencies, and bytes at 80 % of a copy's
+# rate: estimates.
+_DECODE_US, _PAIR_DECODE_US, _UNPACK_US, _UNPACK_BYTES = 1.0, 0.4, 6.0, 3.4e6  # the last one a microsecond
 _SEEN = 0.5  # of a pool's entries: it is made for other sequences, too, and for longer ones
 
 
@@ -142,18 +143,19 @@ def unpacks(division: Division, record: str, keys: int, *, rings: int, window: i
     keys: `capacity`. rings: sequences that the window pool has places for; tokens: its slots; entries: most that the call can
     reach, 0 where none are read. All are sizes, known to the host: what queries do see is not, and does not count.
 
-    Decoding in attention costs every block of every item about a microsecond that nothing overlaps; unpacking costs a launch,
-    and a record's packed and BF16 bytes once. 4,096 queries of a sequence, 640 keys each, see 6,272 records: 9 us against 320.
-    128 sequences of 16,384 tokens that decode have 540,000 records, 130 us at half of them, against 10 us: there a record is
-    for one query. Half of the entries are taken as seen, since pools are made for other sequences, too: to be wrong costs a few
-    records, where many queries that decode for themselves cost 60 % of a call. What a query attends to is taken from the same
-    entries, divided among all sequences, since a block table's width may be a whole pool's.
+    Decoding in attention costs every block of every item about a microsecond that nothing overlaps, in `pairs` less; unpacking
+    costs a launch, and a record's packed and BF16 bytes once. 4,096 queries of a sequence, 640 keys each, see 6,272 records:
+    9 us against 320. 128 sequences of 16,384 tokens that decode have 540,000 records, 130 us at half of them, against 10 us:
+    there a record is for one query. Half of the entries are taken as seen, since pools are made for other sequences, too: to be
+    wrong costs a few records, where many queries that decode for themselves cost 60 % of a call. What a query attends to is
+    taken from the same entries, divided among all sequences, since a block table's width may be a whole pool's.
     """
     if record == "plain" or not 0 < rings <= MAX_SEQS:
         return False
     seqs, seen = min(rings, division.queries), _SEEN * entries
     blocks = -(-min(keys, window + entries // seqs) // KEYS)
-    saved = -(-division.items // division.ctas) * -(-blocks // division.parts) * _DECODE_US
+    each = _DECODE_US if division.head_tiles % 2 else _PAIR_DECODE_US
+    saved = -(-division.items // division.ctas) * -(-blocks // division.parts) * each
     records = min(tokens, division.queries + (window - 1) * seqs) + seen
     layout = kv_record(DIM, ROPE_DIM, record)
     return saved > _UNPACK_US + records * (layout.data_bytes + layout.scale_bytes + 2 * DIM) / _UNPACK_BYTES
