@@ -71,8 +71,8 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- in the simulator --------------------------------------------------------------------------------------------------
 def test_pairs_give_the_same_bits() -> None:
-    """No entry yet, a window with one token more, four blocks of keys: items of two pairs."""
-    case = make_case("fp8", "chosen", [(1, 1), (129, 1), (500, 1)], 128, k=100)
+    """No entry yet, and four blocks of keys: an item of each of two pairs."""
+    case = make_case("fp8", "chosen", [(1, 1), (500, 1)], 128, k=100)
     found = simulated(case, 1)
     judge(case, found)
     assert torch.equal(found, simulated(case, 1, pair=False))
@@ -84,11 +84,11 @@ def test_parts_of_different_lengths() -> None:
     assert judge(case, simulated(case, 3)) < 0.004
 
 
-@pytest.mark.parametrize(("schedule", "parts"), [("lazy", 1), ("random", 2)])
-def test_any_schedule_and_no_race(schedule: str, parts: int) -> None:
-    """Items that follow each other in a pair, of four blocks or two."""
-    case = make_case("fp8", "chosen", [(400, 2)], 128, k=90, fewer=0.3)
-    found = simulated(case, parts, ctas=2, schedule=schedule, checks=sim.Checks(races=True))
+@pytest.mark.parametrize("schedule", ["lazy", "random"])
+def test_any_schedule_and_no_race(schedule: str) -> None:
+    """Two items of three blocks that follow each other in a pair."""
+    case = make_case("fp8", "chosen", [(300, 2)], 128, k=50, fewer=0.3)
+    found = simulated(case, 1, ctas=2, schedule=schedule, checks=sim.Checks(races=True))
     assert judge(case, found) < 0.004
 
 
