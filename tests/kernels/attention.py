@@ -36,6 +36,16 @@ class Case:
         return kernel(*self.args, **how, parts=parts, unpack=unpack)
 
 
+# Batches of sequences, each (tokens, queries at its end)
+RAGGED = (
+    [(1, 1)],
+    [(4096, 1)],
+    [(127, 3), (128, 1), (129, 8), (512, 2), (640, 5), (1000, 1)],
+    [(4096, 8), (65_537, 2)],
+    [(700, 300), (5000, 129)],
+)
+
+
 def make_case(
     record: str,
     kind: str,

@@ -26,7 +26,7 @@ from dsv4lab.kernels.attention.operators import ENTRIES
 from dsv4lab.records import kv_record
 from dsv4lab.reference.attention import attention as reference
 from dsv4lab.reference.cache import cache_read
-from tests.kernels.attention import BF16, WINDOW, Case, judge, make_case
+from tests.kernels.attention import BF16, RAGGED, WINDOW, Case, judge, make_case
 
 
 def simulated(case: Case, parts: int | None = None, ctas: int = 4, *, unpack: bool = False, **how: object) -> torch.Tensor:
@@ -283,13 +283,7 @@ def test_the_operator_in_the_simulator() -> None:
 @pytest.mark.parametrize(("heads", "k"), [(64, 512), (128, 1024), (4, 32)])
 def test_on_the_gpu(record: str, heads: int, k: int, seed: int) -> None:
     for kind in ("window", "chosen", "visible"):
-        for sequences in (
-            [(1, 1)],
-            [(4096, 1)],
-            [(127, 3), (128, 1), (129, 8), (512, 2), (640, 5), (1000, 1)],
-            [(4096, 8), (65_537, 2)],
-            [(700, 300), (5000, 129)],
-        ):
+        for sequences in RAGGED:
             case = make_case(record, kind, sequences, heads, k=k, seed=seed, device="cuda")
             for parts in (None, 1, 3):
                 found = case.run(parts)
@@ -298,10 +292,12 @@ def test_on_the_gpu(record: str, heads: int, k: int, seed: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads", [64, 128])  # 128: CTAs in pairs
 @pytest.mark.parametrize("kind", ["chosen", "visible"])
-def test_a_cuda_graph_replays_with_new_inputs(kind: str) -> None:
+def test_a_cuda_graph_replays_with_new_inputs(kind: str, heads: int) -> None:
     """Positions grow after capture: keys are found from what is on the device."""
-    cases = [make_case("fp8", kind, [(n, 2), (n // 2, 1)], 64, k=512, seed=n, device="cuda") for n in (9000, 400, 5000, 8999)]
+    lengths = (9000, 400, 5000, 8999)
+    cases = [make_case("fp8", kind, [(n, 2), (n // 2, 1)], heads, k=512, seed=n, device="cuda") for n in lengths]
     first = cases[0]
     first.run()
     torch.cuda.synchronize()

@@ -23,7 +23,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
-from dsv4lab.kernels._common.ptx import copy_async, copy_or_zeros, load_words, store_words
+from dsv4lab.kernels._common.ptx import copy_or_zeros, load_words, store_words
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import GATHER_WARPS, HALVES, KEYS, TILE, TILES
 from dsv4lab.kernels.attention.core.decode import CODE_WORDS, SCALE_WORDS, decode, factors
@@ -102,7 +102,8 @@ class Gather:
         data, scale, there = work.record(span, place, index, page)
         self._copy_left(data, scale, there, part, slot, scales)
         self._load_right(data, there, part, right, rotary)
-        self._copy_finds(query, seq, near, place + 2 * KEYS, lane, finds)
+        if lane < _KEYS:
+            work.copy_finds(query, seq, near, place + 2 * KEYS, finds, KEYS * 4)
         cute.arch.cp_async_commit_group()
         row_bytes = row * (TILE * 2)
         chunk = (2 * part ^ token) * 16  # of this lane's dims in a swizzled row; the next one's is 16 bytes away, by bit 4
@@ -126,14 +127,15 @@ class Gather:
             self._arrive(self.full + 2 * stage, lane)
 
             place = place + KEYS
-            page, far = self._finds(finds, place + KEYS)
+            page, far = work.finds(finds, place + KEYS, KEYS * 4)
             cute.arch.sync_warp()  # the next ones go to the same place
             data, scale, there = work.record(span, place, near, page)
             there = there and j + 1 < blocks
             near = far
             if j + 1 < blocks:  # as a branch, before which ptxas does not wait for the right half
                 self._copy_left(data, scale, there, part, slot, scales)
-                self._copy_finds(query, seq, near, place + 2 * KEYS, lane, finds)
+                if lane < _KEYS:
+                    work.copy_finds(query, seq, near, place + 2 * KEYS, finds, KEYS * 4)
             cute.arch.cp_async_commit_group()
 
             cute.arch.mbarrier_wait(self.empty + 2 * stage + 1, free)
@@ -148,26 +150,6 @@ class Gather:
             self._load_right(data, there, part, right, rotary)
         cute.arch.cp_async_wait_group(0)  # of an item without blocks, too: the next one copies to the same place
         return phases
-
-    @cute.jit
-    def _copy_finds(self, query: Any, seq: Any, index: Any, place: Any, lane: Any, finds: Any) -> None:
-        """The page of an index, and the index at a place: on their way to shared memory."""
-        work = self.work
-        if lane < _KEYS:
-            if cutlass.const_expr(work.plan.kind != "window"):
-                copy_async(finds, work.page_address(seq, index), 4)
-            if cutlass.const_expr(work.plan.kind == "chosen"):
-                copy_async(finds + KEYS * 4, work.index_address(query, place), 4)
-
-    @cute.jit
-    def _finds(self, finds: Any, place: Any) -> tuple[Any, Any]:
-        """(page, index) that have come; place: of the index."""
-        page, index = Int32(0), place
-        if cutlass.const_expr(self.work.plan.kind != "window"):
-            page = cutlass.max(ptx.load_word(finds), 0)
-        if cutlass.const_expr(self.work.plan.kind == "chosen"):
-            index = ptx.load_word(finds + KEYS * 4)
-        return page, index
 
     @cute.jit
     def _copy_left(self, data: Any, scale: Any, there: Any, part: Any, slot: Any, scales: Any) -> None:

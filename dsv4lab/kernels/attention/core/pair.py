@@ -22,7 +22,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
-from dsv4lab.kernels._common.ptx import copy_async, copy_or_zeros, store_words
+from dsv4lab.kernels._common.ptx import copy_or_zeros, store_words
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import GATHER_WARPS, HALVES, KEYS, STAGES, TILE, TILES
 from dsv4lab.kernels.attention.core.decode import CODE_WORDS, SCALE_WORDS, decode, factors
@@ -87,6 +87,7 @@ class PairGather:
         rotary = cute.make_rmem_tensor((4,), Uint32)
         slot = self.packed + (warp * 32 + lane) * (codes * 4)  # of a lane's codes of the first tile
         notes = self.packed + (_CODED * _LANES * codes + (warp * _KEYS + lane // 8) * _note_words(record)) * 4
+        finds = notes + SCALE_WORDS[record] * 4  # a page, then an index
 
         if cutlass.const_expr(work.plan.kind != "chosen"):
             index = work.index(query, place)
@@ -94,7 +95,8 @@ class PairGather:
         near = work.index(query, place + KEYS)  # of the next block
         data, scale, there = work.record(span, place, index, page)
         self._copy(data, scale, there, part, slot, notes)
-        self._copy_finds(query, seq, near, place + 2 * KEYS, part, notes)
+        if part == 0:
+            work.copy_finds(query, seq, near, place + 2 * KEYS, finds, 4)
         cute.arch.cp_async_commit_group()
         self._load_rotary(data, there, part, rotary)
         target = self.stages + row * (TILE * 2) + (part ^ row % 8) * 16  # of this lane's dims in a swizzled row
@@ -108,14 +110,15 @@ class PairGather:
             gains = factors(record, read_scales(record, notes), part // 2, range(_CODED))
             ready = [decode(record, _words(slot + t * (_LANES * codes * 4), codes), gains[t]) for t in range(_CODED)]
             place = place + KEYS
-            page, far = self._finds(notes + SCALE_WORDS[record] * 4, place + KEYS)
+            page, far = work.finds(finds, place + KEYS, 4)
             cute.arch.sync_warp()  # the next ones go to the same place
             data, scale, there = work.record(span, place, near, page)
             there = there and j + 1 < blocks
             near = far
             if j + 1 < blocks:
                 self._copy(data, scale, there, part, slot, notes)
-                self._copy_finds(query, seq, near, place + 2 * KEYS, part, notes)
+                if part == 0:
+                    work.copy_finds(query, seq, near, place + 2 * KEYS, finds, 4)
             cute.arch.cp_async_commit_group()
 
             for h in cutlass.range_constexpr(HALVES):
@@ -159,26 +162,6 @@ class PairGather:
         address = data + _CODED * CODE_WORDS[self.work.plan.record] * 16 + part * 16
         for i, word in enumerate(ptx.load_or_zeros(address, Int32(there), 4)):
             rotary[i] = word
-
-    @cute.jit
-    def _copy_finds(self, query: Any, seq: Any, index: Any, place: Any, part: Any, notes: Any) -> None:
-        """The page of an index, and the index at a place: on their way to shared memory."""
-        work = self.work
-        if part == 0:
-            if cutlass.const_expr(work.plan.kind != "window"):
-                copy_async(notes + SCALE_WORDS[work.plan.record] * 4, work.page_address(seq, index), 4)
-            if cutlass.const_expr(work.plan.kind == "chosen"):
-                copy_async(notes + SCALE_WORDS[work.plan.record] * 4 + 4, work.index_address(query, place), 4)
-
-    @cute.jit
-    def _finds(self, notes: Any, place: Any) -> tuple[Any, Any]:
-        """(page, index) that have come; place: of the index."""
-        page, index = Int32(0), place
-        if cutlass.const_expr(self.work.plan.kind != "window"):
-            page = cutlass.max(ptx.load_word(notes), 0)
-        if cutlass.const_expr(self.work.plan.kind == "chosen"):
-            index = ptx.load_word(notes + 4)
-        return page, index
 
     # ---- to both CTAs --------------------------------------------------------------------------------------------------
     @cute.jit

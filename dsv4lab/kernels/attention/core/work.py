@@ -15,6 +15,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32
 
+from dsv4lab.kernels._common.ptx import copy_async
+from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import KEYS
 
 _WARP = 32
@@ -120,6 +122,24 @@ class Work:
         if cutlass.const_expr(self.plan.kind == "window"):
             return Int32(0)
         return cutlass.max(_flat(self.table)[self._nth_page(seq, index)], 0)
+
+    @cute.jit
+    def copy_finds(self, query: Any, seq: Any, index: Any, place: Any, target: Any, step: cutlass.Constexpr) -> None:
+        """The page of an index, and the index at a place, so many bytes on: on their way to shared memory, by one lane."""
+        if cutlass.const_expr(self.plan.kind != "window"):
+            copy_async(target, self.page_address(seq, index), 4)
+        if cutlass.const_expr(self.plan.kind == "chosen"):
+            copy_async(target + step, self.index_address(query, place), 4)
+
+    @cute.jit
+    def finds(self, source: Any, place: Any, step: cutlass.Constexpr) -> tuple[Any, Any]:
+        """(page, index) that have come; place: of the index."""
+        page, index = Int32(0), place
+        if cutlass.const_expr(self.plan.kind != "window"):
+            page = cutlass.max(ptx.load_word(source), 0)
+        if cutlass.const_expr(self.plan.kind == "chosen"):
+            index = ptx.load_word(source + step)
+        return page, index
 
     def page_address(self, seq: Any, index: Any) -> Any:
         """Where `page` looks, for a number of which it takes 0 if it is negative."""
