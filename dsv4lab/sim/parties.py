@@ -8,16 +8,18 @@ from typing import NamedTuple
 from dsv4lab.sim.knowledge import Known, Message
 from dsv4lab.sim.observe import Operation, Site
 
+PENDING = 1 << 62  # later than any clock
 READ, DONE = 1, 3  # bits of an operation: has read its sources; is complete
 _GENERIC = ("cp.async", "st.async")  # operations that access memory as ordinary loads and stores do
 _TENSOR = ("tcgen05.ld", "tcgen05.st")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
     """An access of a warp (all those it makes by one instruction at one clock), or the reads or writes of an operation.
 
-    clock: of the warp, or the number of the operation's bit in `Known.done`. strong: atomic, or with a memory order.
+    clock: of the warp, or the number of the operation's bit in `Known.done`. strong: atomic, or with a memory order. ended: for
+    loads of shared memory, the warp's clock when the value was known to be there, `PENDING` before; else 0. Only it changes.
     """
 
     cluster: int
@@ -28,6 +30,12 @@ class Record:
     kind: str  # "read" or "write"
     proxy: str  # "generic", "async" or "tensor"
     strong: bool = False
+    ended: int = 0
+
+    def ended_before(self, known: Known) -> bool:
+        """Whether a load's value was there by what is known, not only the load issued."""
+        found = known.of(self.cluster)
+        return found is not None and bool(found[0][self.actor] >= self.ended)
 
     def before(self, known: Known) -> bool:
         """Whether it is part of what is known."""

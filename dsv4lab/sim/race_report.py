@@ -92,6 +92,19 @@ def missing_fence(
     return MissingFence("\n".join(lines))
 
 
+def early_release(
+    machine: Machine, first: Record, second: Site, operation: Operation | None, kind: str, where: Any, offset: int
+) -> DataRace:
+    lines = [
+        f"data race on {place(where, offset)}: released while a load of it was under way, then written by an asynchronous copy",
+        _line(machine, "one", first.kind, first.site, first.operation),
+        _line(machine, "other", kind, second, operation),
+        "  missing: an instruction that takes the loaded value before the arrival (a release does not wait for loads, and the "
+        "copy does not queue behind them), or fence.proxy.async before it",
+    ]
+    return DataRace("\n".join(lines))
+
+
 def missing_tensormap_fence(
     machine: Machine, first: Record, second: Site, operation: Operation | None, kind: str, where: Any, offset: int
 ) -> MissingFence:

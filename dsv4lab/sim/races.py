@@ -7,7 +7,8 @@ makes it visible. CTAs of one launch are ordered by nothing but atomics and clus
 
 What a proxy fence followed is tracked separately: an operation of the asynchronous proxy (TMA, tensor cores) must not touch
 bytes that ordinary stores wrote without `fence.proxy.async` in between. Bytes that were only read need no such fence before an
-operation overwrites them, which pipelines rely on.
+operation overwrites them, which pipelines rely on; but the reads must have ended (`loads`): a release that follows a load in
+the program does not wait for its value, and what the asynchronous proxy writes does not queue behind it.
 
 A `tcgen05.ld` is over once `tcgen05.wait::ld` or an instruction that takes one of its registers was executed. Stores of one
 and the same value may cross, as kernels let several warps write one result.
@@ -24,6 +25,7 @@ import numpy as np
 from dsv4lab.sim import race_report
 from dsv4lab.sim.errors import SimulatorError
 from dsv4lab.sim.knowledge import Known, Message
+from dsv4lab.sim.loads import Loads
 from dsv4lab.sim.memory import OFFSET_MASK, RANK_SHIFT, Allocation
 from dsv4lab.sim.observe import Access, Fence, Observer, Operation, Origin, Site, Touch
 from dsv4lab.sim.parties import DONE, Actor, Record, Task
@@ -65,11 +67,14 @@ class RaceChecker(Observer):
     def launch_begin(self, machine: Machine) -> None:
         self.machine = machine
         self._opcodes = [instruction.opcode for instruction in machine.launch.kernel.instructions]
+        self._loading = {at for at, opcode in enumerate(self._opcodes) if opcode.startswith(("ld.", "ldmatrix."))}
+        self._filled: dict[int, frozenset[int]] = {}  # registers of loads, by instruction
         self._records: list[Record | None] = [None]
         self._readers = ReaderSets()
         self._places = Places()
         self._operations: dict[int, int] = {}  # cluster -> operations so far
         self._actors: dict[tuple[Cta, int], Actor] = {}
+        self._loads: dict[tuple[Cta, int], Loads] = {}
         self._tasks: dict[int, Task] = {}  # by serial, until performed
         self._shared: dict[Cta, Shadow] = {}
         self._tmem: dict[Cta, Shadow] = {}
@@ -79,7 +84,7 @@ class RaceChecker(Observer):
         self._barriers: dict[tuple[int, int], Message] = {}  # named and cluster barriers: (identity, generation)
 
     def launch_end(self, machine: Machine) -> None:
-        self._actors, self._shared, self._tmem, self._global, self._flags = {}, {}, {}, {}, {}
+        self._actors, self._shared, self._tmem, self._global, self._flags, self._loads = {}, {}, {}, {}, {}, {}
 
     def cluster_begin(self, cluster: Cluster) -> None:
         number = len(self._operations)
@@ -88,6 +93,7 @@ class RaceChecker(Observer):
         nothing = Known.nothing(number, len(warps))
         for position, key in enumerate(warps):
             self._actors[key] = Actor(number, position, nothing, nothing, nothing)
+            self._loads[key] = Loads(self.machine.compiled, self._actors[key])
         for cta in cluster.ctas:
             self._shared[cta] = Shadow(cta.shared.size)
 
@@ -96,7 +102,7 @@ class RaceChecker(Observer):
             del self._shared[cta]
             self._tmem.pop(cta, None)
             for warp in range(cta.warps):
-                del self._actors[cta, warp]
+                del self._actors[cta, warp], self._loads[cta, warp]
         self._mbarriers = {b: s for b, s in self._mbarriers.items() if s.cta.cluster is not cluster}
         mine = {id(cluster.barrier), *(id(barrier) for cta in cluster.ctas for barrier in cta.named.values())}
         self._barriers = {key: message for key, message in self._barriers.items() if key[0] not in mine}
@@ -114,7 +120,12 @@ class RaceChecker(Observer):
         for shadow, base, addresses, where in self._parts(access):
             place = shadow.lanes((addresses - base).astype(np.int64), access.bytes)
             self._visit(actor, shadow, place, site, kind, strong, where, access)
+        if kind == "read" and access.space == "shared" and site.pc in self._loading:
+            record = self._records[self._record(actor, site, kind, strong)]
+            assert record is not None
+            self._loads[site.cta, site.warp].issue(site.pc, self._targets(site.pc), record)
         if strong and kind != "read":
+            self._loads[site.cta, site.warp].reach(site.pc)
             self._release(actor, access)
 
     def _parts(self, access: Access) -> list[tuple[Shadow, np.uint64, Any, Any]]:
@@ -265,17 +276,20 @@ class RaceChecker(Observer):
         if first.strong and strong:
             return
         ordered = first.before(who.causal)
-        fenced = ordered
-        if ordered and first.kind == "write" and first.proxy == "generic" and who.proxy == "async":
-            fenced = first.before(who.fenced)
-        if ordered and fenced:
+        fenced = ended = ordered
+        if ordered and first.proxy == "generic" and who.proxy == "async":
+            if first.kind == "write":
+                fenced = first.before(who.fenced)
+            else:
+                ended = first.ended_before(who.causal)
+        if ordered and fenced and ended:
             who.seen.add(entry)
             return
         if first.kind == "write" and first.operation is None and access is not None and self._changes_nothing(access):
             return
         operation = who.operation if isinstance(who, Task) else None
         offset = shadow.first(place, at, True)
-        make = race_report.missing_fence if ordered else race_report.race
+        make = race_report.race if not ordered else race_report.missing_fence if not fenced else race_report.early_release
         self._found(
             make(self.machine, first, site, operation, kind, where, offset), (first.site.pc, site.pc, first.kind, kind, ordered)
         )
@@ -308,6 +322,7 @@ class RaceChecker(Observer):
     def contributed(self, site: Site, operation: Operation) -> None:
         task = self._tasks.get(operation.serial)
         actor = self._actors[site.cta, site.warp]
+        self._loads[site.cta, site.warp].reach(site.pc)
         if task is None:
             task = self._start(operation, actor)
         else:
@@ -327,6 +342,7 @@ class RaceChecker(Observer):
         if kind in ("wgmma", "prefetch"):
             return
         actor = self._actors[site.cta, site.warp]
+        self._loads[site.cta, site.warp].reach(site.pc)
         task = self._start(operation, actor)
         bits = DONE << task.bit
         if kind in actor.transfers:
@@ -348,13 +364,20 @@ class RaceChecker(Observer):
 
     def _targets(self, pc: int) -> set[int]:
         """Slots of the registers that an instruction's first operand names."""
+        found = self._filled.get(pc)
+        if found is None:
+            found = self._filled[pc] = self._named(pc)
+        return set(found)
+
+    def _named(self, pc: int) -> frozenset[int]:
         operand = self.machine.launch.kernel.instructions[pc].operands[0]
         names = {item.name for item in getattr(operand, "items", (operand,)) if isinstance(item, Register)}
         program = self.machine.compiled
-        return {slot for slot in program.touches[pc] if program.names.get(slot) in names}
+        return frozenset(slot for slot in program.touches.get(pc, ()) if program.names.get(slot) in names)
 
     def executed(self, cta: Cta, warp: int, start: int, end: int) -> None:
         """An instruction that takes a register which a tcgen05.ld fills waits for it, even without tcgen05.wait::ld."""
+        self._loads[cta, warp].begin(start, end)
         actor = self._actors[cta, warp]
         if not actor.loading:
             return
@@ -384,10 +407,9 @@ class RaceChecker(Observer):
         where: Any = owner
         place: Any
         if touch.space == "global":
-            where = self.machine.memory.find(touch.base + int(touch.offsets[0]))
-            shadow = self._shadow_of(where)
-            place = shadow.runs(touch.offsets + (touch.base - where.base), touch.width)
-        elif touch.space == "shared":
+            self._touch_global(task, touch, kind)
+            return
+        if touch.space == "shared":
             assert owner is not None
             self._alive(site, owner)
             shadow = self._shared[owner]
@@ -398,6 +420,17 @@ class RaceChecker(Observer):
             place = self._places.tmem(touch)
             where = ("tmem", owner)
         self._visit(task, shadow, place, site, kind, task.strong, where)
+
+    def _touch_global(self, task: Task, touch: Touch, kind: str) -> None:
+        """The lanes of one cp.async may be in several tensors."""
+        starts = touch.base + touch.offsets
+        while len(starts):
+            where = self.machine.memory.find(int(starts[0]))
+            inside = (starts >= where.base) & (starts < where.base + where.size)
+            shadow = self._shadow_of(where)
+            place = shadow.runs((starts if inside.all() else starts[inside]) - where.base, touch.width)
+            self._visit(task, shadow, place, task.operation.site, kind, task.strong, where)
+            starts = starts[~inside]
 
     def _descriptor(self, task: Task, touch: Touch) -> None:
         """A TMA descriptor in global memory that this launch wrote needs a fence of the tensormap proxy."""
@@ -437,16 +470,19 @@ class RaceChecker(Observer):
         if what == "after_thread_sync":
             actor.learn(actor.acquiring)
         else:
+            self._loads[site.cta, site.warp].reach(site.pc)
             actor.released = Message(actor.causal, actor.fenced)
             actor.advance()
 
     def fence(self, site: Site, fence: Fence) -> None:
         actor = self._actors[site.cta, site.warp]
         if fence.proxy.startswith("async"):
+            self._loads[site.cta, site.warp].end_all()
             actor.fenced = actor.fenced.join(actor.causal)
         elif fence.proxy.startswith("tensormap") and fence.order.name != "release":
             actor.tensormap = actor.tensormap.join(actor.causal)
         elif not fence.proxy:
+            self._loads[site.cta, site.warp].reach(site.pc)
             if fence.order.name != "release":
                 actor.learn(actor.acquiring)
             if fence.order.name != "acquire":
@@ -493,6 +529,7 @@ class RaceChecker(Observer):
             self._use(task, barrier, origin.site).pending.merge(task.carried())
             return
         actor = self._actors[origin.cta, origin.warp]
+        self._loads[origin.cta, origin.warp].reach(origin.pc)
         state = self._use(actor, barrier, origin)
         state.pending.merge(actor.released if self._relaxed(origin) else Message(actor.causal, actor.fenced))
         actor.advance()
@@ -522,6 +559,7 @@ class RaceChecker(Observer):
 
     def barrier_arrive(self, site: Site, barrier: Any, generation: int) -> None:
         actor = self._actors[site.cta, site.warp]
+        self._loads[site.cta, site.warp].end_all()
         message = self._barriers.setdefault((id(barrier), generation), Message())
         message.merge(actor.released if self._relaxed(site) else Message(actor.causal, actor.fenced))
         self._barriers.pop((id(barrier), generation - _KEPT), None)

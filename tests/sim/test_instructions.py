@@ -192,10 +192,52 @@ def test_unknown_forms_name_themselves_when_reached():
         run("add.bogus.s32 %r1, %r2, %r3; ret;", data=data)
 
 
-@pytest.mark.parametrize("name", ["red.relaxed.cluster.shared::cluster.max.u64", "red.shared::cluster.min.s64"])
-def test_atomics_that_ptxas_does_not_make_atomic_are_refused(name):
-    with pytest.raises(UnknownInstruction, match=r"not atomic .* a slot of its own"):
-        run(f".reg .b64 %rl2; mov.b64 %rl2, 1; {name} [%r1], %rl2; ret;", data=np.zeros(1, np.uint32))
+REMOTE = """
+mov.u32 %r1, %cluster_ctarank; xor.b32 %r1, %r1, {other}; mov.b32 %r2, smem; mapa.shared::cluster.u32 %r2, %r2, %r1;
+mov.b64 %d2, smem; cvta.shared.u64 %d2, %d2; mapa.u64 %d2, %d2, %r1; mov.b64 %d1, 1; mov.b32 %r3, 1; mov.b32 %r4, 1;
+mov.b32 %r5, smem; st.shared.v2.b32 [%r5], {{%r3, %r4}};
+barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
+{code}
+barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; ret;
+"""
+TORN = [
+    "red.relaxed.cluster.shared::cluster.max.u64 [%r2], %d1;",
+    "red.shared::cluster.min.s64 [%r2], %d1;",
+    "atom.relaxed.cluster.shared::cluster.add.u64 %d3, [%r2], %d1;",
+    "red.shared::cluster.xor.b64 [%r2], %d1;",
+    "red.relaxed.cluster.shared::cluster.add.noftz.f16x2 [%r2], %r3;",
+    "red.relaxed.cluster.max.u64 [%d2], %d1;",
+]
+WHOLE = [
+    "red.relaxed.cluster.shared::cluster.max.u32 [%r2], %r3;",
+    "atom.relaxed.cluster.shared::cluster.cas.b64 %d3, [%r2], %d1, %d1;",
+    "atom.relaxed.cluster.shared::cluster.exch.b64 %d3, [%r2], %d1;",
+    "red.relaxed.cluster.shared::cluster.add.f32 [%r2], %r3;",
+    "red.relaxed.cluster.max.u32 [%d2], %r3;",
+]
+
+
+@pytest.mark.parametrize("code", TORN)
+def test_atomics_that_ptxas_does_not_make_atomic_are_refused(code):
+    """On another CTA's shared memory; on its own they are loops of compare and swap."""
+    data = np.zeros(1, np.uint32)
+    with pytest.raises(UnknownInstruction, match=r"another CTA's shared memory .* not atomic .* a slot of its own"):
+        run(REMOTE.format(other=1, code=code), grid=2, cluster=2, data=data)
+    run(REMOTE.format(other=0, code=code), grid=2, cluster=2, data=data)
+
+
+@pytest.mark.parametrize("code", WHOLE)
+def test_atomics_on_another_ctas_memory_that_are_atomic_are_not_refused(code):
+    run(REMOTE.format(other=1, code=code), grid=2, cluster=2, data=np.zeros(1, np.uint32))
+
+
+def test_64_bit_atomics_on_global_memory_are_not_refused():
+    data = np.zeros(2, np.uint64)
+    run(
+        "ld.param.b64 %d1, [p0]; mov.b64 %d2, 3; red.relaxed.gpu.max.u64 [%d1], %d2; red.global.add.u64 [%d1+8], %d2; ret;",
+        data=data,
+    )
+    assert data.tolist() == [3, 32 * 3]
 
 
 @pytest.mark.parametrize(

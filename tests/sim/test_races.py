@@ -45,6 +45,18 @@ def wait(bar: str, parity: int, n: int = 0) -> str:
     return WAIT.format(n=n, bar=bar, parity=parity)
 
 
+USE = "add.s32 %r13, %r12, 1;"
+
+
+def release(use: str, before: str = "", after: str = "") -> str:
+    """Thread 32 reads a stage, uses it and releases it at +8; thread 0 loads it, waits for that, and loads it again."""
+    return (
+        f"{LOAD} @!%p3 bra A; {wait('%r1', 0)} {before} ld.shared.b32 %r12, [%r1+1024]; {use}"
+        f"mbarrier.arrive.shared.b64 _, [%r1+8]; {after} A: @!%p1 bra E; {wait('%r1+8', 0, 1)}"
+        f"{LOAD.replace('@%p1 ', '')} {wait('%r1', 1, 2)} E:"
+    )
+
+
 class Rule(NamedTuple):
     """body: after START; without `needed` (replaced by `instead`) it breaks the rule."""
 
@@ -97,6 +109,18 @@ RULES = {
         "bar.sync 2;",
         DataRace,
         "bulk load",
+    ),
+    "read and used, then released for a bulk load": Rule(
+        release(USE), USE, DataRace, "released while a load of it was under way"
+    ),
+    "a fence instead of a use": Rule(release("fence.proxy.async;"), "fence.proxy.async;", DataRace, "does not wait for loads"),
+    "used before the release, not after it": Rule(release(USE, after=USE), USE, DataRace, "released while a load"),
+    "a move is no use": Rule(release(USE), USE, DataRace, "released while a load", "mov.b32 %r13, %r12;"),
+    "a later load's value is there": Rule(
+        release("ld.shared.b32 %r14, [%r1+2048]; add.s32 %r13, %r14, 1;"), "add.s32 %r13, %r14, 1;", DataRace, "released while"
+    ),
+    "an earlier load's value is not enough": Rule(
+        release(USE, before="ld.shared.b32 %r14, [%r1+2048];"), USE, DataRace, "released while", "add.s32 %r13, %r14, 1;"
     ),
     "store, then bulk store": Rule(
         "st.shared.b32 [%r3], %r0; fence.proxy.async; bar.sync 1;" + STORE + "@%p1 cp.async.bulk.wait_group 0;",
@@ -373,3 +397,20 @@ def test_a_warp_may_leave_a_named_barrier_many_generations_late(seed):
     ONE: bar.sync 1, 64; ret;
     """
     run(body, block=96, schedule=f"random:{seed}", checks=Checks(races=True), out=out)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_lanes_of_one_cp_async_in_two_tensors(schedule: str) -> None:
+    """The upper half of a warp copies from the second tensor, which is written afterwards by the other warp."""
+    body = """
+    ld.param.b64 %d1, [p0]; ld.param.b64 %d2, [p1]; mov.u32 %r0, %tid.x; mov.b32 %r1, smem; shr.u32 %r6, %r0, 5;
+    setp.eq.u32 %p2, %r6, 0; @!%p2 bra W;
+    setp.lt.u32 %p1, %r0, 16; selp.b64 %d3, %d1, %d2, %p1; shl.b32 %r2, %r0, 2; cvt.u64.u32 %d4, %r2; add.s64 %d3, %d3, %d4;
+    add.s32 %r3, %r1, %r2; cp.async.ca.shared.global [%r3], [%d3], 4; cp.async.wait_all;
+    W: bar.sync 1; @%p2 bra X; st.global.b32 [%d2+68], 1; X: ret;
+    """
+    first, second = np.arange(32, dtype=np.uint32), np.arange(32, dtype=np.uint32)
+    how = dict(block=64, schedule=schedule, checks=Checks(races=True))
+    run(body, first=first, second=second, **how)
+    with pytest.raises(DataRace, match=r"data race on second\[17\] of shape"):
+        run(body.replace("bar.sync 1;", ""), first=first, second=second, **how)

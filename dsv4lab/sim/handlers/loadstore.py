@@ -375,6 +375,7 @@ def _async_reduction(d: Decoder, i: Instruction, f: Form) -> Action:
     return Action(run)
 
 
+_PAIRS = ("f16x2", "bf16x2")
 _FLOAT_ATOMS = ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2")
 
 
@@ -425,12 +426,10 @@ def atomic(d: Decoder, i: Instruction, f: Form) -> Action:
     if name is None:
         raise UnknownInstruction(f"{i.opcode}: unknown atomic operation")
     t, size = _element(f)
-    if space == "shared::cluster" and size == 8 and name in ("min", "max"):
-        # SASS of sm_90a and sm_100a: QSPC, a CAS loop for memory of the own CTA, and for another's LD, comparison, ST
-        raise UnknownInstruction(
-            f"{i.opcode}: ptxas makes a 64-bit min or max on another CTA's shared memory a load and a store, which are not "
-            "atomic (updates were lost on an H200); give each CTA a slot of its own and read them all"
-        )
+    # SASS of sm_90a and sm_100a: a CAS loop for memory of the own CTA (QSPC.E.S), LD, the operation and ST for other addresses;
+    # float32 and float64 sums have a second loop, for another CTA's memory (QSPC.E.D).
+    torn = t in _PAIRS or (size == 8 and t[0] in "usb" and name in ("add", "min", "max", "and", "or", "xor"))
+    torn = torn and space in (None, "shared::cluster")
     returns = f.family == "atom"
     operands = i.operands[1:] if returns else i.operands
     targets = [d.sink(o) for o in d.items(i.operands[0])] if returns else []
@@ -442,6 +441,8 @@ def atomic(d: Decoder, i: Instruction, f: Form) -> Action:
         machine = w.cta.machine
         lanes = w.active(m)
         addresses = access.addresses(w, m)
+        if torn:
+            _own_memory(w, i, space, addresses)
         if machine.observers.accesses:
             access.tell(w, m, "atomic", addresses, size=size * count)
         for position, lane in enumerate(lanes):
@@ -456,6 +457,17 @@ def atomic(d: Decoder, i: Instruction, f: Form) -> Action:
                     w.u[targets[part]][lane] = old[0]  # type: ignore[index]
 
     return Action(run)
+
+
+def _own_memory(w: Lanes, i: Instruction, space: str | None, addresses: Array) -> None:
+    """Refuse an atomic operation on another CTA's shared memory that the GPU's code does not make one."""
+    if space is None:
+        addresses = addresses[(addresses >= _SHARED) & (addresses < _SHARED + np.uint64(WINDOW_BYTES))] - _SHARED
+    if ((addresses >> np.uint64(RANK_SHIFT)) & np.uint64(0xFF) != w.cta.rank).any():
+        raise UnknownInstruction(
+            f"{i.opcode}: on another CTA's shared memory ptxas makes it a load and a store, which are not atomic (updates by "
+            "max.u64 were lost on an H200); give each CTA a slot of its own and read them all, or use 32-bit integers"
+        )
 
 
 def _cell(w: Lanes, access: Access, address: Array) -> tuple[Array, Any]:

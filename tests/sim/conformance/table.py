@@ -30,6 +30,20 @@ What the H200 taught:
   reduction `add` has no s64: each is an illegal instruction on the GPU and an error here. Stores write rows up to a
   multiple of 16 bytes. NaN fill is 0x7ff7 in every 16 bits. Loads of tf32 round to nearest; f32_ftz flushes nothing.
 * What tcgen05 does with sums is not known here: there was no Blackwell GPU. Its sums are float32 sums.
+* A release does not wait for loads. Index scores released a stage right behind `ld.shared` of its keys, whose registers the
+  wgmma then read; on an H200 stages were filled again under the loads until the release stood behind the products. In the
+  SASS eight LDS precede SYNCS.ARRIVE, which waits for none of their scoreboards; a bulk copy that refills the stage belongs
+  to another proxy, which the arrival does not order without `fence.proxy.async`. That the copy overtakes loads that bank
+  conflicts hold up is our reading of it, not measured. The race check counts a load as ended when its value (or a later
+  load's) is used, at `fence.proxy.async`, or at a named or cluster barrier; the last is assumed. It takes the PTX's order
+  of use and release, which ptxas may change. wgmma, bulk and tensor copies read until the wait that ends them, under lazy
+  and random schedules.
+* Atomics on another CTA's shared memory are not all atomic. ptxas 13.0 makes 64-bit integer add, min, max, and, or, xor and
+  sums of f16x2 and bf16x2, with `.shared::cluster` or a generic address, an ATOM that may decline, a compare-and-swap loop
+  for memory of the own CTA, and a load and a store for the rest (sm_90a and sm_100a). `max.u64` lost a sampler's tokens on
+  an H200; the others have the same code and were not run. All are refused. Of those allowed, f32 and f64 sums have a loop
+  for another CTA's memory, 32-bit integers nothing but the ATOM; 64-bit `exch` and `cas` lack the loop for the own CTA, so
+  we take their load and store to be for local memory only.
 """
 
 

@@ -14,6 +14,7 @@ ROWS, COLUMNS = 16, 64  # of a tile
 STAGES, OUT = 3, 2
 WORKERS, LOADER = 4, 4  # warps that compute; the warp that loads
 THREADS = 32 * (WORKERS + 1)
+STEPS = ROWS * COLUMNS // (32 * WORKERS)  # elements of a tile that a thread computes
 
 
 @cute.kernel
@@ -43,6 +44,8 @@ def _pipelined_copy(
     cute.arch.mbarrier_init_fence()
     cute.arch.barrier()
     count = cute.size(tiles, mode=[2])
+    early = defect == "a buffer released before the values read from it are used"
+    values = cute.make_rmem_tensor(STEPS, cutlass.Float32)
     if warp == LOADER:
         for tile in cutlass.range(count, unroll=1):
             stage, turn = tile % STAGES, tile // STAGES
@@ -58,12 +61,18 @@ def _pipelined_copy(
             if warp == 0:
                 cute.arch.cp_async_bulk_wait_group(OUT - 1, read=True)
             cute.arch.barrier(barrier_id=1, number_of_threads=32 * WORKERS)  # the buffer is free
-            for step in cutlass.range_constexpr(ROWS * COLUMNS // (32 * WORKERS)):
-                place = thread % COLUMNS, 2 * step + thread // COLUMNS
-                outside[place[1], place[0], out] = 2 * inside[place[1], place[0], tile % buffers] + 1
+            column, first = thread % COLUMNS, thread // COLUMNS
+            for step in cutlass.range_constexpr(STEPS):
+                values[step] = inside[first + 2 * step, column, tile % buffers]
+            if cutlass.const_expr(not early):
+                for step in cutlass.range_constexpr(STEPS):
+                    outside[first + 2 * step, column, out] = 2 * values[step] + 1
             cute.arch.sync_warp()
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive(empty + stage)
+            if cutlass.const_expr(early):
+                for step in cutlass.range_constexpr(STEPS):
+                    outside[first + 2 * step, column, out] = 2 * values[step] + 1
             cute.arch.fence_proxy("async.shared", space="cta")
             cute.arch.barrier(barrier_id=1, number_of_threads=32 * WORKERS)  # the buffer is full
             if warp == 0:

@@ -54,6 +54,7 @@ MUTANTS = [
         ("bytes expected at the next buffer's barrier", offset(EXPECT, 1, 8), DEADLOCK),
         ("a phase not flipped", None, (*EARLY, DEADLOCK)),
         ("a buffer too few", None, RACE),
+        ("a buffer released before the values read from it are used", None, RACE),
         ("the proxy fence before the TMA store removed", drop(r"fence\.proxy\.async"), FENCE),
         ("the wait for the stored buffer's reads removed", drop(r"cp\.async\.bulk\.wait_group\.read"), RACE),
         ("the wait for the stored buffer's reads too permissive", operand(r"cp\.async\.bulk\.wait_group\.read", 0, 2), RACE),
