@@ -31,6 +31,7 @@ from dsv4lab.kernels._common.ptx import exp2
 from dsv4lab.kernels.gemm.mixed import requantise
 from dsv4lab.kernels.gemm.mixed.config import BLOCK, PITCH_PAD
 from dsv4lab.kernels.head.sampler.draw import keys_of
+from dsv4lab.kernels.quant.rows import encode as enc
 
 _BARRIER = 1  # named barrier of the multiplying warps; the next ones are each warpgroup's own
 _LOG2_E = 1.4426950408889634
@@ -76,7 +77,7 @@ class Epilogue:
             terms = self._tile_terms(row_tile, first, last)
         blocks = None
         if cutlass.const_expr(plan.requant):
-            blocks = requantise.global_terms(self.given[matrix])
+            blocks = enc.global_terms(self.given[matrix])
         for s in cutlass.range_constexpr(plan.tokens // plan.slice):
             if first + s * plan.slice < last:
                 if cutlass.const_expr(plan.direct):

@@ -17,8 +17,14 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Uint32
 
-INFINITY_BITS = 0x7F800000
+from dsv4lab.formats import E2M1_MAX
+
+INFINITY_BITS, NAN_BITS = 0x7F800000, 0x7FC00000
 LARGEST = 6.5  # a magnitude that is surely code 7
+_E4M3_MIN = 2.0**-9
+_LOW, _HIGH = 2.0**-60, 2.0**60  # scales between which nothing under- or overflows
+_LEAST_BITS, _MOST_BITS = (127 - 6) << 23, (127 + 9) << 23  # 2^-6 and 512: block scales with three exact bits
+_NO_BITS = 0xFFFFFFFF  # of no magnitude
 _F32_MAX_BITS = 0x7F7FFFFF
 SIGNS = 0x80008000
 _MAGIC = 1.5 * 2.0**23  # its neighbours are one apart
@@ -206,6 +212,64 @@ def e8m0_ceil(bits: Any, max_code_bits: cutlass.Constexpr, floor_bits: cutlass.C
     if bits > Uint32(INFINITY_BITS):
         byte, inverse = Uint32(255), Uint32(0x7FC00000).bitcast(Float32)
     return byte, inverse
+
+
+# ---- blocks of NVFP4 ---------------------------------------------------------------------------------------------------
+@cute.jit
+def global_terms(scale: Any) -> Any:
+    """What blocks of a global scale share: it, 6 times it, `divisor` of that, and bits of an amax that never makes one rare."""
+    sixfold = mul(scale, Float32(E2M1_MAX))
+    by_six = divisor(sixfold)
+    plain = scale >= Float32(_LOW) and scale <= Float32(_HIGH)
+    by_six = (by_six[0] if plain else Uint32(NAN_BITS).bitcast(Float32), by_six[1])  # makes every block a rare one,
+    usual = Uint32(0) if plain else Uint32(_NO_BITS)  # blocks of zeros, too, which otherwise are not
+    return scale, sixfold, by_six, usual
+
+
+@cute.jit
+def block_ratio(bits: Any, terms: Any) -> Any:
+    """A block's largest magnitude over 6 scale, and whether the block is rare: needs more than that. terms: `global_terms`."""
+    _, _, by_six, usual = terms
+    ratio = quotient(finite(bits), by_six)
+    unusual = ratio.bitcast(Uint32) - Uint32(_LEAST_BITS) > Uint32(_MOST_BITS - _LEAST_BITS)
+    return ratio, (unusual and bits != usual) or bits >= Uint32(INFINITY_BITS)
+
+
+@cute.jit
+def block_quotients(values: Any, signs: Any, element: cutlass.Constexpr, bits: Any, ratio: Any, rare: Any, terms: Any) -> Any:
+    """Magnitudes of a block of any kind over its step, in place, for `e2m1_counts`; returns the block scale, and its byte.
+
+    block_scale = E4M3(bits / (6 scale)), at least 2^-9, 1 for zeros; step = block_scale scale. A NaN makes the scale one, too,
+    and the magnitudes the largest; signs, words of `element` or None, then keep those of NaNs. ratio, rare: of `block_ratio`.
+    """
+    scale, sixfold, _, _ = terms
+    count = cutlass.const_expr(cute.size(values))
+    nan = bits > Uint32(INFINITY_BITS)
+    if rare:
+        ratio = finite(bits) / sixfold
+        if nan:
+            ratio = Uint32(NAN_BITS).bitcast(Float32)
+            if cutlass.const_expr(signs is not None):
+                for i in cutlass.range_constexpr(cute.size(signs)):
+                    signs[i] = signs_of_nan(signs[i], element)
+    ratio = Float32(1.0) if ratio == 0.0 else cute.arch.fmax(ratio, Float32(_E4M3_MIN), nan=True)
+    byte = to_e4m3(ratio)
+    block_scale, _ = from_e4m3(byte)
+    step = mul(block_scale, scale)
+    if rare:
+        gain = Float32(1.0)
+        if step < Float32(_LOW):
+            gain = Float32(2.0**64)
+        if step > Float32(_HIGH):
+            gain = Float32(2.0**-64)
+        step = Float32(1.0) if nan else mul(step, gain)
+        largest = mul(step, Float32(LARGEST))
+        for i in cutlass.range_constexpr(count):
+            values[i] = largest if nan else cute.arch.fmin(mul(values[i], gain), largest)
+    by_step = divisor(step)
+    for i in cutlass.range_constexpr(count):
+        values[i] = quotient(values[i], by_step)
+    return block_scale, byte
 
 
 # ---- codes -------------------------------------------------------------------------------------------------------------

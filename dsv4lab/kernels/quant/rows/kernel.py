@@ -37,13 +37,9 @@ from dsv4lab.kernels.quant.rows.config import CHUNK, WARP, RowsConfig
 from dsv4lab.kernels.quant.rows.sources import RowSources, halves
 
 RANGE = E2M1_MAX * E4M3_MAX  # largest code times largest block scale
-E4M3_MIN = 2.0**-9
 _CARVEOUT = 8  # percent of the L1 for shared memory; named, or compiling with a minimum of CTAs would ask for a device
 _SHARED, _SHARED_CTA = 228 * 1024, 2048  # bytes of a multiprocessor; a CTA's beside the norm's weights, 1 KiB reserved
 F32_TINY = 2.0**-126
-_LOW, _HIGH = 2.0**-60, 2.0**60  # scales between which nothing under- or overflows
-_LEAST_BITS, _MOST_BITS = (127 - 6) << 23, (127 + 9) << 23  # 2^-6 and 512: block scales with three exact bits
-_INFINITY_BITS, _NAN_BITS, _NO_BITS = 0x7F800000, 0x7FC00000, 0xFFFFFFFF  # the last: of no magnitude
 _VAST_BITS = 0x7E000000  # 2^125: half of a block's 1 / scale is a normal BF16 below
 _E2M1_MAX_BITS, _E4M3_MAX_BITS = 0x40C00000, 0x43E00000
 _MXFP4_FLOOR_BITS = 0x01C00000  # 6 * 2^-126
@@ -238,7 +234,7 @@ class QuantizeRows(RowSources):
         if cutlass.const_expr(config.weighted):
             share = row_weight[mine]
         entry = table.prepare(factor, thread)
-        by_six, sixfold, usual = self._by_six(factor)
+        terms = enc.global_terms(factor)
         for _ in cutlass.range(block, steps, grid, unroll=1):
             following, beyond = at + further, row + grid * config.rows
             more = beyond < rows
@@ -268,7 +264,7 @@ class QuantizeRows(RowSources):
                     self._far(part, x, other, cutlass.min(row, rows - 1), c, thread, square, near)
                 if more:
                     self._take(held, second, c, x, other, following)
-                byte = self._block(out, self._words(part, 0), factor, sixfold, by_six, usual, entry)
+                byte = self._block(out, self._words(part, 0), terms, entry)
                 if cutlass.const_expr(config.tiles):
                     self._store_scale(scale, byte, row, rows, self._chunk(c, thread), 1)
                 if row < rows:
@@ -309,18 +305,18 @@ class QuantizeRows(RowSources):
         """The largest magnitude among values that are numbers, as float32 bits."""
         element = self.config.element
         bits = enc.number_amax_bits(enc.absolute(words, element), element)
-        return enc.finite(bits if bits <= Uint32(_INFINITY_BITS) else Uint32(0)).bitcast(Uint32)
+        return enc.finite(bits if bits <= Uint32(enc.INFINITY_BITS) else Uint32(0)).bitcast(Uint32)
 
     # ---- block formats ---------------------------------------------------------------------------------------------------
     @cute.jit
     def _nvfp4(self, held: Any, codes: Any, scale: Any, row: Any, rows: Any, thread: Any, factor: Any, entry: Any) -> None:
         """Blocks of 16; entry: this lane's of `table`, where `quick`."""
         config = self.config
-        by_six, sixfold, usual = self._by_six(factor)
+        terms = enc.global_terms(factor)
         for c in cutlass.range_constexpr(config.chunks):
             out = cute.make_rmem_tensor((CHUNK // 2 if config.decoded else 2,), Uint32)
             chunk = self._chunk(c, thread)
-            byte = self._block(out, self._words(held, c), factor, sixfold, by_six, usual, entry)
+            byte = self._block(out, self._words(held, c), terms, entry)
             if cutlass.const_expr(config.decoded):
                 self._store_words([out[i] for i in range(CHUNK // 2)], codes, row, rows, chunk, thread)
             else:
@@ -328,39 +324,27 @@ class QuantizeRows(RowSources):
                 self._store_two([out[0], out[1]], codes, row, rows, chunk)
 
     @cute.jit
-    def _by_six(self, factor: Any) -> Any:
-        """(1 / (6 global), 6 global, bits of a largest magnitude that is usual whatever its ratio)."""
-        sixfold = enc.mul(factor, Float32(E2M1_MAX))
-        by_six = enc.divisor(sixfold)
-        plain = factor >= Float32(_LOW) and factor <= Float32(_HIGH)
-        by_six = (by_six[0] if plain else Uint32(_NAN_BITS).bitcast(Float32), by_six[1])  # makes every block a rare one,
-        usual = Uint32(0) if plain else Uint32(_NO_BITS)  # blocks of zeros, too, which otherwise are not
-        return by_six, sixfold, usual
-
-    @cute.jit
-    def _block(self, out: Any, words: Any, factor: Any, sixfold: Any, by_six: Any, usual: Any, entry: Any) -> Any:
-        """One block: its codes, or decoded values, to `out`; returns the byte of its scale. `_by_six` gave what it gives."""
+    def _block(self, out: Any, words: Any, terms: Any, entry: Any) -> Any:
+        """One block: its codes, or decoded values, to `out`; returns the byte of its scale. terms: `enc.global_terms`."""
         config = self.config
         magnitudes = enc.absolute(words, config.element)
         bits = enc.amax_bits(magnitudes, config.element)
-        ratio = enc.quotient(enc.finite(bits), by_six)
-        unusual = ratio.bitcast(Uint32) - Uint32(_LEAST_BITS) > Uint32(_MOST_BITS - _LEAST_BITS)
-        rare = (unusual and bits != usual) or bits >= Uint32(_INFINITY_BITS)
+        ratio, rare = enc.block_ratio(bits, terms)
         if cutlass.const_expr(self.quick):
             byte = enc.to_e4m3(Float32(1.0) if bits == Uint32(0) else ratio)
             found, by_step = table.factor_bits(entry, byte)
             if rare or found == Uint32(0):
-                byte = self._careful(out, words, bits, ratio, rare, factor, sixfold)
+                byte = self._careful(out, words, bits, ratio, rare, terms)
             else:
                 small, by = table.placed(magnitudes, by_step)
                 for i in cutlass.range_constexpr(2):
                     out[i] = table.nibbles(words[4 * i : 4 * i + 4], small[4 * i : 4 * i + 4], by)
         else:
-            byte = self._careful(out, words, bits, ratio, rare, factor, sixfold)
+            byte = self._careful(out, words, bits, ratio, rare, terms)
         return byte
 
     @cute.jit
-    def _careful(self, out: Any, words: Any, bits: Any, ratio: Any, rare: Any, factor: Any, sixfold: Any) -> Any:
+    def _careful(self, out: Any, words: Any, bits: Any, ratio: Any, rare: Any, terms: Any) -> Any:
         """The same for a block of any kind, by quotients. rare: it needs more than its ratio and those."""
         config = self.config
         values = cute.make_rmem_tensor((CHUNK,), Float32)
@@ -370,29 +354,8 @@ class QuantizeRows(RowSources):
             values[i] = wide[i]
         for i in cutlass.range_constexpr(config.words):
             signs[i] = words[i]
-        nan = bits > Uint32(_INFINITY_BITS)
-        if rare:
-            ratio = enc.finite(bits) / sixfold
-            if nan:
-                ratio = Uint32(_NAN_BITS).bitcast(Float32)
-                for i in cutlass.range_constexpr(config.words):
-                    signs[i] = enc.signs_of_nan(words[i], config.element)
-        ratio = Float32(1.0) if ratio == 0.0 else cute.arch.fmax(ratio, Float32(E4M3_MIN), nan=True)
-        byte = enc.to_e4m3(ratio)
-        block_scale, _ = enc.from_e4m3(byte)
-        step = enc.mul(block_scale, factor)
-        if rare:
-            gain = Float32(1.0)
-            if step < Float32(_LOW):
-                gain = Float32(2.0**64)
-            if step > Float32(_HIGH):
-                gain = Float32(2.0**-64)
-            step = Float32(1.0) if nan else enc.mul(step, gain)
-            largest = enc.mul(step, Float32(enc.LARGEST))
-            for i in cutlass.range_constexpr(CHUNK):
-                values[i] = largest if nan else cute.arch.fmin(enc.mul(values[i], gain), largest)
-        by_step = enc.divisor(step)
-        quotients = [enc.quotient(values[i], by_step) for i in range(CHUNK)]
+        block_scale, byte = enc.block_quotients(values, signs, config.element, bits, ratio, rare, terms)
+        quotients = [values[i] for i in range(CHUNK)]
         if cutlass.const_expr(config.decoded):
             pair = enc.pack_bf16(block_scale, block_scale)
             counts = enc.e2m1_counts(quotients)
@@ -423,7 +386,7 @@ class QuantizeRows(RowSources):
             signs = cute.make_rmem_tensor((config.words,), Uint32)
             for i in cutlass.range_constexpr(config.words):
                 signs[i] = words[i]
-            if bits > Uint32(_INFINITY_BITS):
+            if bits > Uint32(enc.INFINITY_BITS):
                 for i in cutlass.range_constexpr(config.words):
                     signs[i] = enc.signs_of_nan(words[i], config.element)
             chunk = self._chunk(c, thread)
@@ -438,7 +401,7 @@ class QuantizeRows(RowSources):
                 out = cute.make_rmem_tensor((CHUNK // 4,), Uint32)
                 for i in cutlass.range_constexpr(CHUNK // 4):
                     out[i] = enc.e4m3_word(scaled[4 * i : 4 * i + 4])
-                if bits > Uint32(_INFINITY_BITS):
+                if bits > Uint32(enc.INFINITY_BITS):
                     sides = enc.bf16_signs([signs[i] for i in range(config.words)], config.element)
                     for i in cutlass.range_constexpr(CHUNK // 4):
                         out[i] = out[i] | (enc.prmt(sides[2 * i], sides[2 * i + 1], 0x7531) & Uint32(0x80808080))
@@ -463,7 +426,7 @@ class QuantizeRows(RowSources):
         wide = enc.floats(magnitudes, self.config.element)
         for i in cutlass.range_constexpr(CHUNK):
             scaled[i] = enc.mul(wide[i], inverse)
-        if bits >= Uint32(_INFINITY_BITS):
+        if bits >= Uint32(enc.INFINITY_BITS):
             for i in cutlass.range_constexpr(CHUNK):
                 scaled[i] = cute.arch.fmin(scaled[i], Float32(enc.LARGEST))  # of a NaN, too
         self._store_two(self._nibbles([scaled[i] for i in range(CHUNK)], signs), codes, row, rows, chunk)
@@ -577,4 +540,4 @@ def _global_scale(bits: Any) -> Any:
 @cute.jit
 def _e8m0(byte: Any) -> Any:
     """The value of a scale byte from 1 up; NaN for 255."""
-    return (byte << 23).bitcast(Float32) if byte < Uint32(255) else Uint32(_NAN_BITS).bitcast(Float32)
+    return (byte << 23).bitcast(Float32) if byte < Uint32(255) else Uint32(enc.NAN_BITS).bitcast(Float32)
