@@ -154,6 +154,10 @@ def test_choices_fit() -> None:
                 )
                 plan.check()
                 assert plan.shared_bytes <= SHARED_BYTES and (plan.tokens, plan.narrow) == grouped_tokens(rows, num_experts)
+                assert plan.room == plan.tokens
+    alone = choose_grouped("nvfp4", "bf16", 6, 256, 7168, paired=True, slotted=True, gather=True, scaled="no", single=True)
+    alone.check()
+    assert alone.room == 1 and alone.token_bytes == alone.token_pitch  # a tile is one row
 
 
 def test_bad_input_is_refused() -> None:

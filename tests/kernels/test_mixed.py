@@ -45,7 +45,7 @@ SHAPES = [
     (13, 192, 1024, replace(FEW, tokens=16, slabs=1, chunks=4, splits=4)),
     (16, 96, 1024, replace(FEW, tokens=16, slabs=2, chunks=8, splits=8, per_warp=2)),
     (3, 200, 200, replace(FEW, slabs=8, splits=1)),  # K ends inside a tile of a pair
-    (1, 328, 256, replace(FEW, slabs=8, splits=1, kept=1)),  # CTAs without a tile, room for one token
+    (1, 328, 256, replace(FEW, slabs=8, splits=1)),  # CTAs without a tile
     (33, 128, 512, MixedConfig("nvfp4", "f32", 32, 8, 2, 2, cluster=2)),  # by warpgroups, two token tiles
     (70, 136, 328, MixedConfig("nvfp4", "f32", 64, 4, 1, 3)),  # one slice a stage
     (300, 128, 256, MixedConfig("nvfp4", "f32", 256, 8, 1, 3, (64, 224))),  # a narrow product for the second tile
@@ -176,8 +176,6 @@ def test_bad_input_is_refused() -> None:
         call(x, limit=1.0)
     with pytest.raises(ValueError, match=r"config must have \(format, paired, scaled, slotted, grouped\)"):
         call(x, config=replace(FEW, format="bf16"))
-    with pytest.raises(ValueError, match="config must have room for 2 tokens, got kept=1"):
-        call(x, config=replace(FEW, out="bf16", kept=1))
     with pytest.raises(ValueError, match=r"N % 8 == 0 and K % 8 == 0, got \(12, 128\)"):
         prepare(random_weight("nvfp4", 12, 128, seed=0))
     with pytest.raises(ValueError, match=r"weight must be one of nvfp4, mxfp4, fp8_block, bf16, got f32"):
@@ -200,8 +198,6 @@ def test_bad_input_is_refused() -> None:
         (dict(tokens=64, splits=2), "splits must be 1"),
         (dict(grouped=True, cluster=2), "cluster must be 1 for a grouped"),
         (dict(single=True), "single needs a grouped configuration of at most 16 tokens"),
-        (dict(kept=9), "kept must be 0, or 1 to tokens"),
-        (dict(grouped=True, kept=1), "kept must be 0, or 1 to tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(FEW, **choice).check()  # type: ignore[arg-type]

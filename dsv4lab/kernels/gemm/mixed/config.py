@@ -33,7 +33,6 @@ class MixedConfig:
     slotted: rows of a grouped product are slots (token * top_k + choice), looked up; the result takes the slot's weight.
     gather: x has a row for each token, not for each slot. paired: clamped SwiGLU of gate and up rows. scaled: whether products
     have a factor, one a "row", a "matrix" or, of slots, a "token". early: weights do not wait for the kernel before.
-    kept: where warps multiply, tokens that a stage has room for, 0 for all of a tile: linears of fewer.
     requant: where warps multiply, whether the results of a pair leave as the NVFP4 values that they are quantised to.
     """
 
@@ -54,7 +53,6 @@ class MixedConfig:
     paired: bool = False
     scaled: str = "no"
     early: bool = True
-    kept: int = 0
     requant: bool = False
 
     @property
@@ -113,8 +111,8 @@ class MixedConfig:
 
     @property
     def room(self) -> int:
-        """Tokens of a stage."""
-        return self.kept or self.tokens
+        """Tokens that a stage has memory for: those of a tile."""
+        return 1 if self.single else self.tokens
 
     @property
     def token_bytes(self) -> int:
@@ -197,9 +195,6 @@ class MixedConfig:
             raise ValueError(f"scaled must be no, row or matrix, or token of slots, got {self.scaled!r}")
         if self.single and not (self.grouped and self.by_warp):
             raise ValueError(f"single needs a grouped configuration of at most {FEW} tokens, got {self.tokens}")
-        known = self.by_warp and (self.single or not self.grouped)
-        if self.kept and not (known and 0 < self.kept <= self.tokens):
-            raise ValueError(f"kept must be 0, or 1 to tokens where at most {FEW} are known beforehand, got {self.kept}")
         if self.grouped and self.cluster > 1:
             raise ValueError(f"cluster must be 1 for a grouped configuration, got {self.cluster}")
         self._check_requant()
@@ -391,7 +386,6 @@ def choose_grouped(
             splits=min(4 if single else 2, chunks) if few else 1,
             grouped=True,
             single=single,
-            kept=1 if single else 0,
             slotted=slotted,
             gather=gather,
             paired=paired,
