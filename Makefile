@@ -1,7 +1,7 @@
 # make run    set up .venv, execute every notebook headless, write the report, generate some text
 # make test   set up .venv, lint, type-check and test
 # make lab    set up .venv, open JupyterLab on the tour
-# make bench  measure the kernels on a Hopper GPU, write benchmarks/baselines/<device>.jsonl
+# make bench  measure the kernels on a Hopper GPU, write benchmarks/baselines/<device>.jsonl.gz
 # make clean  remove .venv, caches and local runs
 #
 # Needs python3 (3.11 or later, with its venv module), git, make and a C compiler. PYTHON=... chooses the interpreter.

@@ -1,6 +1,7 @@
-"""Measure the kernels and write the baselines: one command for all of it.
+"""Measure the kernels and write the baselines, `baselines/<device>.jsonl.gz`: one command for all of it.
 
-python benchmarks/run.py [OUT.jsonl] [--only SUITE,..] [--quick]
+python benchmarks/run.py [OUT.jsonl.gz] [--only SUITE,..] [--quick] [--append]
+python benchmarks/run.py [OUT.jsonl.gz] --merge ROWS.jsonl ..
 
 `--help` tells the rest; `common.py` how it is measured, each suite's module what.
 """

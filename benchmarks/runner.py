@@ -1,9 +1,12 @@
-"""The benchmarks' command line: compile, then measure each suite in a process of its own, and write one JSON object a line."""
+"""The benchmarks' command line: compile, then measure each suite in a process of its own, and write one JSON object a line.
+
+The file of rows changes when a suite has ended, all at once; until then the suite's rows lie beside it, in NAME.SUITE.part.
+Those of a run that was stopped are taken by the suite's next run, or by `--merge NAME.SUITE.part`.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -13,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import common, compiling
+from benchmarks import common, compiling, rows
 from benchmarks.common import Bench, Broken, Ceilings, Stopwatch
+from dsv4lab.lab.baselines import Row, rows_of
 
 BASELINES = common.ROOT / "benchmarks" / "baselines"
 _SCRIPT = common.ROOT / "benchmarks" / "run.py"
@@ -29,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.list:
         list_cases(suites, options)
         return
+    if options.merge:
+        merge(options)
+        return
     if options.child:
         measure(suites[0], options)
         return
@@ -40,23 +47,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("a GPU must be there to measure, but torch sees no CUDA device; --compile-only needs none")
     out = Path(options.out) if options.out else default_path(torch.cuda.get_device_name())
     out.parent.mkdir(parents=True, exist_ok=True)
-    if not options.append:
-        keep_others(out, suites)
-    ended = {suite: start(suite, out, options) for suite in suites}
+    ended = {suite: run(suite, out, options) for suite in suites}
     bad = {suite: status for suite, status in ended.items() if status}
-    print(f"{out}: {len(out.read_text().splitlines()) if out.exists() else 0} rows", flush=True)
+    print(f"{out}: {len(rows_of(out))} rows", flush=True)
     if bad:
         raise SystemExit(f"suites that ended badly: {', '.join(f'{suite} (status {status})' for suite, status in bad.items())}")
 
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
-    found.add_argument("out", nargs="?", help="file for the rows; by default baselines/<device>.jsonl")
+    found.add_argument("out", nargs="?", help="file for the rows, .jsonl or .jsonl.gz; by default baselines/<device>.jsonl.gz")
     found.add_argument("--only", default="", help=f"suites, comma between: {','.join(compiling.SUITES)}")
     found.add_argument("--quick", action="store_true", help="a few token counts and shapes only")
     found.add_argument("--match", default="", help='measure only what has this in its name, such as "flash" or "wq_b"')
     found.add_argument("--minutes", type=float, default=0.0, help="of a suite: past them no further shape is begun")
-    found.add_argument("--append", action="store_true", help="keep the file's rows; without it those of the suites go first")
+    found.add_argument(
+        "--append", action="store_true", help="replace what is measured again alone; without it the suites' old rows go"
+    )
+    found.add_argument(
+        "--merge", nargs="+", metavar="FILE", help="measure nothing: put rows of these files into OUT, the newest of each case"
+    )
     found.add_argument("--jobs", type=int, help="processes that compile; by default one a core")
     found.add_argument("--compile-only", action="store_true", help="compile the kernels and end; needs no GPU")
     found.add_argument("--no-compile", action="store_true", help="leave compilation to the first calls")
@@ -72,28 +82,50 @@ def list_cases(suites: Sequence[str], options: argparse.Namespace) -> None:
 
 
 def default_path(device: str) -> Path:
-    """baselines/h200.jsonl for an "NVIDIA H200"."""
+    """baselines/h200.jsonl.gz for an "NVIDIA H200"."""
     words = [word for word in device.lower().split() if word != "nvidia"]
-    return BASELINES / f"{words[0] if words else 'device'}.jsonl"
+    return BASELINES / f"{words[0] if words else 'device'}.jsonl.gz"
 
 
-def keep_others(path: Path, suites: Sequence[str]) -> None:
-    """Take the rows of these suites out of a file, and lines that are none."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line).get("benchmark") in set(compiling.SUITES) - set(suites):
-                kept.append(line)
-        except ValueError:
-            continue
-    path.write_text("".join(line + "\n" for line in kept))
+def merge(options: argparse.Namespace) -> None:
+    """Rows of files into one, which is the baseline of their device unless it is named."""
+    absent = [name for name in options.merge if not Path(name).is_file()]
+    if absent:
+        raise SystemExit(f"--merge must name files, got {', '.join(absent)}")
+    new = [row for name in options.merge for row in rows_of(Path(name)) if row.get("benchmark") in compiling.SUITES]
+    devices = sorted({str(row.get("device")) for row in new})
+    if not new or (len(devices) > 1 and not options.out):
+        raise SystemExit(f"--merge needs files with rows of one device, or OUT, got rows of {', '.join(devices) or 'none'}")
+    out = Path(options.out) if options.out else default_path(devices[0])
+    print(f"{out}: {take(out, new)} rows", flush=True)
 
 
-def start(suite: str, out: Path, options: argparse.Namespace) -> int:
+def take(out: Path, new: Sequence[Row], *, replaced: str = "") -> int:
+    """Put new rows into a file; how many it has then. replaced: a suite whose old rows go; those of no suite go, too."""
+    kept = set(compiling.SUITES) - {replaced}
+    found = rows.merged([row for row in rows_of(out) if row.get("benchmark") in kept], new)
+    rows.write(out, found)
+    return len(found)
+
+
+def run(suite: str, out: Path, options: argparse.Namespace) -> int:
+    """Measure a suite and put its rows into a file, in place of its old ones unless it ended badly or found none.
+
+    Returns the exit status.
+    """
+    part = out.with_name(f"{out.name.split('.jsonl')[0]}.{suite}.part")
+    if part.exists():
+        rows.write(part, rows_of(part))  # its last line may be half a row
+    status = start(suite, part, options)
+    if new := rows_of(part):
+        take(out, new, replaced="" if options.append or status else suite)
+    part.unlink(missing_ok=True)
+    return status
+
+
+def start(suite: str, part: Path, options: argparse.Namespace) -> int:
     """Measure a suite in a process of its own, which an error of the GPU may take with it; its exit status."""
-    command = [sys.executable, str(_SCRIPT), str(out), "--only", suite, "--child"]
+    command = [sys.executable, str(_SCRIPT), str(part), "--only", suite, "--child"]
     command += ["--quick"] if options.quick else []
     command += ["--match", options.match] if options.match else []
     command += ["--minutes", str(options.minutes)] if options.minutes else []

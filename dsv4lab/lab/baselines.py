@@ -54,8 +54,8 @@ def newest(suite: str, folder: str | Path = "") -> Baseline:
     """
     place = Path(folder) if folder else FOLDER
     best: tuple[str, str, list[Row]] | None = None
-    for path in sorted(place.glob("*.jsonl*")):
-        rows = [row for row in _rows(path) if row.get("benchmark") == suite and row.get("us")]
+    for path in sorted(path for path in place.glob("*.jsonl*") if not path.name.startswith(".")):  # dots: being written
+        rows = [row for row in rows_of(path) if row.get("benchmark") == suite and row.get("us")]
         date = max((str(row.get("date", "")) for row in rows), default="")
         if rows and (best is None or (date, path.name) > best[:2]):
             best = (date, path.name, rows)
@@ -75,7 +75,8 @@ def lines_of(path: Path) -> list[str]:
     return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").splitlines()
 
 
-def _rows(path: Path) -> list[Row]:
+def rows_of(path: Path) -> list[Row]:
+    """All rows of a file, in its order; lines that are none are passed over."""
     found = []
     for line in lines_of(path):
         try:

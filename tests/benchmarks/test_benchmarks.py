@@ -160,17 +160,7 @@ def test_time_limits_and_matches(tmp_path: Path) -> None:
     assert not late.wants("flash wq_a nvfp4") and late.skipped == ["flash wq_a nvfp4"]
 
 
-# ---- files -------------------------------------------------------------------------------------------------------------
-def test_a_run_replaces_the_rows_of_its_suites_only(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    lines = [{"benchmark": "linear w4a16"}, {"benchmark": "linear"}, {"benchmark": "experts"}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "half a li")
-    runner.keep_others(path, ["linear"])
-    assert [row["benchmark"] for row in rows_of(path)] == ["experts"], "and rows of suites that are gone go too"
-    assert runner.default_path("NVIDIA H200").name == "h200.jsonl"
-    assert runner.default_path("NVIDIA H100 80GB HBM3").name == "h100.jsonl"
-
-
+# ---- the command line --------------------------------------------------------------------------------------------------
 def test_rejects_suites_that_are_not() -> None:
     with pytest.raises(SystemExit, match=r"--only must name some of linear, quantizers, experts, rope_and_cache.* got nothing"):
         runner.main(["x.jsonl", "--only", "nothing"])
