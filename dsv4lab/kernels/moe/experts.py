@@ -6,7 +6,10 @@
     product 1 clamped SwiGLU of gate and up, times the routing weight, rounded (gemm.mixed, grouped, paired)
     h         quantised as the model says, by product 1 itself where that is faster (`gemm.mixed.config.requantises`)
     product 2 (gemm.mixed, grouped)
-    combine   a token's rows added in the order of expert ids (moe.combine)
+    combine   a token's rows added in the order of expert ids, the shared expert's last (moe.combine)
+
+The shared expert of a token alone, where it has the routed ones' form, is one more matrix of both products, the first to be
+multiplied: its weights arrive while the router still runs (`gemm.mixed.config`, beside). Otherwise it runs on a second stream.
 
 The routing weight is applied before the second product, as the model's reference does (spec 5.2). Bytes for few tokens: the
 three matrices of every expert that is hit. Flops: 6 M top_k D I.
@@ -17,13 +20,14 @@ from __future__ import annotations
 import torch
 
 from dsv4lab.formats import PackedWeight
+from dsv4lab.kernels._common.aside import Aside
 from dsv4lab.kernels.gemm.mixed.api import Slots, Tiles, grouped, linear
 from dsv4lab.kernels.gemm.mixed.config import FEW, grouped_tokens, requantises
 from dsv4lab.kernels.gemm.mixed.prepared import prepared
 from dsv4lab.kernels.gemm.operators import activations, factor_of
 from dsv4lab.kernels.moe.combine.api import combine
 from dsv4lab.kernels.moe.gather.api import gather_rows
-from dsv4lab.kernels.moe.permute.api import permute
+from dsv4lab.kernels.moe.permute.api import Permutation, permute
 
 
 def experts(
@@ -43,7 +47,79 @@ def experts(
     and w3 in one format -> (M, D) f32. Tokens are not checked: ids outside 0 .. E-1 contribute nothing.
     Raises ValueError on shapes, TypeError on dtypes.
     """
+    y, order = _rows(x, weights, expert_idx, w1, w3, w2, None, limit=limit, act=act)
+    return _combined(y, order, expert_idx, w1)
+
+
+Three = tuple[PackedWeight, PackedWeight, PackedWeight]  # w1, w3, w2
+
+
+def layer(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    expert_idx: torch.Tensor,
+    routed: Three,
+    shared: Three,
+    *,
+    limit: float,
+    act: str,
+    shared_act: str,
+) -> torch.Tensor:
+    """Routed experts and the shared one, as `reference.moe.moe_layer`: arguments as for `experts` and `shared_expert`
+    -> (M, D) of x.dtype: the bits of `moe_combine` of both.
+    """
+    if together(x, expert_idx, routed, shared, act=act, shared_act=shared_act):
+        y, order = _rows(x, weights, expert_idx, *routed, shared, limit=limit, act=act)
+        top_k = expert_idx.shape[1]
+        return _combined(y[:top_k], order, expert_idx, routed[0], y[top_k:])
+    aside = Aside(x.device)
+    with aside.run():
+        z = shared_expert(x, *shared, limit=limit, act=shared_act)
+    y, order = _rows(x, weights, expert_idx, *routed, None, limit=limit, act=act)
+    aside.join()
+    return _combined(y, order, expert_idx, routed[0], z)
+
+
+def together(
+    x: torch.Tensor, expert_idx: torch.Tensor, routed: Three, shared: Three, *, act: str, shared_act: str
+) -> bool:
+    """Whether the shared expert is one more matrix of the routed ones' products: for one token, and matrices of one form.
+
+    Not with calibrated scales, of which activations have one for each expert.
+    """
+    alike = all(r.format == s.format and r.shape[-2:] == s.shape[-2:] for r, s in zip(routed, shared, strict=True))
+    given = act != "none" and any(w.input_scale is not None for w in (*routed, *shared))
+    tokens, _ = grouped_tokens(expert_idx.numel(), routed[0].shape[0])
+    return x.shape[0] == 1 and alike and act == shared_act and not given and tokens <= FEW
+
+
+def _combined(
+    y: torch.Tensor, order: Permutation | None, expert_idx: torch.Tensor, w1: PackedWeight, shared: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A token's rows added, the shared expert's last."""
+    top_k = expert_idx.shape[1]
+    if order is None:
+        return combine(y, expert_idx.contiguous().view(-1), top_k=top_k, shared=shared, num_experts=w1.shape[0])
+    return combine(y, order.position, top_k=top_k, shared=shared)
+
+
+def _rows(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    expert_idx: torch.Tensor,
+    w1: PackedWeight,
+    w3: PackedWeight,
+    w2: PackedWeight,
+    shared: Three | None,
+    *,
+    limit: float,
+    act: str,
+) -> tuple[torch.Tensor, Permutation | None]:
+    """What each expert makes of each of its rows (rows, D), sorted, or of one token in the order of its choices: then there
+    is no order, and the shared expert's row, if it is given, comes last.
+    """
     pair, down = prepared(w1, w3), prepared(w2)
+    more = (None, None) if shared is None else (prepared(shared[0], shared[1]), prepared(shared[2]))
     num_experts, top_k, rows = pair.shape[0], expert_idx.shape[1], expert_idx.numel()
     tokens, _ = grouped_tokens(rows, num_experts)
     # A calibrated scale belongs to an expert, so rows are quantised when it is known whose they are.
@@ -73,16 +149,15 @@ def experts(
         factor_of="matrix" if static else "token",
         limit=limit,
         requant=requant,
+        beside=more[0],
     )
     given = _of_matrices(w2.input_scale) if act == "nvfp4" else None
     factor = given
     if requant is None:
         h, of_rows = activations(h, act, _of_rows(given, expert_idx, slots.slots))
         factor = of_rows if given is None else given
-    y = grouped(h, down, tiles, rows=rows, out_dtype=x.dtype, factor=factor, factor_of=factor_of(given))
-    if order is None:
-        return combine(y, ids.view(-1), top_k=top_k, num_experts=num_experts)
-    return combine(y, order.position, top_k=top_k)
+    how = dict(out_dtype=x.dtype, factor=factor, factor_of=factor_of(given))
+    return grouped(h, down, tiles, rows=rows, beside=more[1], **how), order
 
 
 def _of_matrices(input_scale: torch.Tensor | None) -> torch.Tensor | None:

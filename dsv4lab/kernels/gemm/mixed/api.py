@@ -167,23 +167,28 @@ def grouped(
     factor_of: str = "row",
     limit: float | None = None,
     requant: torch.Tensor | None = None,
+    beside: PreparedWeight | None = None,
     config: MixedConfig | None = None,
 ) -> torch.Tensor:
     """Rows of x times the matrix that each belongs to: an expert's first product (slots, a paired weight) or its second.
 
     x (rows, K) bf16 in the order of the tiles or, with gather (slots, tiles of at most `FEW` tokens), (tokens, K) in their own.
     factor: of the products, f32, one a "row", a "matrix" or, of slots, a "token". requant (E,): as for `linear`, one a matrix.
-    Result (rows, N); rows that no tile has are not written.
+    beside (tiles `of_rows`, of one token): one matrix more, of the same form, whose row is the last, and multiplied first.
+    Its row has weight 1; its weights do not wait for the kernel before. Rows are then one more, those of x without gather too.
+    Result (rows, N), or (rows + 1, N) with beside; rows that no tile has are not written.
     Raises ValueError on shapes, TypeError on dtypes.
     """
     _, n, k = weight.shape
     _check_x(x, out_dtype, (k,))
     _check_limit(weight, limit)
     _check_requant(weight, requant)
-    num_rows = rows // slots.top_k if gather and slots else rows
+    _check_beside(weight, tiles, slots, rows, beside)
+    all_rows = rows + (beside is not None)
+    num_rows = rows // slots.top_k if gather and slots else all_rows
     if x.shape[0] != num_rows:
         raise ValueError(f"x must have {num_rows} rows, got {x.shape[0]}")
-    y = torch.empty(rows, n, dtype=out_dtype, device=x.device)
+    y = torch.empty(all_rows, n, dtype=out_dtype, device=x.device)
     if not y.numel():
         return y
     scaled = "no" if factor is None else factor_of
@@ -200,14 +205,27 @@ def grouped(
             gather=gather,
             scaled=scaled,
             single=tiles.count is None,
+            beside=beside is not None,
         )
         config = replace(config, requant=requant is not None)
-    want = (tiles.tokens, tiles.count is None, gather, scaled)
-    got = (config.tokens, config.single, config.gather, config.scaled)
+    want = (tiles.tokens, tiles.count is None, gather, scaled, beside is not None)
+    got = (config.tokens, config.single, config.gather, config.scaled, config.beside)
     if want != got:
-        raise ValueError(f"config must have (tokens, single, gather, scaled) = {want}, got {got}")
-    _launch(config, x, weight, y, factor, slots, tiles, weight.slabs * SLAB, limit, requant)
+        raise ValueError(f"config must have (tokens, single, gather, scaled, beside) = {want}, got {got}")
+    _launch(config, x, weight, y, factor, slots, tiles, weight.slabs * SLAB, limit, requant, beside=beside)
     return y
+
+
+def _check_beside(
+    weight: PreparedWeight, tiles: Tiles, slots: Slots | None, rows: int, beside: PreparedWeight | None
+) -> None:
+    if beside is None:
+        return
+    want, got = ((1, *weight.shape[1:]), weight.format, weight.paired), (beside.shape, beside.format, beside.paired)
+    if got != want:
+        raise ValueError(f"beside must have (shape, format, paired) = {want}, got {got}")
+    if tiles.count is not None or (slots is not None and slots.top_k != rows):
+        raise ValueError(f"beside needs the {rows} rows of one token, each a tile, got slots or tiles of another order")
 
 
 def _check_limit(weight: PreparedWeight, limit: float | None) -> None:
@@ -246,6 +264,7 @@ def _launch(
     limit: float | None,
     requant: torch.Tensor | None = None,
     draws: Draws | None = None,
+    beside: PreparedWeight | None = None,
 ) -> None:
     flags = (config.format, config.paired, config.scaled != "no", config.slotted, config.grouped)
     want = (weight.format, weight.paired, factor is not None, slots is not None, tiles is not None)
@@ -260,7 +279,8 @@ def _launch(
         raise ValueError(f"config must have chunks that divide K / {TILE} = {weight.records.shape[1]}, got {config.chunks}")
     runtime = runtime_of(x)
     row_tiles = -(-weight.slabs // config.slabs)
-    count = tiles.tiles.shape[0] * row_tiles if tiles else -(-y.shape[0] // config.tokens) * row_tiles
+    entries = tiles.tiles.shape[0] + config.beside if tiles else -(-y.shape[0] // config.tokens)
+    count = entries * row_tiles
     places = runtime.multiprocessors * config.resident
     ctas = min(count, max(places // config.cluster, 1))
     f32, i32 = weight.alpha.view(-1), weight.records.view(-1)  # stand in for what the configuration does not read
@@ -279,6 +299,8 @@ def _launch(
         f32[:1] if requant is None else requant,
         draws.seed if draws else i64,
         draws.position if draws else i64,
+        beside.records if beside else weight.records,
+        beside.alpha if beside else weight.alpha,
         slots.top_k if slots else 1,
         group_rows,
         float("inf") if limit is None else limit,
@@ -324,6 +346,8 @@ def _compiled(config: MixedConfig, runtime: Runtime) -> Callable[..., Any]:
             fake(f32, free(), align=4),
             fake(cutlass.Int64, free(), align=8),
             fake(cutlass.Int64, free(), align=8),
+            fake(i32, free(), free(divisibility=2), record_words(config.format)),
+            fake(f32, free(), 2, align=4),
             i32(1),
             i32(1),
             f32(1.0),

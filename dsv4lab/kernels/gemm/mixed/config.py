@@ -30,10 +30,12 @@ class MixedConfig:
     chunks: tiles of 64 along K in a stage. stages: of the ring. splits: warps that share a slab's K, and per_warp: slabs
     of a warp, where warps multiply on their own. cluster: CTAs that share a tile's K.
     grouped: tiles come from a list, each with a matrix and rows of its own. single: the list is one of matrices, a row each.
+    beside: of one token's rows, one more matrix, first to be multiplied, has one more row of the result, the last.
     slotted: rows of a grouped product are slots (token * top_k + choice), looked up; the result takes the slot's weight.
     gather: x has a row for each token, not for each slot. paired: clamped SwiGLU of gate and up rows. scaled: whether products
     have a factor, one a "row", a "matrix" or, of slots, a "token". early: weights do not wait for the kernel before.
     requant: where warps multiply, whether the results of a pair leave as the NVFP4 values that they are quantised to.
+    places: CTAs of a multiprocessor at a time, 0 for as many as fit; fewer leave memory for the next kernel's.
     """
 
     format: str
@@ -48,12 +50,14 @@ class MixedConfig:
     cluster: int = 1
     grouped: bool = False
     single: bool = False
+    beside: bool = False
     slotted: bool = False
     gather: bool = False
     paired: bool = False
     scaled: str = "no"
     early: bool = True
     requant: bool = False
+    places: int = 0
 
     @property
     def rows(self) -> int:
@@ -73,7 +77,7 @@ class MixedConfig:
     @property
     def resident(self) -> int:
         """CTAs of a multiprocessor at a time."""
-        return 2 if self.by_warp and self.shared_bytes <= HALF_SHARED_BYTES else 1
+        return self.places or (2 if self.by_warp and self.shared_bytes <= HALF_SHARED_BYTES else 1)
 
     @property
     def warps(self) -> int:
@@ -195,6 +199,13 @@ class MixedConfig:
             raise ValueError(f"scaled must be no, row or matrix, or token of slots, got {self.scaled!r}")
         if self.single and not (self.grouped and self.by_warp):
             raise ValueError(f"single needs a grouped configuration of at most {FEW} tokens, got {self.tokens}")
+        if self.beside and not (self.single and self.scaled != "matrix" and not self.requant):
+            raise ValueError(
+                "beside needs a single configuration whose results stay as they are, of factors a row or token, "
+                f"got single={self.single}, requant={self.requant} and scaled={self.scaled!r}"
+            )
+        if self.places not in (0, 1):
+            raise ValueError(f"places must be 0 or 1, got {self.places}")
         if self.grouped and self.cluster > 1:
             raise ValueError(f"cluster must be 1 for a grouped configuration, got {self.cluster}")
         self._check_requant()
@@ -365,6 +376,7 @@ def choose_grouped(
     gather: bool,
     scaled: str,
     single: bool = False,
+    beside: bool = False,
 ) -> MixedConfig:
     """The configuration of a grouped product of so many rows with as many matrices.
 
@@ -386,6 +398,7 @@ def choose_grouped(
             splits=min(4 if single else 2, chunks) if few else 1,
             grouped=True,
             single=single,
+            beside=beside,
             slotted=slotted,
             gather=gather,
             paired=paired,

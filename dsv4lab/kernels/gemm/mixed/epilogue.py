@@ -290,7 +290,8 @@ class Epilogue:
         token, scale, weight = row, Float32(1.0), Float32(1.0)
         if plan.slotted:
             slot = row if plan.single else self.slots[row]
-            token, weight = slot // self.top_k, self.slot_weight[slot]
+            token = Int32(0) if plan.beside else slot // self.top_k  # with a matrix beside, rows are one token's
+            weight = self.slot_weight[slot]
         if plan.scaled == "token":
             scale = self.factor[token]
         elif plan.scaled == "row" and plan.grouped:

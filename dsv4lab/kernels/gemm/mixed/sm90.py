@@ -71,6 +71,8 @@ class MixedLinearSm90:
         given: cute.Tensor,
         seed: cute.Tensor,
         position: cute.Tensor,
+        more_records: cute.Tensor,
+        more_alpha: cute.Tensor,
         top_k: Int32,
         group_rows: Int32,
         limit: Float32,
@@ -82,7 +84,8 @@ class MixedLinearSm90:
 
         factor: (M,) f32, of groups (M, G), of slots (tokens,), of matrices (E,); given (E,) f32: global scales of results;
         slots (M,) i32, slot_weight (slots,) f32 and top_k if slotted;
-        tiles (T, 4) i32 (matrix, first row, end row, -) and num_tiles (1,) i32 if grouped, (M, 2) i32 (matrix, -) if single.
+        tiles (T, 4) i32 (matrix, first row, end row, -) and num_tiles (1,) i32 if grouped, (M, 2) i32 (matrix, -) if single;
+        more_records (slabs, tiles, words) and more_alpha (1, 2), of the matrix beside, if there is one.
         group_rows: rows of y^T that share their columns of x: the next group's follow along x's row. limit: of SwiGLU.
         """
         plan = self.plan
@@ -108,6 +111,8 @@ class MixedLinearSm90:
             given,
             seed,
             position,
+            more_records,
+            more_alpha,
             top_k,
             group_rows,
             limit,
@@ -137,6 +142,8 @@ class MixedLinearSm90:
         given: cute.Tensor,
         seed: cute.Tensor,
         position: cute.Tensor,
+        more_records: cute.Tensor,
+        more_alpha: cute.Tensor,
         top_k: Int32,
         group_rows: Int32,
         limit: Float32,
@@ -178,15 +185,22 @@ class MixedLinearSm90:
             cute.arch.barrier_arrive(barrier_id=0, number_of_threads=plan.threads)
         else:
             cute.arch.barrier(barrier_id=0, number_of_threads=plan.threads)
-        if cutlass.const_expr(not plan.early):
+        # The next kernel reads the list of tiles before this one has ended, so it may not start before the list is there.
+        if cutlass.const_expr(plan.early):
+            cute.arch.griddepcontrol_launch_dependents()
+        elif cutlass.const_expr(plan.beside):
+            if warp != plan.warps:  # weights of the matrix beside are known
+                cute.arch.griddepcontrol_wait()
+                cute.arch.griddepcontrol_launch_dependents()
+        else:
             cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+            cute.arch.griddepcontrol_launch_dependents()
 
         if warp >= plan.warps:
             if cutlass.const_expr(plan.tokens >= 128):
                 cute.arch.setmaxregister_decrease(_FEW_REGISTERS)
             if warp == plan.warps:
-                self._load_weights(records, alpha, y, tiles, num_tiles, shared_w, full, empty)
+                self._load_weights(records, alpha, more_records, y, tiles, num_tiles, shared_w, full, empty)
             elif warp == plan.warps + 1:
                 if cutlass.const_expr(plan.by_warp):
                     self._load_rows(x, records, alpha, y, slots, tiles, num_tiles, top_k, group_rows, shared_x, full, empty)
@@ -199,7 +213,7 @@ class MixedLinearSm90:
             out = Epilogue(
                 plan, y, alpha, factor, slots, slot_weight, given, draw, top_k, group_rows, limit, sums, shared, shared + 1
             )
-            self._consume(out, records, alpha, y, tiles, num_tiles, shared_x, shared_w, full, empty)
+            self._consume(out, records, alpha, more_alpha, y, tiles, num_tiles, shared_x, shared_w, full, empty)
 
     @cute.jit
     def _clear_past_the_end(self, x: Any, shared_x: Any) -> None:
@@ -235,9 +249,12 @@ class MixedLinearSm90:
         return block // plan.cluster, grid // plan.cluster, entries * row_tiles, row_tiles, low, high, slabs
 
     def _tile(self, tile: Any, inner: Any, alpha: Any, y: Any, tiles: Any) -> tuple[Any, ...]:
-        """Of a tile: (matrix, tile of weight rows, first row of y, end row)."""
+        """Of a tile: (matrix, -1 for the one beside, tile of weight rows, first row of y, end row)."""
         plan = self.plan
         entry, row_tile = tile // inner, tile % inner
+        if cutlass.const_expr(plan.beside):
+            row = cutlass.select_(entry == 0, y.shape[0], entry) - 1
+            return self._matrix(entry, alpha, tiles), row_tile, row, row + 1
         if cutlass.const_expr(plan.single):
             # whatever a row's matrix is, one is read: nobody reads the result of a row that has none
             matrix = cutlass.min(cutlass.max(tiles[entry, 0], 0), alpha.shape[0] - 1)
@@ -247,10 +264,29 @@ class MixedLinearSm90:
         first = entry * plan.tokens
         return Int32(0), row_tile, first, cutlass.min(first + plan.tokens, y.shape[0])
 
+    @cute.jit
+    def _matrix(self, entry: Any, alpha: Any, tiles: Any) -> Any:
+        """The matrix of a routed row, behind the one beside: its number comes from the kernel before."""
+        matrix = Int32(-1)
+        if entry > 0:
+            if cutlass.const_expr(not self.plan.early):
+                cute.arch.griddepcontrol_wait()
+            matrix = cutlass.min(cutlass.max(tiles[entry - 1, 0], 0), alpha.shape[0] - 1)
+        return matrix
+
     # ---- loads ---------------------------------------------------------------------------------------------------------
     @cute.jit
     def _load_weights(
-        self, records: Any, alpha: Any, y: Any, tiles: Any, num_tiles: Any, shared_w: Any, full: Any, empty: Any
+        self,
+        records: Any,
+        alpha: Any,
+        more_records: Any,
+        y: Any,
+        tiles: Any,
+        num_tiles: Any,
+        shared_w: Any,
+        full: Any,
+        empty: Any,
     ) -> None:
         plan = self.plan
         begin, stride, end, inner, low, high, slabs = self._plan(records, alpha, y, num_tiles)
@@ -259,7 +295,13 @@ class MixedLinearSm90:
         stage, phase = Int32(0), Int32(1)  # of the ring's empty barriers; the phase before the first counts as over
         for tile in cutlass.range(begin, end, stride, unroll=1):
             matrix, row_tile, _, _ = self._tile(tile, inner, alpha, y, tiles)
-            slab = matrix * slabs + cutlass.min(row_tile * plan.slabs + lane, slabs - 1)  # past the last: never stored
+            slab = cutlass.min(row_tile * plan.slabs + lane, slabs - 1)  # past the last: never stored
+            if cutlass.const_expr(plan.beside):
+                start = more_records[slab, 0, None].iterator.toint()
+                if matrix >= 0:
+                    start = records[matrix * slabs + slab, 0, None].iterator.toint()
+            else:
+                start = records[matrix * slabs + slab, 0, None].iterator.toint()
             for step in cutlass.range(low, high, 1, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 if lane == 0:
@@ -267,7 +309,7 @@ class MixedLinearSm90:
                 cute.arch.sync_warp()
                 if lane < plan.slabs:
                     target = shared_w[None, lane, stage].iterator
-                    copy_bulk(target, records[slab, step * plan.chunks, None].iterator, words * 4, full + stage)
+                    copy_bulk(target, start + step * (words * 4), words * 4, full + stage)
                 stage, phase = advance(plan.stages, stage, phase)
 
     @cute.jit
@@ -297,7 +339,10 @@ class MixedLinearSm90:
             column = row_tile * plan.rows // group_rows * (records.shape[1] * TILE)
             row = cutlass.min(first + lane, last - 1)
             if cutlass.const_expr(plan.gather):
-                row = (row if cutlass.const_expr(plan.single) else slots[row]) // top_k
+                if cutlass.const_expr(plan.beside):
+                    row = Int32(0)  # of one token
+                else:
+                    row = (row if cutlass.const_expr(plan.single) else slots[row]) // top_k
             for step in cutlass.range(low, high, 1, unroll=1):
                 start = step * plan.chunks * TILE + column
                 size = cutlass.max(cutlass.min(plan.chunks * TILE, x.shape[1] - start), 0) * 2
@@ -368,6 +413,7 @@ class MixedLinearSm90:
         out: Any,
         records: Any,
         alpha: Any,
+        more_alpha: Any,
         y: Any,
         tiles: Any,
         num_tiles: Any,
@@ -395,10 +441,17 @@ class MixedLinearSm90:
         turn = Int32(0)  # of the cluster's epilogue
         for tile in cutlass.range(begin, end, stride, unroll=1):
             matrix, row_tile, first, last = self._tile(tile, inner, alpha, y, tiles)
-            if cutlass.const_expr(plan.by_warp and not ahead):
+            if cutlass.const_expr(plan.beside):
+                _keep(gains, more_alpha, 0)
+                weight[0] = Float32(1.0)
+                if matrix >= 0:
+                    _keep(gains, alpha, matrix)
+                    if cutlass.const_expr(plan.slotted):
+                        weight[0] = slot_weight[first]
+            elif cutlass.const_expr(plan.by_warp and not ahead):
                 _keep(gains, alpha, matrix)
-            if cutlass.const_expr(plan.single and plan.slotted):
-                weight[0] = slot_weight[first]  # of the tile's one row
+                if cutlass.const_expr(plan.single and plan.slotted):
+                    weight[0] = slot_weight[first]  # of the tile's one row
             total.fill(0.0)
             ring = (full, empty, high - low)
             if cutlass.const_expr(plan.by_warp):
