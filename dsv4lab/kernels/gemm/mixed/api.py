@@ -216,9 +216,7 @@ def grouped(
     return y
 
 
-def _check_beside(
-    weight: PreparedWeight, tiles: Tiles, slots: Slots | None, rows: int, beside: PreparedWeight | None
-) -> None:
+def _check_beside(weight: PreparedWeight, tiles: Tiles, slots: Slots | None, rows: int, beside: PreparedWeight | None) -> None:
     if beside is None:
         return
     want, got = ((1, *weight.shape[1:]), weight.format, weight.paired), (beside.shape, beside.format, beside.paired)
