@@ -1,9 +1,11 @@
 """The MoE layer with NVFP4 experts at Flash's and Pro's shapes: the whole of it, then its parts, each in a graph of its own.
 
-    layer            router_topk, experts (all that follows but the shared one), shared_expert, moe_combine
+    layer            router_topk, moe_layer: all experts and their sum
     experts          without router and shared expert
-    router, permute, gather (many tokens), product 1 (with SwiGLU), product 2, combine, shared, moe_combine
+    router, permute, gather (many tokens), product 1 (with SwiGLU), product 2, combine, shared
+    moe_combine      by itself: the layer adds all in one launch
 
+A token's shared expert is one more matrix of both products, otherwise it runs beside them, in launches of its own.
 Bound of layer and experts: packed bytes of the experts that are hit, and of the shared one, over copy bandwidth, or
 6 M top_k D I flops (and 6 M D I of the shared one) over the BF16 rate, whichever is longer. Inputs take turns: each hits
 experts of its own. Peers multiply decoded BF16 weights:
@@ -30,8 +32,8 @@ import torch
 from benchmarks import common, work
 from benchmarks.common import Bench, Call, Failure, attempt
 from benchmarks.linear import LIMIT, prepared_shape, random_weight
-from dsv4lab.dispatch import Aside
 from dsv4lab.formats import PackedWeight
+from dsv4lab.kernels._common.aside import starting
 from dsv4lab.kernels._common.launch import runtime_of
 from dsv4lab.kernels.gemm.mixed import prepared as prepared_weights
 from dsv4lab.kernels.gemm.mixed.prepared import prepared
@@ -122,22 +124,28 @@ class Layer:
     def routed(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return experts(x, weights, ids, self.w1, self.w3, self.w2, limit=LIMIT, act="none")
 
+    def all(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, copy: int = 0) -> torch.Tensor:
+        shared = self.shared[copy % len(self.shared)]
+        routed = (self.w1, self.w3, self.w2)
+        return experts_module.layer(x, weights, ids, routed, shared, limit=LIMIT, act="none", shared_act="none")
+
+    def together(self, x: torch.Tensor, ids: torch.Tensor) -> bool:
+        """Whether products are those of the shared expert, too."""
+        routed = (self.w1, self.w3, self.w2)
+        return experts_module.together(x, ids, routed, self.shared[0], act="none", shared_act="none")
+
     def share(self, x: torch.Tensor, copy: int = 0) -> torch.Tensor:
         return shared_expert(x, *self.shared[copy % len(self.shared)], limit=LIMIT, act="none")
 
     def __call__(self, x: torch.Tensor, copy: int = 0) -> torch.Tensor:
         """What is measured: the whole layer, the shared expert beside the rest, as `dsv4lab.model.moe` runs it."""
-        aside = Aside(x.device)
-        with aside.run():
-            shared = self.share(x, copy)
-        routed = self.routed(x, *self.route(x))
-        aside.join()
-        return moe_combine(routed, shared)
+        with starting(x.device):
+            return self.all(x, *self.route(x), copy)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One input and its routing. made: the calls that the experts make for it, with their arguments."""
+    """One input and its routing. made: the calls that routed experts make for it in the layer, with their arguments."""
 
     layer: Layer
     x: torch.Tensor
@@ -146,10 +154,10 @@ class Step:
     made: list[tuple[str, Call]]
 
     @classmethod
-    def of(cls, layer: Layer, x: torch.Tensor) -> Step:
+    def of(cls, layer: Layer, x: torch.Tensor, copy: int = 0) -> Step:
         weights, ids = layer.route(x)
         with recording() as made:
-            layer.routed(x, weights, ids)
+            layer.all(x, weights, ids, copy)
         return cls(layer, x, weights, ids, made)
 
 
@@ -236,7 +244,7 @@ def measure(bench: Bench, layer: Layer, dense: Dense | Failure, m: int, device: 
     name = f"{model.name} layer"
     try:
         count = min(_MOST_INPUTS, common.num_copies(min(m * model.top_k, model.experts) * model.expert_bytes) + 1)
-        steps = [Step.of(layer, torch.randn(m, model.d, device=device).bfloat16()) for _ in range(count)]
+        steps = [Step.of(layer, torch.randn(m, model.d, device=device).bfloat16(), i) for i in range(count)]
         hit = sum(int(step.ids.unique().numel()) for step in steps) / count
         base["experts_hit"] = hit
         with common.seeing(steps[0].x) as names:
@@ -280,12 +288,13 @@ def measure_parts(bench: Bench, layer: Layer, steps: list[Step], base: dict[str,
     except Exception as error:
         bench.failed(f"{model.name} parts", base, error)
         return
-    everything, flops = experts_bound["nbytes"], experts_bound["flops"]
-    gate_bytes, one = layer.gate_weight.nbytes, model.expert_bytes
+    gate_bytes, one, of_one = layer.gate_weight.nbytes, model.expert_bytes, 6.0 * m * model.d * model.inner
+    more = layer.together(steps[0].x, steps[0].ids)
+    everything, flops = experts_bound["nbytes"] + more * one, experts_bound["flops"] + more * of_one
     bounds = {  # bytes, flops
         "router": (gate_bytes + m * row + 12.0 * m * model.top_k, 2.0 * m * model.experts * model.d),
         **work.expert_parts(m, model.top_k, model.d, everything, flops),
-        "shared": (one, 6.0 * m * model.d * model.inner),
+        "shared": (one, of_one),
         "moe_combine": (4 * m * row, 0.0),
     }
     own: dict[str, Callable[[int], object]] = {

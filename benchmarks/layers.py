@@ -34,7 +34,7 @@ from benchmarks import attention_layer, common, operations, work
 from benchmarks.attention_layer import KINDS, ask_again, filled_cache
 from benchmarks.common import Bench, Ceilings
 from benchmarks.linear import random_weight
-from benchmarks.work import Shape, flops_of, kept_bytes, name_of
+from benchmarks.work import Shape, flops_of, name_of
 from dsv4lab import ops
 from dsv4lab.config import CSA, SCORE, ModelConfig
 from dsv4lab.dispatch import backend
@@ -52,7 +52,7 @@ SCENES = (("prefill", 1, 4096, 4096), ("decode 1", 1, 1, 16384), ("decode 64", 6
 CHECKED = (1, 64, 4096)  # sequences, tokens, context of the step that the reference computes too
 LEAST_COSINE = 0.99
 _REPLAYS, _LAUNCHES = 7, 3  # runs that are traced, of decode and of prefill
-_EXPERTS = ("moe_experts", "shared_expert")  # operations whose launches are several parts
+_EXPERTS = "moe_layer"  # the operation whose launches are several parts
 _STEPS = {".moe.permute.": "permute", ".moe.gather.": "gather", ".moe.combine.": "combine"}
 
 SHAPES = tuple(
@@ -276,24 +276,26 @@ def parts_of(shape: Shape, calls: Sequence[ops.Call], launched: Sequence[Launche
 
     for number, call in enumerate(calls):
         mine = [i for i, one in enumerate(launched) if one.call == number]
-        if call.name not in _EXPERTS:
+        if call.name != _EXPERTS:
             add(name_of(call), work.bytes_of(shape, call), flops_of(shape, call), mine)
             continue
-        weights, flops, d = kept_bytes(shape, call), flops_of(shape, call), call.inputs["x"].shape[1]
-        top_k = call.inputs["expert_idx"].shape[1] if call.name == "moe_experts" else 1
-        bounds = work.expert_parts(shape.rows, top_k, d, weights, flops)
         steps = steps_of([launched[i].name.module for i in mine])
+        bounds = work.layer_parts(shape, call, apart="shared product 1" in steps)
         for step in dict.fromkeys(steps):
             add(f"{call.name} {step}", *bounds[step], [i for i, of in zip(mine, steps, strict=True) if of == step])
     return found
 
 
 def steps_of(modules: Sequence[str]) -> list[str]:
-    """What each launch of an operation on experts is for, by the modules of the kernels in the order of launches."""
-    product, found = 1, []
+    """What each launch of `moe_layer` is for, by the modules of the kernels in the order of launches.
+
+    Where there are four products, the first two are the shared expert's.
+    """
+    names = ["shared product 1", "shared product 2", "product 1", "product 2", ""][-1 - sum(".gemm." in m for m in modules) :]
+    product, found = 0, []
     for module in modules:
         step = next((step for part, step in _STEPS.items() if part in f"{module}."), None)
-        found.append(step or f"product {product}")
+        found.append(step or names[product])
         product += ".gemm." in module
     return found
 

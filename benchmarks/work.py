@@ -36,9 +36,7 @@ _MOVED = {
     "mhc_post": ("y", "streams", "post", "comb"),
     "router_topk": ("x",),
     "router_hash": ("x",),
-    "moe_experts": ("x",),
-    "shared_expert": ("x",),
-    "moe_combine": ("routed", "shared"),
+    "moe_layer": ("x",),
 }
 _WEIGHTS = ("fn", "gate_weight")  # arguments that are weights by themselves
 _PARTS = ("codes", "scale", "global_scale")  # and those that are parts of packed ones
@@ -95,8 +93,8 @@ def name_of(call: ops.Call) -> str:
 def kept_bytes(shape: Shape, call: ops.Call) -> float:
     """Of weights and of keys that a call must read, or write."""
     given = call.inputs
-    if call.name == "moe_experts":
-        return _packed_bytes(given) * experts_hit(call) / given["codes"][0].shape[0]
+    if call.name == "moe_layer":
+        return sum(expert_bytes(call))
     if "codes" in given:
         return _packed_bytes(given)
     if call.name == "attention":
@@ -123,8 +121,21 @@ def _packed_bytes(given: dict[str, Any]) -> float:
 
 
 def experts_hit(call: ops.Call) -> int:
-    """Experts that any token of a call of `moe_experts` is sent to."""
+    """Experts that any token of a call of `moe_layer` is sent to."""
     return int(call.inputs["expert_idx"].unique().numel())
+
+
+def expert_bytes(call: ops.Call) -> tuple[float, float]:
+    """Packed bytes of the routed experts that a call of `moe_layer` hits, and of the shared one."""
+    routed, shared = ({part: call.inputs[part][of] for part in _PARTS} for of in (slice(3), slice(3, 6)))
+    return _packed_bytes(routed) * experts_hit(call) / routed["codes"][0].shape[0], _packed_bytes(shared)
+
+
+def expert_flops(shape: Shape, call: ops.Call) -> tuple[float, float]:
+    """Of the routed experts of a call of `moe_layer`, and of the shared one."""
+    given = call.inputs
+    once = 6.0 * shape.rows * given["x"].shape[1]
+    return once * given["expert_idx"].shape[1] * given["codes"][0].shape[-2], once * given["codes"][3].shape[-2]
 
 
 def moved_bytes(shape: Shape, call: ops.Call) -> float:
@@ -146,10 +157,8 @@ def bytes_of(shape: Shape, call: ops.Call) -> float:
 def flops_of(shape: Shape, call: ops.Call) -> float:
     given = call.inputs
     last = range(shape.context - shape.tokens + 1, shape.context + 1)
-    if call.name in ("moe_experts", "shared_expert"):
-        x, w1 = given["x"], given["codes"][0]
-        times = given["expert_idx"].shape[1] if call.name == "moe_experts" else 1
-        return 6.0 * shape.rows * times * x.shape[1] * w1.shape[-2]
+    if call.name == "moe_layer":
+        return sum(expert_flops(shape, call))
     if "codes" in given:
         codes = given["codes"] if isinstance(given["codes"], list) else [given["codes"]]
         return 2.0 * shape.rows * sum(part.shape[0] for part in codes) * given["x"].shape[-1]
@@ -168,6 +177,19 @@ def flops_of(shape: Shape, call: ops.Call) -> float:
 
 
 # ---- parts of experts --------------------------------------------------------------------------------------------------
+def layer_parts(shape: Shape, call: ops.Call, *, apart: bool) -> dict[str, tuple[float, float]]:
+    """`expert_parts` of a call of `moe_layer`. apart: the shared expert has products of its own."""
+    weights, flops = expert_bytes(call), expert_flops(shape, call)
+    x, top_k = call.inputs["x"], call.inputs["expert_idx"].shape[1]
+    if not apart:
+        return expert_parts(shape.rows, top_k, x.shape[1], sum(weights), sum(flops))
+    return {
+        "shared product 1": (weights[1] * 2 / 3, flops[1] * 2 / 3),
+        "shared product 2": (weights[1] / 3, flops[1] / 3),
+        **expert_parts(shape.rows, top_k, x.shape[1], weights[0], flops[0]),
+    }
+
+
 def expert_parts(tokens: int, top_k: int, d: int, weights: float, flops: float) -> dict[str, tuple[float, float]]:
     """Bytes and flops of the steps from routed tokens to their sums: of experts with `weights` bytes that are hit.
 

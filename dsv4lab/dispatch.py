@@ -201,34 +201,6 @@ def scope(name: str) -> Iterator[None]:
         _scope.reset(token)
 
 
-_side_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-class Aside:
-    """Work that runs beside what follows it, on a second CUDA stream; on a CPU it is simply done first."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda" and device not in _side_streams:
-            _side_streams[device] = torch.cuda.Stream(device)
-
-    @contextmanager
-    def run(self) -> Iterator[None]:
-        """What is launched inside the block waits for all that came before it, and for nothing that comes after."""
-        if self.device.type != "cuda":
-            yield
-            return
-        side = _side_streams[self.device]
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            yield
-
-    def join(self) -> None:
-        """From here on, results of the block may be used. Must come before its inputs are freed; a CUDA graph holds both."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).wait_stream(_side_streams[self.device])
-
-
 @contextmanager
 def observe() -> Iterator[list[Call]]:
     """Collect the calls made inside the block, in order. Tensors are kept by reference: page pools show their latest state."""

@@ -347,7 +347,7 @@ viz.plot_scale_layout({"linear": torch.arange(128 * 8).view(128, 8), "atom128x4"
 window = perplexity.held_out_windows(model.tokenizer, count=1, length=512)
 with ops.observe() as calls:
     model.logits(window[:, :-1])
-x = observed.only(calls, "shared_expert", "layers.1").inputs["x"].float()
+x = observed.only(calls, "moe_layer", "layers.1").inputs["x"].float()
 input_scale, live = x.abs().max() / quant.NVFP4_RANGE, live_factor * x  # the constant, and what comes at run time
 block_amax = live.unflatten(-1, (-1, NVFP4.group)).abs().amax(-1)
 saturating = block_amax / (6 * input_scale) >= 432  # predicted from the rule, block by block

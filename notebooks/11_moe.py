@@ -79,7 +79,7 @@ def direct(schedule="eager"):
 text = perplexity.held_out_windows(model.tokenizer, count=1, length=512)
 with ops.observe() as calls:
     model.logits(text[:, :-1])
-expert_calls = observed.find(calls, "moe_experts", "layers")
+expert_calls = observed.find(calls, "moe_layer", "layers")
 first = expert_calls[1]
 print(f"act {first.inputs['act']}, formats {first.inputs['fmts']}")
 print(f"{config.n_routed_experts} experts, {config.num_experts_per_tok} a token")

@@ -144,6 +144,8 @@ def cases() -> list[Case]:
         routed = (x16, torch.rand(TOKENS, 2, generator=g), choice)
         add("moe", moe.moe, *routed, up, gated, down, operator="moe_experts", **act_knobs)
         add("shared_expert", moe.expert, x16, up[0], gated[0], down[0], **act_knobs)
+        every = (up, gated, down, up[0], gated[0], down[0])
+        add("moe_layer", moe.moe_layer, *routed, *every, shared_act=act, **act_knobs)
     add("moe_combine", moe.moe_combine, x, x16)
     for weight in (None, torch.rand(TOKENS, generator=g)):
         halves = (x16, rand(TOKENS, 160).bfloat16(), weight)
@@ -416,35 +418,3 @@ def test_positional_and_named_arguments_are_the_same_call() -> None:
     assert torch.equal(a, b)
     assert list(calls[0].inputs) == list(calls[1].inputs)
     assert calls[0].inputs["fmt"] == "nvfp4" and calls[0].inputs["codes"] is weight.codes
-
-
-def test_work_aside_is_simply_done_on_a_cpu() -> None:
-    aside = ops.Aside(torch.device("cpu"))
-    with aside.run():
-        y = torch.ones(3) * 2
-    aside.join()
-    assert torch.equal(y, torch.full((3,), 2.0))
-
-
-@pytest.mark.gpu
-def test_work_aside_joins_in_a_cuda_graph() -> None:
-    x = torch.ones(1 << 20, device="cuda")
-
-    def both() -> torch.Tensor:
-        aside = ops.Aside(x.device)
-        with aside.run():
-            y = x
-            for _ in range(50):
-                y = y + 1
-        z = x * 3
-        aside.join()
-        return y + z
-
-    assert torch.equal(both(), x * 54)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = both()
-    x.fill_(2.0)
-    graph.replay()
-    assert torch.equal(out, torch.full_like(out, 58.0))

@@ -19,7 +19,7 @@ from dsv4lab.formats import NVFP4, PackedWeight
 from dsv4lab.model.checkpoint.inventory import matrix_format, parameters
 from dsv4lab.model.layers import Linear
 from dsv4lab.model.model import Model
-from dsv4lab.model.moe import Experts, SharedExpert
+from dsv4lab.model.moe import Experts
 from dsv4lab.model.mtp import MTPBlock
 from dsv4lab.reference.moe import clamped_swiglu
 
@@ -55,7 +55,7 @@ def measure_input_amax(model: Model, token_ids: Sequence[int], *, layout: str, p
     handles = [
         module.register_forward_pre_hook(_hook(name, module, seen))
         for name, module in model.named_modules()
-        if isinstance(module, Linear | Experts | SharedExpert)
+        if isinstance(module, Linear | Experts)
     ]
     for name, module in model.named_modules():
         if isinstance(module, MTPBlock):
@@ -116,14 +116,12 @@ def _hook(name: str, module: torch.nn.Module, seen: _Amax) -> Any:
         seen.see(f"{prefix}.w3.weight", x)
         seen.see(f"{prefix}.w2.weight", hidden if row_weight is None else hidden * row_weight)
 
-    def shared(owner: Any, args: tuple[torch.Tensor, ...]) -> None:
-        expert(name, args[0], (owner.w1.weight, owner.w3.weight), owner.limit, None)
-
-    def routed(owner: Any, args: tuple[torch.Tensor, ...]) -> None:
-        x, weights, expert_idx = args
+    def experts(owner: Any, args: tuple[Any, ...]) -> None:
+        x, weights, expert_idx, shared = args
+        expert(f"{name.removesuffix('experts')}shared_experts", x, (shared.w1.weight, shared.w3.weight), owner.limit, None)
         for index in expert_idx.unique().tolist():
             rows, places = (expert_idx == index).nonzero(as_tuple=True)
             matrices = (owner.w1.weight[index], owner.w3.weight[index])
             expert(f"{name}.{index}", x[rows], matrices, owner.limit, weights[rows, places, None])
 
-    return routed if isinstance(module, Experts) else shared if isinstance(module, SharedExpert) else linear
+    return experts if isinstance(module, Experts) else linear

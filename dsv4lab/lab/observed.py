@@ -175,7 +175,7 @@ def attention_map(call: Call, first: int, count: int, *, num_entries: int = 0) -
 def expert_counts(calls: Sequence[Call], num_experts: int) -> torch.Tensor:
     """Tokens routed to each expert by every backbone layer, all observed steps together: (L, E) int64."""
     counts: dict[str, torch.Tensor] = {}
-    for call in find(calls, "moe_experts", "layers"):
+    for call in find(calls, "moe_layer", "layers"):
         load = torch.bincount(call.inputs["expert_idx"].flatten(), minlength=num_experts)
         counts[call.scope] = counts.get(call.scope, torch.zeros_like(load)) + load
     return torch.stack([counts[scope] for scope in sorted(counts, key=lambda s: int(s.split(".")[1]))])
@@ -201,7 +201,7 @@ def shape_stages(
     for i, (kind, router) in enumerate(zip(layer_kinds, router_kinds, strict=True)):
         attention = only(calls, "attention", f"layers.{i}")
         post = only(calls, "mhc_post", f"layers.{i}")
-        experts = only(calls, "moe_experts", f"layers.{i}")
+        experts = only(calls, "moe_layer", f"layers.{i}")
         entries = attention.inputs["entry_pages"]
         heads = " x ".join(str(d) for d in attention.inputs["q"].shape[1:])
         seen = "window only" if entries is None else f"window + 1 entry per {attention.inputs['ratio']} tokens"

@@ -42,7 +42,7 @@ _ALIASES: dict[str, dict[str, str | None]] = {
     "linear": {"wo_a": "grouped_linear", "head": "lm_head", "": "linear"},
     "experts": {
         "experts": "moe_experts",
-        "layer": "moe_experts",
+        "layer": "moe_layer",
         "router": "router_topk",
         "shared": "shared_expert",
         "permute": None,

@@ -47,27 +47,21 @@ class Experts(nn.Module):
         expert, matrix, _ = leaf.split(".")
         getattr(self, matrix).assign(int(expert), value)
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, expert_idx: torch.Tensor) -> torch.Tensor:
-        """x (M, D), weights and expert_idx (M, top_k) -> (M, D) f32."""
-        w1, w3, w2 = self.w1.weight, self.w3.weight, self.w2.weight
-        act = self.numerics.act(w1.format)
-        return ops.moe(x, weights, expert_idx, w1, w3, w2, limit=self.limit, act=act)
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, expert_idx: torch.Tensor, shared: SharedExpert) -> torch.Tensor:
+        """x (M, D), weights and expert_idx (M, top_k) -> (M, D): the shared expert's result included, rounded once."""
+        act, shared_act = (self.numerics.act(of.w1.weight.format) for of in (self, shared))
+        matrices = (m.weight for of in (self, shared) for m in (of.w1, of.w3, of.w2))
+        return ops.moe_layer(x, weights, expert_idx, *matrices, limit=self.limit, act=act, shared_act=shared_act)
 
 
 class SharedExpert(nn.Module):
-    """The expert every token passes."""
+    """The expert every token passes; runs with the routed ones, see `Experts`."""
 
     def __init__(self, config: ModelConfig, numerics: Numerics) -> None:
         super().__init__()
-        self.limit, self.numerics = config.swiglu_limit, numerics
         self.w1 = Linear(config.moe_intermediate_size, config.hidden_size, numerics)
         self.w3 = Linear(config.moe_intermediate_size, config.hidden_size, numerics)
         self.w2 = Linear(config.hidden_size, config.moe_intermediate_size, numerics)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (M, D) -> (M, D)."""
-        w1 = self.w1.weight
-        return ops.shared_expert(x, w1, self.w3.weight, self.w2.weight, limit=self.limit, act=self.numerics.act(w1.format))
 
 
 class MoE(nn.Module):
@@ -81,10 +75,6 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """x (M, D) normalised, token_ids (M,) -> (M, D). The shared expert streams its weights while routes are found."""
-        aside = ops.Aside(x.device)
-        with aside.run():
-            shared = self.shared_experts(x)
-        weights, expert_idx = self.gate(x, token_ids)
-        routed = self.experts(x, weights, expert_idx)
-        aside.join()
-        return ops.moe_combine(routed, shared)
+        with ops.starting(x.device):
+            weights, expert_idx = self.gate(x, token_ids)
+            return self.experts(x, weights, expert_idx, self.shared_experts)

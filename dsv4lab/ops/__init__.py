@@ -15,7 +15,6 @@ operation, with a shape function for meta tensors. What runs is decided by the a
 
 from dsv4lab.dispatch import (
     BACKENDS,
-    Aside,
     Backend,
     Call,
     MissingKernel,
@@ -26,10 +25,21 @@ from dsv4lab.dispatch import (
     register_kernel,
     scope,
 )
+from dsv4lab.kernels._common.aside import starting
 from dsv4lab.kernels.registry import KERNELS
 from dsv4lab.ops.cache import cache_read, cache_write, compress
 from dsv4lab.ops.decoding import advance_decode, decode_plan, match_drafts
-from dsv4lab.ops.experts import moe, moe_combine, router_hash, router_topk, shared_expert, swiglu, swiglu_fp8, swiglu_nvfp4
+from dsv4lab.ops.experts import (
+    moe,
+    moe_combine,
+    moe_layer,
+    router_hash,
+    router_topk,
+    shared_expert,
+    swiglu,
+    swiglu_fp8,
+    swiglu_nvfp4,
+)
 from dsv4lab.ops.gemm import grouped_linear, linear, lm_head, two_linears
 from dsv4lab.ops.head import accept_drafts, lm_head_greedy, lm_head_sample, mtp_input, probabilities, sample
 from dsv4lab.ops.indexing import attention, index_query, index_scores, index_topk
@@ -47,7 +57,6 @@ from dsv4lab.ops.quant import dequantize, quantize_fp8_blocks, quantize_fp8_rows
 
 __all__ = [
     "BACKENDS",
-    "Aside",
     "Backend",
     "Call",
     "MissingKernel",
@@ -80,6 +89,7 @@ __all__ = [
     "mhc_pre",
     "moe",
     "moe_combine",
+    "moe_layer",
     "mtp_input",
     "observe",
     "probabilities",
@@ -98,6 +108,7 @@ __all__ = [
     "sample",
     "scope",
     "shared_expert",
+    "starting",
     "swiglu",
     "swiglu_fp8",
     "swiglu_nvfp4",

@@ -103,6 +103,45 @@ def shared_expert(x: Tensor, w1: PackedWeight, w3: PackedWeight, w2: PackedWeigh
     return _shared_expert(x, *pack_all(w1, w3, w2), limit=limit, act=act)
 
 
+@operator(fake=lambda x, *_, **__: x.new_empty(x.shape))
+def _moe_layer(
+    x: Tensor,
+    weights: Tensor,
+    expert_idx: Tensor,
+    fmts: str,
+    codes: list[Tensor],
+    scale: list[Tensor],
+    global_scale: list[Tensor],
+    input_scale: list[Tensor],
+    *,
+    limit: float,
+    act: str,
+    shared_act: str,
+) -> Tensor:
+    matrices = weights_of(fmts, codes, scale, global_scale, input_scale)
+    return _moe.moe_layer(x, weights, expert_idx, *matrices, limit=limit, act=act, shared_act=shared_act)
+
+
+def moe_layer(
+    x: Tensor,
+    weights: Tensor,
+    expert_idx: Tensor,
+    w1: PackedWeight,
+    w3: PackedWeight,
+    w2: PackedWeight,
+    shared_w1: PackedWeight,
+    shared_w3: PackedWeight,
+    shared_w2: PackedWeight,
+    *,
+    limit: float,
+    act: str,
+    shared_act: str,
+) -> Tensor:
+    """See `reference.moe.moe_layer`. Inside of `starting`, the shared expert may run beside what comes before."""
+    parts = pack_all(w1, w3, w2, shared_w1, shared_w3, shared_w2)
+    return _moe_layer(x, weights, expert_idx, *parts, limit=limit, act=act, shared_act=shared_act)
+
+
 @operator()
 def moe_combine(routed: Tensor, shared: Tensor) -> Tensor:
     """See `reference.moe.moe_combine`."""

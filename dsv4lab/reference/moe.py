@@ -116,6 +116,30 @@ def moe(
     return out
 
 
+def moe_layer(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    expert_idx: torch.Tensor,
+    w1: PackedWeight,
+    w3: PackedWeight,
+    w2: PackedWeight,
+    shared_w1: PackedWeight,
+    shared_w3: PackedWeight,
+    shared_w2: PackedWeight,
+    *,
+    limit: float,
+    act: str,
+    shared_act: str,
+) -> torch.Tensor:
+    """All experts of a layer: `moe_combine` of `moe` and of the shared `expert`.
+
+    x (M, D); weights, expert_idx (M, k); w1, w3 (E, I, D), w2 (E, D, I); shared_w1, shared_w3 (J, D), shared_w2 (D, J); act,
+    shared_act: activation quantisation of routed and shared matrices -> (M, D) of x.dtype.  Source: spec 5.2, 5.3, 5.4.
+    """
+    routed = moe(x, weights, expert_idx, w1, w3, w2, limit=limit, act=act)
+    return moe_combine(routed, expert(x, shared_w1, shared_w3, shared_w2, limit=limit, act=shared_act))
+
+
 def moe_combine(routed: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     """Routed sum plus shared expert, rounded once: routed (M, D) f32, shared (M, D) float -> like shared (spec 5.3)."""
     return (routed + shared.float()).to(shared.dtype)

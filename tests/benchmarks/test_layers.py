@@ -25,8 +25,7 @@ from dsv4lab.lab.trace import Kernel
 NANO = ModelConfig.nano()
 CEILINGS = Ceilings(copy=4e12, bf16=8e14)
 MODULES = {  # of the kernels that an operation on experts launches, in order
-    "moe_experts": ("moe.permute.kernel", "gemm.mixed.sm90", "gemm.mixed.sm90", "moe.combine.kernel"),
-    "shared_expert": ("gemm.mixed.sm90", "gemm.mixed.sm90"),
+    "moe_layer": (*["gemm.mixed.sm90"] * 2, "moe.permute.kernel", *["gemm.mixed.sm90"] * 2, "moe.combine.kernel"),
 }
 SHAPES = {
     "swa": (Shape("swa", SWA, 1, 1, 256, NANO), Shape("swa prefill", SWA, 1, 8, 8, NANO)),
@@ -107,7 +106,7 @@ def test_blocks_on_the_reference(made_up: list[Kernel], tmp_path: Path, capsys: 
         assert len({line["part"] for line in row["parts"]}) == len(row["parts"])
         names = [line["part"].split()[0] for line in row["parts"]]
         assert names[0] == "mhc_pre" and names[-1] == "mhc_post" and names.count("mhc_post_pre") == 1
-        assert names.count("moe_experts") == 4 and names.count("shared_expert") == 2 and names.count("attention") == 1
+        assert names.count("moe_layer") == 6 and names.count("attention") == 1
         assert ("index_topk" in names) == (shape.name == "csa") and names.count("compress") == {"swa": 0, "csa": 2, "hca": 1}[
             kind
         ]
@@ -153,7 +152,7 @@ def test_replays_without_names_give_way_to_launches(
         )
         done: list[dict[str, Any]] = []
         layers.measure(bench(tmp_path / "rows.jsonl"), SHAPES["swa"][:1], "w4a16", done, "cpu")
-        assert done[0]["traced"] == "launches" and done[0]["foreign"] == [] and len(done[0]["parts"]) == 21
+        assert done[0]["traced"] == "launches" and done[0]["foreign"] == [] and len(done[0]["parts"]) == 20
 
 
 def test_a_layer_that_cannot_be_made_has_rows_with_the_reason(tmp_path: Path) -> None:
@@ -185,25 +184,27 @@ def test_bounds_of_blocks_are_those_of_their_tensors() -> None:
     with ops.observe() as calls:
         block(step.streams, step.batch, step.cache)
     by_name = {work.name_of(call): call for call in calls}
-    scores, choice, shared = by_name["index_scores"], by_name["index_topk"], by_name["shared_expert"]
+    scores, choice = by_name["index_scores"], by_name["index_topk"]
     assert scores.output.shape[1] > 4096, "planned for longer sequences"
     assert work.kept_bytes(shape, scores) == 64 * 4096 * 68
     assert work.moved_bytes(shape, scores) == 64 * (64 * 128 * 2 + 64 * 4 + 4096 * 4)
     assert work.bytes_of(shape, choice) == 64 * 4 * (4096 + 512)
-    assert (
-        work.kept_bytes(shape, shared) == 3 * 4096 * 2048 + 3 * 32 * 16 and work.flops_of(shape, shared) == 6 * 64 * 4096 * 2048
-    )
     before = by_name["mhc_pre"]
     assert work.kept_bytes(shape, before) == 4 * 24 * 16384
     assert work.moved_bytes(shape, before) == 64 * (4 * 8192 + 8192 + 4 * 4 + 16 * 4)
     assert work.flops_of(shape, before) == 2 * 64 * 24 * 16384
     router = by_name["router_topk"]
     assert work.bytes_of(shape, router) == 256 * 4096 * 2 + 64 * (8192 + 6 * 12)
-    experts = by_name["moe_experts"]
-    assert work.flops_of(shape, experts) == 6 * 64 * 6 * 4096 * 2048
+    experts, one = by_name["moe_layer"], 6 * 64 * 4096 * 2048
+    assert work.expert_flops(shape, experts) == (6 * one, one) and work.flops_of(shape, experts) == 7 * one
     hit = replace(experts, inputs=experts.inputs | {"expert_idx": torch.arange(64 * 6).view(64, 6) % 100})
     assert work.experts_hit(hit) == 100
-    assert work.kept_bytes(shape, hit) == pytest.approx(100 * 3 * (4096 * 2048 * 9 / 16 + 4))
+    routed, shared = work.expert_bytes(hit)
+    assert routed == pytest.approx(100 * 3 * (4096 * 2048 * 9 / 16 + 4)) and shared == 3 * 4096 * 2048 + 3 * 32 * 16
+    assert work.kept_bytes(shape, hit) == routed + shared
+    apart, both = (work.layer_parts(shape, hit, apart=a) for a in (True, False))
+    assert apart["shared product 2"] == (shared / 3, one / 3) and apart["product 1"] == (routed * 2 / 3, 6 * one * 2 / 3)
+    assert both["product 1"] == pytest.approx(((routed + shared) * 2 / 3, 7 * one * 2 / 3)) and len(both) == len(apart) - 2
 
 
 def test_early_tokens_have_no_window_before_them() -> None:
@@ -225,19 +226,21 @@ def test_launches_of_experts_are_the_steps_they_are_taken_for(scene: str, fmt: s
     step = layers.Step.make(block, shape, "meta")
     with ops.observe() as calls:
         block(step.streams, step.batch, step.cache)
-    found = {}
-    with mock.patch.object(layers.prepared_weights, "prepare", attention_layer.prepared_shape):
-        for name in layers._EXPERTS:
-            with compiling.asking(lambda name: False) as asked:
-                work.again(next(call for call in calls if call.name == name))
-            found[name] = layers.steps_of([kernel.module for kernel in asked])
-    first, second = ["product 1"] * (1 + (fmt == "official")), ["product 2"] * (1 + (fmt == "official"))
-    assert found["shared_expert"] == [*first, *second]
-    plan = found["moe_experts"]
+    call = next(call for call in calls if call.name == layers._EXPERTS)
+    unprepared = mock.patch.object(layers.prepared_weights, "prepare", attention_layer.prepared_shape)
+    with unprepared, compiling.asking(lambda name: False) as asked:
+        work.again(call)
+    plan = layers.steps_of([kernel.module for kernel in asked])
+    products = [step for step in ("product 1", "product 2") for _ in range(1 + (fmt == "official"))]
+    shared, plan = plan[: len(products)], plan[len(products) :]
+    assert shared == [f"shared {step}" for step in products]  # FP8 beside NVFP4
     assert plan.count("permute") == plan.count("gather") == (scene == "prefill")  # a token alone has neither
     assert plan[0] in ("permute", "product 1") and plan[-1] == "combine"
-    assert [s for s in plan if s.startswith("product")] == [*first, *second]
-    assert set(plan) <= work.expert_parts(1, 1, 1, 1.0, 1.0).keys()
+    assert [s for s in plan if s.startswith("product")] == products
+    routed = replace(call, inputs=call.inputs | {"expert_idx": torch.zeros(shape.rows, 6, dtype=torch.int64)})
+    assert {*plan, *shared} <= work.layer_parts(shape, routed, apart=True).keys()
+    joint = layers.steps_of(["a.gemm.b", "a.quant.b", "a.gemm.b", "a.moe.combine.b"])
+    assert joint == ["product 1", "product 2", "product 2", "combine"]
 
 
 def test_a_launch_belongs_to_the_operation_that_has_not_ended() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,13 +14,16 @@ import dsv4lab
 from dsv4lab import ops, sim
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels._common.launch import running_on
+from dsv4lab.kernels.gemm.mixed import api as mixed_api
 from dsv4lab.kernels.gemm.mixed.api import Slots, Tiles, grouped
-from dsv4lab.kernels.gemm.mixed.config import SHARED_BYTES, choose_grouped, grouped_tokens
+from dsv4lab.kernels.gemm.mixed.config import SHARED_BYTES, MixedConfig, choose, choose_grouped, grouped_tokens
 from dsv4lab.kernels.gemm.mixed.layout import prepare
-from dsv4lab.kernels.moe.experts import experts, shared_expert
+from dsv4lab.kernels.moe.combine.api import moe_combine
+from dsv4lab.kernels.moe.experts import Three, experts, layer, shared_expert, together
 from dsv4lab.kernels.moe.permute.api import permute
+from dsv4lab.kernels.moe.router.api import router_topk
 from dsv4lab.reference import moe as reference
-from tests.kernels.mixed import BF16_BOUND, F32_BOUND, products, random_weight, routing, trained_weight, worst
+from tests.kernels.mixed import BF16_BOUND, F32_BOUND, FORMATS, products, random_weight, routing, trained_weight, worst
 
 ARCH = "sm_90a"
 LIMIT = 1.0  # low enough to clamp often
@@ -110,6 +116,113 @@ def test_a_token_alone_and_none_at_all() -> None:
     assert none.shape == (0, 256)
 
 
+# ---- with the shared expert --------------------------------------------------------------------------------------------
+def same_sums(*args: Any, **how: Any) -> MixedConfig:
+    """A linear's choice, but with sums in the order of a token's products with the shared expert."""
+    config = choose(*args, **how)
+    return replace(config, slabs=2, splits=min(4 if config.paired else 2, config.chunks), per_warp=1, cluster=1)
+
+
+def same_grouped_sums(*args: Any, **how: Any) -> MixedConfig:
+    """Likewise a grouped product's, which is that of `beside` as it is."""
+    config = choose_grouped(*args, **how)
+    return replace(config, splits=min(4 if config.paired else 2, config.chunks))
+
+
+def first(stacks: Three) -> Three:
+    """The first of each stack."""
+    w1, w3, w2 = (w[0] for w in stacks)
+    return w1, w3, w2
+
+
+def one_by_one(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, routed: Three, shared: Three, **how: Any
+) -> torch.Tensor:
+    """What the layer is in three operations."""
+    acts = how.pop("act"), how.pop("shared_act")
+    y = experts(x, weights, ids, *routed, act=acts[0], **how)
+    return moe_combine(y, shared_expert(x, *shared, act=acts[1], **how))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "act", "dtype", "schedule"),
+    [
+        ("nvfp4", "none", torch.bfloat16, "random"),
+        ("nvfp4", "nvfp4", torch.bfloat16, "lazy"),
+        ("fp8_block", "fp8", torch.bfloat16, "eager"),
+        ("mxfp4", "fp8", torch.float32, "random"),
+    ],
+)
+def test_a_token_s_shared_expert_is_one_more_matrix(fmt: str, act: str, dtype: torch.dtype, schedule: str) -> None:
+    """The bits of three operations, of an id twice and of one that is none, without a race."""
+    routed = matrices(fmt, 5, 256, 256)
+    shared = first(matrices(fmt, 1, 256, 256))
+    shared[0].codes.copy_(routed[1][3].codes)  # not an expert's own
+    weights, ids = torch.tensor([[0.5, 0.7, 0.2]]), torch.tensor([[4, -1, 4]])
+    x = torch.randn(1, 256, generator=torch.Generator().manual_seed(9)).to(dtype)
+    how: dict[str, Any] = dict(limit=LIMIT, act=act, shared_act=act)
+    assert together(x, ids, routed, shared, act=act, shared_act=act)
+    with mock.patch.multiple(mixed_api, choose=same_sums, choose_grouped=same_grouped_sums):
+        want = simulated(lambda: one_by_one(x, weights, ids, routed, shared, **how))
+    checks = sim.Checks(races=True)
+    got = simulated(lambda: layer(x, weights, ids, routed, shared, **how), schedule=schedule, seed=3, checks=checks)
+    assert got.dtype == dtype and torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("shared_fmt", "tokens"), [("fp8_block", 1), ("nvfp4", 3)])
+def test_otherwise_the_shared_expert_has_launches_of_its_own(shared_fmt: str, tokens: int) -> None:
+    routed = matrices("nvfp4", 6, 128, 64)
+    shared = first(matrices(shared_fmt, 1, 128, 64))
+    weights, ids = routing(tokens, 6, 2, seed=1)
+    x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(2)).bfloat16()
+    how: dict[str, Any] = dict(limit=LIMIT, act="none", shared_act="none")
+    assert not together(x, ids, routed, shared, act="none", shared_act="none")
+    got = simulated(lambda: layer(x, weights, ids, routed, shared, **how))
+    want = simulated(lambda: one_by_one(x, weights, ids, routed, shared, **how))
+    assert torch.equal(got, want)
+    exact = reference.moe_layer(x, weights, ids, *routed, *shared, **how)
+    assert relative(got, exact) < 2 * BF16_BOUND
+    none = simulated(lambda: layer(x[:0], weights[:0], ids[:0], routed, shared, **how))
+    assert none.shape == (0, 128) and none.dtype == x.dtype
+
+
+def test_only_matrices_of_one_form_are_multiplied_together() -> None:
+    routed = matrices("nvfp4", 6, 128, 64)
+    shared = first(routed)
+    x, ids = torch.zeros(1, 128), torch.zeros(1, 2, dtype=torch.int64)
+    assert together(x, ids, routed, shared, act="nvfp4", shared_act="nvfp4")
+    assert not together(x, ids, routed, shared, act="nvfp4", shared_act="none")
+    assert not together(x, ids, routed, first(matrices("nvfp4", 1, 128, 128)), act="none", shared_act="none")
+    shared[2].input_scale = torch.tensor(1.0)
+    assert not together(x, ids, routed, shared, act="nvfp4", shared_act="nvfp4")
+    assert together(x, ids, routed, shared, act="none", shared_act="none")  # which no activation is scaled by
+
+
+def test_a_matrix_beside_has_its_place() -> None:
+    how: dict[str, Any] = dict(scaled="no", single=True, beside=True)
+    for fmt in FORMATS:
+        for k in (2048, 3072, 4096, 7168):
+            one, plan = (choose_grouped(fmt, "bf16", 6, 256, k, paired=p, slotted=p, gather=p, **how) for p in (True, False))
+            for config, warps in ((one, 16), (plan, 8)):
+                config.check()
+                assert config.beside and config.warps == warps and config.early == (config is plan)
+            if fmt == "nvfp4":
+                assert (one.resident, plan.resident) == (1, 2)
+    for changed in (dict(requant=True), dict(single=False, kept=0), dict(scaled="matrix")):
+        with pytest.raises(ValueError, match="beside needs a single configuration"):
+            replace(plan, **changed).check()
+    weight, x = prepare(random_weight("nvfp4", 3, 64, 128, seed=0)), torch.zeros(2, 128, dtype=torch.bfloat16)
+    more, other = (prepare(random_weight("nvfp4", n, 128, seed=1)) for n in (64, 72))
+    tiles, ids = Tiles.of_rows(torch.zeros(1, dtype=torch.int64), 8), torch.zeros(1, 4, dtype=torch.int32)
+    with pytest.raises(ValueError, match="beside must have"):
+        grouped(x, weight, tiles, rows=1, out_dtype=torch.bfloat16, beside=other)
+    with pytest.raises(ValueError, match="beside needs the 1 rows of one token"):
+        listed = Tiles(ids, torch.ones(1, dtype=torch.int32), 8)
+        grouped(x, weight, listed, rows=1, out_dtype=torch.bfloat16, beside=more)
+    with pytest.raises(ValueError, match="x must have 2 rows, got 1"):
+        grouped(x[:1], weight, tiles, rows=1, out_dtype=torch.bfloat16, beside=more)
+
+
 @pytest.mark.parametrize("scaled", ["no", "row", "token"])
 def test_grouped_rows_meet_their_matrix(scaled: str) -> None:
     weights, ids = routing(70, 3, 2, seed=9)
@@ -167,7 +280,7 @@ def test_bad_input_is_refused() -> None:
         grouped(x, weight, tiles, rows=5, out_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="limit must be given for a paired weight alone"):
         grouped(x, weight, tiles, rows=4, out_dtype=torch.bfloat16, limit=1.0)
-    with pytest.raises(ValueError, match=r"config must have \(tokens, single, gather, scaled\)"):
+    with pytest.raises(ValueError, match=r"config must have \(tokens, single, gather, scaled, beside\)"):
         grouped(x, weight, Tiles(tiles.tiles, tiles.count, 64), rows=4, out_dtype=torch.bfloat16)
     w1, w3, w2 = matrices("mxfp4", 2, 128, 64)
     args = (x, torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int64), w1, w3, w2)
@@ -199,6 +312,45 @@ def test_on_the_gpu(name: str, hidden: int, inner: int, tokens: int, seed: int) 
     want = dense_experts(x, weights, ids, w1, w3, w2)
     assert relative(y, want) < 2 * BF16_BOUND
     assert torch.equal(y, experts(x, weights, ids, w1, w3, w2, limit=10.0, act="none"))  # not a matter of timing
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("act", ["none", "nvfp4"])
+@pytest.mark.parametrize(("name", "hidden", "inner"), [("flash", 4096, 2048), ("pro", 7168, 3072)])
+def test_a_token_s_layer_on_the_gpu(name: str, hidden: int, inner: int, act: str, seed: int) -> None:
+    """Bits of three operations, of replays with new inputs too, each of which router and routing come right before."""
+    shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    routed, shared = (
+        tuple(random_weight("nvfp4", *lead, *shape, seed=seed + i).to("cuda") for i, shape in enumerate(shapes))
+        for lead in ((16,), ())
+    )
+    for weight in (*routed, *shared):
+        assert weight.global_scale is not None
+        weight.global_scale *= 1e-3
+    g = torch.Generator().manual_seed(seed)
+    gate, bias = (torch.randn(16, hidden, generator=g) * hidden**-0.5).bfloat16().cuda(), torch.zeros(16, device="cuda")
+    x = torch.randn(1, hidden, generator=g).bfloat16().cuda()
+    how: dict[str, Any] = dict(limit=10.0, act=act, shared_act=act)
+
+    def run(function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        weights, ids = router_topk(x, gate, bias, top_k=6, route_scale=1.5)
+        return function(x, weights, ids, routed, shared, **how)
+
+    y = run(layer)
+    assert relative(y, run(one_by_one)) < 2 * BF16_BOUND  # whose sums are in another order
+    with mock.patch.multiple(mixed_api, choose=same_sums, choose_grouped=same_grouped_sums):
+        assert torch.equal(y, run(one_by_one))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [run(layer) for _ in range(3)]
+    for _ in range(5):
+        x.copy_(torch.randn(1, hidden, generator=g).bfloat16())
+        graph.replay()
+        with mock.patch.multiple(mixed_api, choose=same_sums, choose_grouped=same_grouped_sums):
+            want = run(one_by_one)
+        assert all(torch.equal(y, want) for y in results)
 
 
 @pytest.mark.gpu

@@ -46,10 +46,10 @@ def test_the_official_experts_are_the_reference_s_to_the_bit() -> None:
     model = dsv4lab.load(dsv4lab.nano(), dtype=torch.bfloat16)
     with ops.observe() as calls:
         model.logits(torch.tensor(model.tokenizer.encode("import os\n\ndef main(argv):\n    return 0\n")))
-    routed = [call for call in calls if call.name == "moe_experts"]
-    assert len(routed) == 3
-    op = torch.ops.dsv4lab.moe_experts.default
-    for call in routed:
+    layers = [call for call in calls if call.name == "moe_layer"]
+    assert len(layers) == 3
+    op = torch.ops.dsv4lab.moe_layer.default
+    for call in layers:
         with ops.backend("sim", arch="sm_90a"):
             y = op(**call.inputs)
         difference = (y - call.output).norm() / call.output.norm()
@@ -85,6 +85,12 @@ def calls() -> dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]]:
         w = [trained_weight("mxfp4", 6, *shape, seed=3) for shape in ((128, 256), (128, 256), (256, 128))]
         return (x(), *(t.cuda() for t in routing(9, 6, 2, seed=4)), *parts(*w)), dict(limit=10.0, act="fp8")
 
+    def layer() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        w = [trained_weight("nvfp4", *shape, seed=6) for shape in ((128, 256), (128, 256), (256, 128))]
+        stacks = [trained_weight("nvfp4", 6, *of.shape, seed=7) for of in w]
+        routes = (t.cuda() for t in routing(1, 6, 2, seed=8))
+        return (x(1), *routes, *parts(*stacks, *w)), dict(limit=10.0, act="none", shared_act="none")
+
     def shared() -> tuple[tuple[Any, ...], dict[str, Any]]:
         w = [trained_weight("mxfp4", *shape, seed=5) for shape in ((128, 256), (128, 256), (256, 128))]
         return (x(), *parts(*w)), dict(limit=10.0, act="fp8")
@@ -111,6 +117,7 @@ def calls() -> dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]]:
         "two_linears": two,
         "moe_experts": experts,
         "shared_expert": shared,
+        "moe_layer": layer,
         "router_topk": router,
         "moe_combine": lambda: ((x().float(), x()), {}),
         "quantize_nvfp4": lambda: ((x(),), {}),

@@ -47,7 +47,7 @@ def test_every_operation_of_a_generation_has_a_kernel_that_takes_it(knobs: dict[
         operation = dispatch._operations[call.name]
         bound = operation.signature.bind(**call.inputs)
         assert operation.missing("sm_90a", *bound.args, **bound.kwargs) is None
-    assert {"attention", "moe_experts", "lm_head_greedy" if "temperature" not in knobs else "sample"} <= {c.name for c in calls}
+    assert {"attention", "moe_layer", "lm_head_greedy" if "temperature" not in knobs else "sample"} <= {c.name for c in calls}
 
 
 # ---- GPU ---------------------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ _start: ContextVar[torch.cuda.Event | None] = ContextVar("dsv4lab_aside_start", 
 
 @contextmanager
 def starting(device: torch.device) -> Iterator[None]:
-    """Where what runs aside inside the block may start: here, and not only where it is launched.
+    """Where the first that runs aside inside the block may start: here, and not only where it is launched.
 
-    Its inputs must be complete here, and alive until it is joined.
+    Its inputs must be complete here, and alive until it is joined. (What follows may be given the first one's memory again,
+    and so has to wait for those that read it.)
     """
     event = None
     if device.type == "cuda":
@@ -48,6 +49,7 @@ class Aside:
             side.wait_stream(torch.cuda.current_stream(self.device))
         else:
             side.wait_event(start)
+            _start.set(None)
         with torch.cuda.stream(side):
             yield
 

@@ -80,9 +80,7 @@ def layer(
     return _combined(y, order, expert_idx, routed[0], z)
 
 
-def together(
-    x: torch.Tensor, expert_idx: torch.Tensor, routed: Three, shared: Three, *, act: str, shared_act: str
-) -> bool:
+def together(x: torch.Tensor, expert_idx: torch.Tensor, routed: Three, shared: Three, *, act: str, shared_act: str) -> bool:
     """Whether the shared expert is one more matrix of the routed ones' products: for one token, and matrices of one form.
 
     Not with calibrated scales, of which activations have one for each expert.
@@ -156,8 +154,8 @@ def _rows(
     if requant is None:
         h, of_rows = activations(h, act, _of_rows(given, expert_idx, slots.slots))
         factor = of_rows if given is None else given
-    how = dict(out_dtype=x.dtype, factor=factor, factor_of=factor_of(given))
-    return grouped(h, down, tiles, rows=rows, beside=more[1], **how), order
+    of = factor_of(given)
+    return grouped(h, down, tiles, rows=rows, out_dtype=x.dtype, factor=factor, factor_of=of, beside=more[1]), order
 
 
 def _of_matrices(input_scale: torch.Tensor | None) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.gemm.operators import why_not_mixed
 from dsv4lab.kernels.moe.combine.api import moe_combine
 from dsv4lab.kernels.moe.combine.config import DEPTH_MULTIPLE
-from dsv4lab.kernels.moe.experts import experts, shared_expert
+from dsv4lab.kernels.moe.experts import experts, layer, shared_expert
 from dsv4lab.kernels.moe.router.api import router_hash, router_topk
 from dsv4lab.kernels.moe.router.config import MAX_EXPERTS, MAX_TOP_K, STEP
 
@@ -41,7 +41,7 @@ def combine_two(routed: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     return moe_combine(routed.contiguous(), shared.contiguous())
 
 
-Parts = list[torch.Tensor]  # of w1, w3 and w2; a part that a format lacks is empty
+Parts = list[torch.Tensor]  # of w1, w3 and w2, routed, then shared; a part that a format lacks is empty
 
 
 def run_experts(
@@ -76,6 +76,45 @@ def run_shared_expert(
     """The operator `shared_expert`."""
     w1, w3, w2 = weights_of(fmts, codes, scale, global_scale, input_scale)
     return shared_expert(x, w1, w3, w2, limit=limit, act=act)
+
+
+def run_layer(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    expert_idx: torch.Tensor,
+    fmts: str,
+    codes: Parts,
+    scale: Parts,
+    global_scale: Parts,
+    input_scale: Parts,
+    *,
+    limit: float,
+    act: str,
+    shared_act: str,
+) -> torch.Tensor:
+    """The operator `moe_layer`."""
+    w1, w3, w2, s1, s3, s2 = weights_of(fmts, codes, scale, global_scale, input_scale)
+    routed, shared = (w1, w3, w2), (s1, s3, s2)
+    return layer(x, weights, expert_idx, routed, shared, limit=limit, act=act, shared_act=shared_act)
+
+
+def _layer_refuses(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    expert_idx: torch.Tensor,
+    fmts: str,
+    codes: Parts,
+    *parts: Parts,
+    limit: float,
+    act: str,
+    shared_act: str,
+) -> str | None:
+    names = fmts.split(",")
+    for some, how in ((slice(3), act), (slice(3, 6), shared_act)):
+        why = _shared_refuses(x, ",".join(names[some]), codes[some], *(p[some] for p in parts), limit=limit, act=how)
+        if why is not None:
+            return why
+    return None
 
 
 def _experts_refuse(x: torch.Tensor, weights: torch.Tensor, expert_idx: torch.Tensor, *parts: Any, **how: Any) -> str | None:
@@ -139,6 +178,7 @@ def _combine_refuses(routed: torch.Tensor, shared: torch.Tensor) -> str | None:
 ENTRIES = (
     Entry("moe_experts", "sm_90a", run_experts, _experts_refuse),
     Entry("shared_expert", "sm_90a", run_shared_expert, _shared_refuses),
+    Entry("moe_layer", "sm_90a", run_layer, _layer_refuses),
     *(
         Entry(operation, arch, function, refuses)
         for arch in ARCHITECTURES
