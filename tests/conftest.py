@@ -16,6 +16,11 @@ from dsv4lab.config import ModelConfig
 from dsv4lab.model.checkpoint import random_items, write_checkpoint
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "keep the kernels that tests compile in this folder, for the next run; by default each run compiles them anew"
+    parser.addoption("--kernels", metavar="FOLDER", type=Path, help=text)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where there is no CUDA device."""
     if not torch.cuda.is_available():

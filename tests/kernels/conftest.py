@@ -1,4 +1,4 @@
-"""Kernels are tested in the simulator, where CuTeDSL and a C compiler are; each test process keeps its own kernel cache."""
+"""Kernels are tested in the simulator, where CuTeDSL and a C compiler are; a run's processes share one cache of kernels."""
 
 from __future__ import annotations
 
@@ -13,9 +13,17 @@ from dsv4lab.kernels._common import cache
 
 
 @pytest.fixture(scope="session")
-def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for compiled kernels that starts empty; on a GPU machine the user's, which processes share."""
-    return cache.folder() if torch.cuda.is_available() else tmp_path_factory.mktemp("kernels")
+def kernel_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for compiled kernels that starts empty, or that `--kernels` names; on a GPU machine the user's."""
+    chosen: Path | None = request.config.getoption("--kernels")
+    if chosen is not None:
+        return chosen.absolute()
+    if torch.cuda.is_available():
+        return cache.folder()
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "kernels"  # xdist's workers share base.parent
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -138,10 +138,12 @@ class Scene:
         assert float((error > 0).float().mean()) < 0.01
 
 
-def simulated(scene: Scene, steps: list[list[tuple[int, int]]], arch: str = "sm_90a", **how: Any) -> Scene:
+def simulated(
+    scene: Scene, steps: list[list[tuple[int, int]]], arch: str = "sm_90a", *, races: bool = True, **how: Any
+) -> Scene:
     """Steps of (sequence, tokens) pairs; a tuple (sequence, -n) takes back n tokens first."""
     sim.enable(arch, multiprocessors=12)
-    with sim.simulating(arch, checks=sim.Checks(races=True), **how), running_on(sim.Host(arch)):
+    with sim.simulating(arch, checks=sim.Checks(races=races), **how), running_on(sim.Host(arch)):
         for step in steps:
             for s, n in step:
                 scene.lengths[s] += min(n, 0)
@@ -201,20 +203,22 @@ def test_csa_keys(arch: str, schedule: str, record: str, rounded: bool) -> None:
 )
 def test_hca_keys(arch: str, schedule: str, record: str, rounded: bool) -> None:
     """One entry from the ring and this step, whose tokens go round and over it; one from the ring and one token; rewinds. The
-    second step as long ones, and as its few tokens are: by clusters of eight, half a warp a token.
+    second step as long ones, and as its few tokens are: by clusters of eight, half a warp a token. Races of the many tokens are
+    looked for once: how they go into the ring has no record in it.
     """
     scene = Scene(128, False, "kv", record, rounded, 130, 300, lengths=[68, 127, 253])
     scene.config = long_step(scene)
-    simulated(scene, [[(0, 132), (1, 1), (2, 2)], [(2, -1), (2, 2)]], arch, schedule=schedule).check()
+    simulated(scene, [[(0, 132), (1, 1), (2, 2)]], arch, races=record == "plain", schedule=schedule)
+    simulated(scene, [[(2, -1), (2, 2)]], arch, schedule=schedule).check()
     scene.config = None
     simulated(scene, [[(1, -1), (2, -3), (1, 2), (2, 4)]], arch, schedule=schedule).check()
 
 
 def test_many_entries_of_one_cluster() -> None:
-    """A decode step whose entries a cluster makes in turn, so that its memory is used again."""
-    scene = Scene(128, False, "kv", "plain", False, 128, 150, seqs=6, lengths=[127] * 2 + [126] + [127] * 3)
+    """A decode step whose entries a cluster makes in turn: the third one's parts are where the first one's were."""
+    scene = Scene(128, False, "kv", "plain", False, 128, 150, seqs=4, lengths=[127, 127, 126, 127])
     scene.config = long_step(scene)
-    simulated(scene, [[(s, 1) for s in range(6)]], schedule="lazy").check()
+    simulated(scene, [[(s, 1) for s in range(4)]], schedule="lazy").check()
 
 
 @pytest.mark.parametrize(
