@@ -15,7 +15,7 @@ import torch
 from dsv4lab.kernels.gemm.mixed.api import linear
 from dsv4lab.kernels.gemm.mixed.config import MixedConfig
 from dsv4lab.kernels.gemm.mixed.layout import prepare
-from dsv4lab.kernels.moe.experts import experts
+from dsv4lab.kernels.moe.experts import experts, layer
 from dsv4lab.kernels.moe.router.api import router_topk
 from dsv4lab.kernels.quant.rows import api as rows
 from dsv4lab.reference import moe, quant
@@ -55,6 +55,10 @@ def mixtures() -> None:
             y = experts(x, route, ids, *calibrated, limit=10.0, act="nvfp4")
             want = moe.moe(x, route, ids, *calibrated, limit=10.0, act="nvfp4")
             assert (y - want).norm() < 0.05 * want.norm()
+        how = dict(limit=10.0, act="none", shared_act="none")
+        shared = tuple(w[0] for w in weights)
+        y, want = layer(x, route, ids, tuple(weights), shared, **how), moe.moe_layer(x, route, ids, *weights, *shared, **how)
+        assert (y - want).norm() < 0.01 * want.norm()
         gate = torch.randn(16, 128, device="cuda").bfloat16()
         found = router_topk(x, gate, torch.zeros(16, device="cuda"), top_k=3, route_scale=1.0)
         assert torch.equal(found[1], moe.router_topk(x, gate, torch.zeros(16, device="cuda"), top_k=3, route_scale=1.0)[1])
