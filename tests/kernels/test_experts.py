@@ -209,7 +209,7 @@ def test_a_matrix_beside_has_its_place() -> None:
                 assert config.beside and config.warps == warps and config.early == (config is plan)
             if fmt == "nvfp4":
                 assert (one.resident, plan.resident) == (1, 2)
-    for changed in (dict(requant=True), dict(single=False, kept=0), dict(scaled="matrix")):
+    for changed in (dict(requant=True), dict(single=False), dict(scaled="matrix")):
         with pytest.raises(ValueError, match="beside needs a single configuration"):
             replace(plan, **changed).check()
     weight, x = prepare(random_weight("nvfp4", 3, 64, 128, seed=0)), torch.zeros(2, 128, dtype=torch.bfloat16)
