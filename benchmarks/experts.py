@@ -121,18 +121,21 @@ class Layer:
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return router_topk(x, self.gate_weight, self.bias, top_k=self.model.top_k, route_scale=ROUTE_SCALE)
 
+    @property
+    def three(self) -> tuple[PackedWeight, PackedWeight, PackedWeight]:
+        """Of the routed experts."""
+        return self.w1, self.w3, self.w2
+
     def routed(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return experts(x, weights, ids, self.w1, self.w3, self.w2, limit=LIMIT, act="none")
+        return experts(x, weights, ids, *self.three, limit=LIMIT, act="none")
 
     def all(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, copy: int = 0) -> torch.Tensor:
         shared = self.shared[copy % len(self.shared)]
-        routed = (self.w1, self.w3, self.w2)
-        return experts_module.layer(x, weights, ids, routed, shared, limit=LIMIT, act="none", shared_act="none")
+        return experts_module.layer(x, weights, ids, self.three, shared, limit=LIMIT, act="none", shared_act="none")
 
     def together(self, x: torch.Tensor, ids: torch.Tensor) -> bool:
         """Whether products are those of the shared expert, too."""
-        routed = (self.w1, self.w3, self.w2)
-        return experts_module.together(x, ids, routed, self.shared[0], act="none", shared_act="none")
+        return experts_module.together(x, ids, self.three, self.shared[0], act="none", shared_act="none")
 
     def share(self, x: torch.Tensor, copy: int = 0) -> torch.Tensor:
         return shared_expert(x, *self.shared[copy % len(self.shared)], limit=LIMIT, act="none")

@@ -112,11 +112,12 @@ def summary(rows: Sequence[Row], fields: Sequence[str], peers: Sequence[str] = (
     time of peers over ours, for `hopper.table`.
     """
     found = []
+    copied = any("percent_of_copy" in row for row in rows)
     for row in rows:
         line = {key: row.get(key) for key in fields}
         line |= {"us": row["us"], "bound us": round(row.get("bound_us", 0.0), 2), "bound by": row.get("bound")}
         line |= {"% of bound": row.get("percent_of_bound")}
-        if any("percent_of_copy" in r for r in rows):
+        if copied:
             line |= {"% of a copy": row.get("percent_of_copy")}
         line |= {f"{peer} /": (row.get("peers", {}).get(peer) or {}).get("ratio") for peer in peers}
         found.append(line)

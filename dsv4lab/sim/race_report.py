@@ -68,65 +68,70 @@ def _missing(first: Record, second: Site, operation: Operation | None) -> str:
     )
 
 
+def _two(
+    machine: Machine,
+    what: str,
+    first: tuple[str, Record],
+    second: tuple[str, Site],
+    operation: Operation | None,
+    missing: str,
+) -> str:
+    """What is wrong, the two accesses by their kinds, and what would order them."""
+    (one, record), (other, site) = first, second
+    lines = [
+        what,
+        _line(machine, "one", one, record.site, record.operation),
+        _line(machine, "other", other, site, operation),
+        f"  missing: {missing}",
+    ]
+    return "\n".join(lines)
+
+
 def race(
     machine: Machine, first: Record, second: Site, operation: Operation | None, kind: str, where: Any, offset: int
 ) -> DataRace:
-    lines = [
-        f"data race on {place(where, offset)}: {first.kind} and {kind} that nothing orders",
-        _line(machine, "one", first.kind, first.site, first.operation),
-        _line(machine, "other", kind, second, operation),
-        f"  missing: {_missing(first, second, operation)}",
-    ]
-    return DataRace("\n".join(lines))
+    what = f"data race on {place(where, offset)}: {first.kind} and {kind} that nothing orders"
+    missing = _missing(first, second, operation)
+    return DataRace(_two(machine, what, (first.kind, first), (kind, second), operation, missing))
 
 
 def missing_fence(
     machine: Machine, first: Record, second: Site, operation: Operation | None, kind: str, where: Any, offset: int
 ) -> MissingFence:
-    lines = [
-        f"missing proxy fence on {place(where, offset)}: written by an ordinary store, then touched by the asynchronous proxy",
-        _line(machine, "one", first.kind, first.site, first.operation),
-        _line(machine, "other", kind, second, operation),
-        "  missing: fence.proxy.async between the two; barriers order them, but not across proxies",
-    ]
-    return MissingFence("\n".join(lines))
+    what = (
+        f"missing proxy fence on {place(where, offset)}: written by an ordinary store, then touched by the asynchronous proxy"
+    )
+    missing = "fence.proxy.async between the two; barriers order them, but not across proxies"
+    return MissingFence(_two(machine, what, (first.kind, first), (kind, second), operation, missing))
 
 
 def early_release(
     machine: Machine, first: Record, second: Site, operation: Operation | None, kind: str, where: Any, offset: int
 ) -> DataRace:
-    lines = [
-        f"data race on {place(where, offset)}: released while a load of it was under way, then written by an asynchronous copy",
-        _line(machine, "one", first.kind, first.site, first.operation),
-        _line(machine, "other", kind, second, operation),
-        "  missing: an instruction that takes the loaded value before the arrival (a release does not wait for loads, and the "
-        "copy does not queue behind them), or fence.proxy.async before it",
-    ]
-    return DataRace("\n".join(lines))
+    what = (
+        f"data race on {place(where, offset)}: released while a load of it was under way, then written by an asynchronous copy"
+    )
+    missing = (
+        "an instruction that takes the loaded value before the arrival (a release does not wait for loads, and the "
+        "copy does not queue behind them), or fence.proxy.async before it"
+    )
+    return DataRace(_two(machine, what, (first.kind, first), (kind, second), operation, missing))
 
 
 def missing_tensormap_fence(
     machine: Machine, first: Record, second: Site, operation: Operation | None, kind: str, where: Any, offset: int
 ) -> MissingFence:
-    lines = [
-        f"missing tensormap fence on {place(where, offset)}: a TMA descriptor was changed, then used",
-        _line(machine, "one", first.kind, first.site, first.operation),
-        _line(machine, "other", "descriptor read", second, operation),
-        "  missing: fence.proxy.tensormap::generic.acquire by the warp that uses the descriptor",
-    ]
-    return MissingFence("\n".join(lines))
+    what = f"missing tensormap fence on {place(where, offset)}: a TMA descriptor was changed, then used"
+    missing = "fence.proxy.tensormap::generic.acquire by the warp that uses the descriptor"
+    return MissingFence(_two(machine, what, (first.kind, first), ("descriptor read", second), operation, missing))
 
 
 def uninitialised_barrier(
     machine: Machine, first: Record, second: Site, operation: Operation | None, barrier: MBarrier
 ) -> DataRace:
-    lines = [
-        f"data race on {barrier}: nothing orders its initialisation before its use",
-        _line(machine, "one", "mbarrier.init", first.site, first.operation),
-        _line(machine, "other", "use", second, operation),
-        f"  missing: {_missing(first, second, operation)}",
-    ]
-    return DataRace("\n".join(lines))
+    what = f"data race on {barrier}: nothing orders its initialisation before its use"
+    missing = _missing(first, second, operation)
+    return DataRace(_two(machine, what, ("mbarrier.init", first), ("use", second), operation, missing))
 
 
 def overwritten(machine: Machine, site: Site, operation: Operation | None, where: Any, offset: int) -> BarrierMisuse:

@@ -376,7 +376,7 @@ def _async_reduction(d: Decoder, i: Instruction, f: Form) -> Action:
 
 
 _PAIRS = ("f16x2", "bf16x2")
-_FLOAT_ATOMS = ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2")
+_FLOAT_ATOMS = ("f32", "f64", "f16", "bf16", *_PAIRS)
 
 
 def _combine(name: str, t: str, old: Array, new: Array, third: Array | None) -> Array:

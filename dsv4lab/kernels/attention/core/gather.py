@@ -100,7 +100,7 @@ class Gather:
         page = work.page(seq, index)
         near = work.index(query, place + KEYS)  # of the next block
         data, scale, there = work.record(span, place, index, page)
-        self._copy_left(data, scale, there, part, slot, scales)
+        copy_codes(record, data, scale, there, part, slot, scales, codes, _HALF_TILES)
         self._load_right(data, there, part, right, rotary)
         if lane < _KEYS:
             work.copy_finds(query, seq, near, place + 2 * KEYS, finds, KEYS * 4)
@@ -133,7 +133,7 @@ class Gather:
             there = there and j + 1 < blocks
             near = far
             if j + 1 < blocks:  # as a branch, before which ptxas does not wait for the right half
-                self._copy_left(data, scale, there, part, slot, scales)
+                copy_codes(record, data, scale, there, part, slot, scales, codes, _HALF_TILES)
                 if lane < _KEYS:
                     work.copy_finds(query, seq, near, place + 2 * KEYS, finds, KEYS * 4)
             cute.arch.cp_async_commit_group()
@@ -152,25 +152,14 @@ class Gather:
         return phases
 
     @cute.jit
-    def _copy_left(self, data: Any, scale: Any, there: Any, part: Any, slot: Any, scales: Any) -> None:
-        """Codes of the left half, and all scales, of a lane's key: on their way to shared memory."""
-        record = self.work.plan.record
-        count = CODE_WORDS[record] * 4
-        size = cutlass.select_(there, Int32(count), Int32(0))
-        for t in cutlass.range_constexpr(_HALF_TILES):
-            copy_or_zeros(slot + t * (_LANES * count), data + part * count + t * (count * 4), size, count)
-        if part < SCALE_WORDS[record] // 2:
-            copy_or_zeros(scales + part * 8, scale + part * 8, cutlass.select_(there, Int32(8), Int32(0)), 8)
-
-    @cute.jit
     def _load_right(self, data: Any, there: Any, part: Any, right: Any, rotary: Any) -> None:
         """Codes and rotary dims of the right half."""
         codes = CODE_WORDS[self.work.plan.record]
         wanted = Int32(there)
         for t in cutlass.range_constexpr(_HALF_TILES - 1):
-            _load(data + part * (codes * 4) + (_HALF_TILES + t) * (codes * 16), wanted, right[None, t], codes)
+            load_words_into(data + part * (codes * 4) + (_HALF_TILES + t) * (codes * 16), wanted, right[None, t], codes)
         for i in cutlass.range_constexpr(2):
-            _load(data + _CODED * codes * 16 + part * 32 + i * 16, wanted, rotary[None, i], 4)
+            load_words_into(data + _CODED * codes * 16 + part * 32 + i * 16, wanted, rotary[None, i], 4)
 
     @cute.jit
     def _arrive(self, barrier: Any, lane: Any) -> None:
@@ -235,7 +224,31 @@ class Gather:
             ptx.store_byte(self.masks + stage * 8 + warp, bits)
 
 
-def _load(address: Any, wanted: Any, words: Any, count: int) -> None:
+@cute.jit
+def copy_codes(
+    record: cutlass.Constexpr,
+    data: Any,
+    scale: Any,
+    there: Any,
+    part: Any,
+    slot: Any,
+    scales: Any,
+    words: cutlass.Constexpr,
+    tiles: cutlass.Constexpr,
+) -> None:
+    """Codes of a lane's part of a key, so many words of each of the first tiles, and all of the key's scales: on their way to
+    shared memory, zeros if there is no such key.
+    """
+    count = words * 4
+    size = cutlass.select_(there, Int32(count), Int32(0))
+    for t in cutlass.range_constexpr(tiles):
+        copy_or_zeros(slot + t * (_LANES * count), data + part * count + t * (CODE_WORDS[record] * 16), size, count)
+    if part < SCALE_WORDS[record] // 2:
+        copy_or_zeros(scales + part * 8, scale + part * 8, cutlass.select_(there, Int32(8), Int32(0)), 8)
+
+
+def load_words_into(address: Any, wanted: Any, words: Any, count: int) -> None:
+    """Words of global memory, zeros if they are not wanted."""
     for i, word in enumerate(ptx.load_or_zeros(address, wanted, count)):
         words[i] = word
 

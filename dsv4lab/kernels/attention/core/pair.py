@@ -22,11 +22,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
-from dsv4lab.kernels._common.ptx import copy_or_zeros, store_words
+from dsv4lab.kernels._common.ptx import store_words
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import GATHER_WARPS, HALVES, KEYS, STAGES, TILE, TILES
 from dsv4lab.kernels.attention.core.decode import CODE_WORDS, SCALE_WORDS, decode, factors
-from dsv4lab.kernels.attention.core.gather import STAGE_BYTES, TILE_BYTES, read_scales
+from dsv4lab.kernels.attention.core.gather import STAGE_BYTES, TILE_BYTES, copy_codes, load_words_into, read_scales
 
 _ROWS = KEYS // 2  # of a block that a CTA decodes
 _KEYS = _ROWS // GATHER_WARPS  # of a warp: eight lanes have one
@@ -94,7 +94,7 @@ class PairGather:
         page = work.page(seq, index)
         near = work.index(query, place + KEYS)  # of the next block
         data, scale, there = work.record(span, place, index, page)
-        self._copy(data, scale, there, part, slot, notes)
+        copy_codes(record, data, scale, there, part, slot, notes, codes, _CODED)
         if part == 0:
             work.copy_finds(query, seq, near, place + 2 * KEYS, finds, 4)
         cute.arch.cp_async_commit_group()
@@ -116,7 +116,7 @@ class PairGather:
             there = there and j + 1 < blocks
             near = far
             if j + 1 < blocks:
-                self._copy(data, scale, there, part, slot, notes)
+                copy_codes(record, data, scale, there, part, slot, notes, codes, _CODED)
                 if part == 0:
                     work.copy_finds(query, seq, near, place + 2 * KEYS, finds, 4)
             cute.arch.cp_async_commit_group()
@@ -147,21 +147,9 @@ class PairGather:
                 cute.arch.mbarrier_wait(self.empty + 2 * stage + h, (phases >> stage) & 1 ^ 1)
 
     # ---- from memory ---------------------------------------------------------------------------------------------------
-    @cute.jit
-    def _copy(self, data: Any, scale: Any, there: Any, part: Any, slot: Any, notes: Any) -> None:
-        """Codes and scales of a lane's key: on their way to shared memory, zeros if there is none."""
-        record = self.work.plan.record
-        count = CODE_WORDS[record] * 2
-        size = cutlass.select_(there, Int32(count), Int32(0))
-        for t in cutlass.range_constexpr(_CODED):
-            copy_or_zeros(slot + t * (_LANES * count), data + part * count + t * (count * 8), size, count)
-        if part < SCALE_WORDS[record] // 2:
-            copy_or_zeros(notes + part * 8, scale + part * 8, cutlass.select_(there, Int32(8), Int32(0)), 8)
-
     def _load_rotary(self, data: Any, there: Any, part: Any, rotary: Any) -> None:
         address = data + _CODED * CODE_WORDS[self.work.plan.record] * 16 + part * 16
-        for i, word in enumerate(ptx.load_or_zeros(address, Int32(there), 4)):
-            rotary[i] = word
+        load_words_into(address, Int32(there), rotary, 4)
 
     # ---- to both CTAs --------------------------------------------------------------------------------------------------
     @cute.jit

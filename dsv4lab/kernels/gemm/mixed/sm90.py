@@ -256,9 +256,7 @@ class MixedLinearSm90:
             row = cutlass.select_(entry == 0, y.shape[0], entry) - 1
             return self._matrix(entry, alpha, tiles), row_tile, row, row + 1
         if cutlass.const_expr(plan.single):
-            # whatever a row's matrix is, one is read: nobody reads the result of a row that has none
-            matrix = cutlass.min(cutlass.max(tiles[entry, 0], 0), alpha.shape[0] - 1)
-            return matrix, row_tile, entry, entry + 1
+            return _one_of(alpha, tiles[entry, 0]), row_tile, entry, entry + 1
         if cutlass.const_expr(plan.grouped):
             return tiles[entry, 0], row_tile, tiles[entry, 1], tiles[entry, 2]
         first = entry * plan.tokens
@@ -271,7 +269,7 @@ class MixedLinearSm90:
         if entry > 0:
             if cutlass.const_expr(not self.plan.early):
                 cute.arch.griddepcontrol_wait()
-            matrix = cutlass.min(cutlass.max(tiles[entry - 1, 0], 0), alpha.shape[0] - 1)
+            matrix = _one_of(alpha, tiles[entry - 1, 0])
         return matrix
 
     # ---- loads ---------------------------------------------------------------------------------------------------------
@@ -466,6 +464,11 @@ class MixedLinearSm90:
             turn = out.store(total, matrix, row_tile, first, last, turn)
         if cutlass.const_expr(plan.cluster > 1):
             out.leave(turn)
+
+
+def _one_of(alpha: Any, matrix: Any) -> Any:
+    """Whatever a row's matrix is, one is read: nobody reads the result of a row that has none."""
+    return cutlass.min(cutlass.max(matrix, 0), alpha.shape[0] - 1)
 
 
 def _keep(gains: Any, alpha: Any, matrix: Any) -> None:
