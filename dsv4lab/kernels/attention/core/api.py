@@ -17,6 +17,7 @@ from dsv4lab.kernels.attention.core.config import (
     CombineConfig,
     capacity,
     divide,
+    merges,
     pairs,
     unpacks,
 )
@@ -47,6 +48,7 @@ def attention(
     parts: int | None = None,
     unpack: bool | None = None,
     pair: bool | None = None,
+    merge: bool | None = None,
 ) -> torch.Tensor:
     """Attend from every query to its window and its compressed entries: see `reference.attention.attention`.
 
@@ -115,12 +117,18 @@ def attention(
     if pair and division.head_tiles % 2:
         raise ValueError(f"pair must be false for an odd number of tiles of heads, got True for {division.head_tiles}")
     config = replace(config, pair=pair)
+    if merge is None:
+        merge = merges(count, config.ctas)
+    if merge and not merges(count, config.ctas):
+        raise ValueError(f"merge must be false for {count} parts of {config.ctas} CTAs each, got True")
+    config = replace(config, merge=merge)
     config.check()
     rows = m * heads
     nothing = positions.view(torch.int32)
     flat = out.view(rows, DIM)
-    partial = sinks.new_empty(count, rows, DIM) if count > 1 else sinks.new_empty(1, 1, DIM)
-    lse = sinks.new_empty(count, rows) if count > 1 else sinks.view(1, -1)
+    apart = count > 1 and not merge
+    partial = sinks.new_empty(count, rows, DIM) if apart else sinks.new_empty(1, 1, DIM)
+    lse = sinks.new_empty(count, rows) if apart else sinks.view(1, -1)
     items = division.queries * division.head_tiles * count
     runtime.call(
         _compiled(config, runtime),
@@ -141,9 +149,9 @@ def attention(
         count,
         division.head_tiles,
         items,
-        min(items, runtime.multiprocessors // config.ctas * config.ctas),
+        items if merge else min(items, runtime.multiprocessors // config.ctas * config.ctas),
     )
-    if count > 1:
+    if apart:
         runtime.call(_compiled_combine(runtime), partial, lse, sinks, flat)
     return out
 

@@ -15,6 +15,7 @@ TILES = DIM // TILE
 HALVES = 2  # of the dims: one a multiplying warpgroup, and the unit in which a stage is filled and freed
 STAGES = 2  # blocks of keys in shared memory, one a multiplying warpgroup
 WARPGROUP = 128
+CLUSTER = 12  # CTAs at most
 GATHER_WARPS = 8  # two on each scheduler: one would not issue fast enough
 THREADS = 4 * WARPGROUP  # two warpgroups multiply, two gather
 KINDS = ("window", "visible", "chosen")
@@ -43,6 +44,7 @@ class AttentionConfig:
     window_page: int = 64
     entry_page: int = 1
     pair: bool = False
+    merge: bool = False
 
     @property
     def ctas(self) -> int:
@@ -135,6 +137,11 @@ def divide(queries: int, heads: int, keys: int, multiprocessors: int) -> Divisio
 def pairs(division: Division, record: str, multiprocessors: int) -> bool:
     """Whether CTAs work in pairs: where keys are decoded, and every tile of heads has another that needs the same ones."""
     return record != "plain" and division.head_tiles % 2 == 0 and multiprocessors > 1
+
+
+def merges(parts: int, ctas: int) -> bool:
+    """Whether CTAs put a query's parts together themselves, as a cluster: where there are several, and a cluster holds them."""
+    return 1 < parts <= CLUSTER // ctas
 
 
 def unpacks(division: Division, record: str, keys: int, *, rings: int, window: int, tokens: int, entries: int) -> bool:

@@ -31,9 +31,9 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from dsv4lab.kernels._common.ptx import exp2, log2, store_matrices
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import DIM, HALVES, KEYS, ROWS, TILES, WARPGROUP
+from dsv4lab.kernels.attention.core.merge import LOG2_E, Merge, exchange
 from dsv4lab.kernels.quant.rows import encode as enc
 
-LOG2_E = 1.4426950408889634
 _PROBABLE, _SUMMED, _SCORED = 1, 3, 4  # named barriers: 1 and 2, one a stage; an item's end; its first scores
 _LOWEST = -1e30  # a maximum before the first key: its distance to anything is a number
 _SLACK = 8.0  # by which scores may exceed the maximum they are taken against, as a power of two
@@ -64,7 +64,7 @@ class Consume:
     """Operands and barriers.
 
     tiles (of queries), keys, values, probabilities: tensors of shared memory; maxima (2, 64), sums (2, 2, 64) f32; masks: an
-    address; queries: barriers full and empty; counts (1,): blocks of the item whose queries are there.
+    address; queries: barriers full and empty, and `Merge`'s; counts (1,): blocks of the item whose queries are there.
     """
 
     work: Any
@@ -314,16 +314,20 @@ class Consume:
             if lane % 4 == 0:
                 self.sums[turn, me, warp * 16 + lane // 4 + 8 * r] = total[r]
         cute.arch.barrier(barrier_id=_SUMMED, number_of_threads=2 * WARPGROUP)
-        for r in cutlass.range_constexpr(2):
-            row = warp * 16 + lane // 4 + 8 * r
-            head = tile * ROWS + row
-            whole = total[r] + self.sums[turn, 1 - me, row]
-            if self.work.parts > 1:
-                self._store_part(me, lane, r, (part, query * heads + head), head < heads, output, high[r], whole)
-            else:
-                sink = self.sinks[cutlass.min(head, heads - 1)] * LOG2_E
-                weight = 1.0 / (whole + exp2(sink - high[r]))
-                self._store(me, lane, r, query * heads + head, head < heads, output, weight)
+        rows = [warp * 16 + lane // 4 + 8 * r for r in range(2)]
+        whole = [total[r] + self.sums[turn, 1 - me, rows[r]] for r in range(2)]
+        if cutlass.const_expr(self.work.plan.merge):
+            merge = Merge(self.work, self.tiles.iterator.toint(), self.queries + 2, self.sinks, self.out)
+            merge.run(me, warp * 32 + lane, where, output, high, whole)
+        else:
+            for r in cutlass.range_constexpr(2):
+                head = tile * ROWS + rows[r]
+                if self.work.parts > 1:
+                    self._store_part(me, lane, r, (part, query * heads + head), head < heads, output, high[r], whole[r])
+                else:
+                    sink = self.sinks[cutlass.min(head, heads - 1)] * LOG2_E
+                    weight = 1.0 / (whole[r] + exp2(sink - high[r]))
+                    self._store(me, lane, r, query * heads + head, head < heads, output, weight)
 
     @cute.jit
     def _store(
@@ -335,7 +339,7 @@ class Consume:
         base = self.out.iterator.toint() + (Int64(row) * DIM + column) * 2
         for j in cutlass.range_constexpr(0, _HALF // 8, 2):
             at = [4 * (j + i) + 2 * r for i in range(2)]
-            words = _exchange(odd == 1, [enc.pack_bf16(output[i] * weight, output[i + 1] * weight) for i in at])
+            words = exchange(odd == 1, [enc.pack_bf16(output[i] * weight, output[i + 1] * weight) for i in at])
             if inside:
                 ptx.store_global(base + j * 16, words)
 
@@ -363,8 +367,3 @@ class Consume:
         if inside and lane % 4 == 0 and me == 0:
             self.lse[part, row] = high + log2(whole)
 
-
-def _exchange(odd: Any, words: list[Any]) -> list[Any]:
-    """Two neighbouring lanes' columns of two groups of eight -> of the first lane's group four, or of the second's."""
-    given = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, words[0], words[1]), 1)
-    return [cutlass.select_(odd, given, words[0]), cutlass.select_(odd, words[1], given)]

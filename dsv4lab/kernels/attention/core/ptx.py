@@ -3,7 +3,7 @@
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Int32, Uint32
+from cutlass import Float32, Int32, Uint32
 
 
 def load_or_zeros(address: Any, wanted: Any, words: int) -> tuple[Any, ...]:
@@ -63,6 +63,11 @@ def load_pair(address: Any) -> tuple[Any, Any]:
 def load_word(address: Any) -> Any:
     """A word of shared memory."""
     return cute.arch.inline_ptx("ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+
+
+def load_float(address: Any) -> Any:
+    """A float of shared memory."""
+    return cute.arch.inline_ptx("ld.shared.f32 {$w0}, [{$r0}];", write_only_types=[Float32], read_only_args=[address])
 
 
 def permute(a: Any, b: Any, selector: Any) -> Any:

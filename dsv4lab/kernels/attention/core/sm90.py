@@ -98,6 +98,7 @@ class AttentionSm90:
         chosen (M, k) i32 -> out (M H, 512) bf16, or partial (parts, M H, 512) and lse (parts, M H) f32. factor: scale times
         log2 e. What the configuration does not read may be anything.
         """
+        plan = self.plan
         layout = hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (ROWS, KEYS, TILE), BFloat16, TILES)
         box = cute.slice_(layout, (None, None, 0))
         load_q, tma_q = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), q, box, (ROWS, TILE))
@@ -123,7 +124,7 @@ class AttentionSm90:
         ).launch(
             grid=[ctas, 1, 1],
             block=[THREADS, 1, 1],
-            cluster=[2, 1, 1] if self.plan.pair else None,
+            cluster=[parts * plan.ctas, 1, 1] if plan.merge else [2, 1, 1] if plan.pair else None,
             min_blocks_per_mp=1,
             stream=stream,
             use_pdl=True,
@@ -159,7 +160,7 @@ class AttentionSm90:
         memory = SmemAllocator()
         full = memory.allocate_array(Int64, STAGES * HALVES)
         empty = memory.allocate_array(Int64, STAGES * HALVES)
-        queries = memory.allocate_array(Int64, 2)  # full, empty
+        queries = memory.allocate_array(Int64, 4 if plan.merge else 2)  # full, empty; `Merge`'s
         masks = memory.allocate_array(Uint64, STAGES * plan.mask_bytes // 8)
         counts = memory.allocate_tensor(Int32, cute.make_layout(1))
         maxima = memory.allocate_tensor(Float32, cute.make_layout((STAGES, ROWS), stride=(ROWS, 1)))
@@ -182,7 +183,9 @@ class AttentionSm90:
         if cutlass.const_expr(plan.pair):
             rank = block % 2
             block, grid, items = block // 2, grid // 2, items // 2
-            peer = ptx.to_peer(masks.toint(), rank ^ 1)
+            peer = ptx.to_peer(masks.toint(), cute.arch.block_idx_in_cluster() ^ 1)
+        if cutlass.const_expr(plan.merge):
+            items, grid = block + 1, 1  # this one
         pools = (window_pages, entry_pages, table, positions, seq_idx, chosen)
         work = Work(plan, *pools, ring_len, ratio, parts, head_tiles, rank)
         places = (shared_k.iterator.toint(), packed.toint(), masks.toint())
@@ -191,19 +194,22 @@ class AttentionSm90:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_init(queries, 1)
                 cute.arch.mbarrier_init(queries + 1, _CONSUME_WARPS)
+                if cutlass.const_expr(plan.merge):
+                    cute.arch.mbarrier_init(queries + 2, 1)
+                    cute.arch.mbarrier_init(queries + 3, parts - 1)
                 for i in cutlass.range_constexpr(STAGES * HALVES):
                     cute.arch.mbarrier_init(full + i, gather.arrivals)
                     cute.arch.mbarrier_init(empty + i, _CONSUME_WARPS // 2 * plan.ctas)
             cute.arch.mbarrier_init_fence()
         elif warp == _CONSUME_WARPS:
             cpasync.prefetch_descriptor(load_q)
-        if cutlass.const_expr(plan.pair):
+        if cutlass.const_expr(plan.pair or plan.merge):
             cute.arch.cluster_arrive_relaxed()
         else:
             cute.arch.barrier(barrier_id=0, number_of_threads=THREADS)
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
-        if cutlass.const_expr(plan.pair):
+        if cutlass.const_expr(plan.pair or plan.merge):
             cute.arch.cluster_wait()
 
         if warp >= _CONSUME_WARPS:
