@@ -30,8 +30,10 @@ from tests.kernels.attention import BF16, RAGGED, WINDOW, Case, judge, make_case
 
 
 def simulated(case: Case, parts: int | None = None, ctas: int = 4, *, unpack: bool = False, **how: object) -> torch.Tensor:
-    """Each CTA decodes its keys: few, to whom four queries are many, would have them unpacked, or work in pairs."""
-    case = replace(case, how=case.how | dict(pair=False))
+    """Each CTA decodes its keys: few, to whom four queries are many, would have them unpacked, or work in pairs. A second kernel
+    puts parts together.
+    """
+    case = replace(case, how=case.how | dict(pair=False, merge=False))
     sim.enable("sm_90a", multiprocessors=ctas)
     with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):  # type: ignore[arg-type]
         return case.run(parts, unpack)

@@ -61,8 +61,9 @@ class Merge:
         head = tile * ROWS + row
         sinks = [self.sinks[cutlass.min(head + 8 * r, heads - 1)] * LOG2_E for r in range(2)]
         weights = [cutlass.select_(whole[r] > 0.0, 1.0 / whole[r], Float32(0.0)) for r in range(2)]
-        for i in cutlass.range_constexpr(_HALF // 2):
-            output[i] = output[i] * weights[i % 4 // 2]
+        for j in cutlass.range_constexpr(_HALF // 8):
+            for i in cutlass.range_constexpr(4):
+                output[4 * j + i] = output[4 * j + i] * weights[i // 2]
         logs = [high[r] + log2(whole[r]) for r in range(2)]
         notes = self._slot(0, parts, 0) + row * 4
         mine = self._slot(me, part, thread)

@@ -1,0 +1,167 @@
+"""A query's parts put together by the cluster of CTAs that have them: the same bits as by a second kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dsv4lab import sim
+from dsv4lab.kernels._common.launch import running_on
+from dsv4lab.kernels.attention.core import api
+from dsv4lab.kernels.attention.core.config import CLUSTER, DIM, KEYS, ROWS, AttentionConfig, merges
+from tests.kernels.attention import RAGGED, Case, judge, make_case
+
+
+def run(case: Case, parts: int | None, *, merge: bool | None, pair: bool | None = None) -> torch.Tensor:
+    """Keys are decoded in the kernel."""
+    how: dict[str, Any] = {name: value for name, value in case.how.items() if name != "rope_dim"}
+    return api.attention(*case.args, **how, parts=parts, unpack=False, pair=pair, merge=merge)
+
+
+def simulated(case: Case, parts: int, *, merge: bool | None = True, pair: bool = False, **how: object) -> torch.Tensor:
+    sim.enable("sm_90a", multiprocessors=4)
+    with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):  # type: ignore[arg-type]
+        return run(case, parts, merge=merge, pair=pair)
+
+
+# ---- choice ------------------------------------------------------------------------------------------------------------
+def test_a_cluster_merges_what_it_holds() -> None:
+    for parts in (1, 2, 6, 7, CLUSTER, CLUSTER + 1, 130):
+        assert merges(parts, 1) == (1 < parts <= CLUSTER)
+        assert merges(parts, 2) == (1 < parts <= CLUSTER // 2)
+    room = (ROWS + 2 * KEYS) * DIM * 2 + 2 * ROWS * KEYS * 2  # bytes of queries, keys and probabilities
+    for parts in range(2, CLUSTER + 1):
+        pairs = -(-16 // parts)  # of groups of eight dims that a CTA puts together, of each half
+        assert pairs * parts * 2 * ROWS * 16 * 4 + (parts + 2 * CLUSTER) * ROWS * 4 <= room
+        assert 16 // parts, "every CTA has some"
+    case = make_case("fp8", "chosen", [(3, 1)], 4)
+    for parts, pair in ((1, False), (CLUSTER + 1, False)):
+        with pytest.raises(ValueError, match=f"merge must be false for {parts} parts of 1 CTAs each, got True"):
+            simulated(case, parts, pair=pair)
+    with pytest.raises(ValueError, match="merge must be false for 7 parts of 2 CTAs each, got True"):
+        simulated(make_case("fp8", "chosen", [(3, 1)], 128), 7, pair=True)
+
+
+class Silent:
+    """A runtime that launches nothing and remembers how often, and how many CTAs it was asked for first."""
+
+    arch, multiprocessors, libraries = "sm_90a", 132, ()
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def clusters(self, size: int) -> int:
+        return self.multiprocessors // size
+
+    def call(self, function: Any, *args: Any) -> None:
+        self.calls.append(args)
+
+
+def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[AttentionConfig] = []
+    monkeypatch.setattr(api, "_compiled", lambda config, _: compiled.append(config))
+    monkeypatch.setattr(api, "_compiled_combine", lambda _: None)
+    for heads, queries, parts, wanted, launches, ctas in (
+        (64, 3, 1, False, 1, 3),
+        (64, 3, 2, True, 1, 6),
+        (64, 70, 3, True, 1, 210),  # more than there are multiprocessors: a CTA has one item
+        (64, 3, CLUSTER + 1, False, 2, 3 * (CLUSTER + 1)),
+        (128, 3, 2, True, 1, 12),
+        (128, 3, 7, False, 2, 42),
+    ):
+        runtime = Silent()
+        with running_on(runtime):  # type: ignore[arg-type]
+            run(make_case("fp8", "window", [(300, queries)], heads), parts, merge=None)
+        found = (compiled[-1].merge, len(runtime.calls), runtime.calls[0][-1])
+        assert found == (wanted, launches, ctas), (heads, queries, parts)
+        assert wanted == (runtime.calls[0][9].shape[0] == 1 or parts == 1) or parts == 1, "no memory for parts that meet"
+
+
+# ---- in the simulator --------------------------------------------------------------------------------------------------
+CASES = [
+    # an odd batch: no entry yet, half a window, three to six blocks; parts without keys, gaps
+    ("fp8", "chosen", [(1, 1), (65, 1), (1000, 1)], 64, 200, (2, 6), False),
+    ("nvfp4", "visible", [(1, 1), (20_000, 1)], 4, 0, (3, CLUSTER), False),
+    ("fp8", "chosen", [(300, 1)], 72, 100, (2,), True),  # pairs of CTAs, eight heads in the second
+]
+
+
+@pytest.mark.parametrize(("record", "kind", "sequences", "heads", "k", "counts", "pair"), CASES)
+def test_the_same_bits(
+    record: str, kind: str, sequences: list[tuple[int, int]], heads: int, k: int, counts: tuple[int, ...], pair: bool
+) -> None:
+    case = make_case(record, kind, sequences, heads, k=k, fewer=0.3)
+    for parts in counts:
+        found = simulated(case, parts, pair=pair)
+        assert judge(case, found) < 0.004
+        assert torch.equal(found, simulated(case, parts, merge=False, pair=pair)), parts
+
+
+def test_sinks_and_parts_of_gaps() -> None:
+    """A sink that takes all, or none; a whole part that chose nothing; a query that chose nothing."""
+    sinks = torch.tensor([1e4, 60.0, -1e4, -torch.inf])
+    case = make_case("fp8", "chosen", [(1200, 2), (100, 1)], 4, k=200, fewer=0.7, sinks=sinks)
+    chosen = case.args[-1]
+    chosen[0, :190] = -1
+    chosen[1] = -1
+    for parts in (2, 6):
+        found = simulated(case, parts)
+        judge(case, found)
+        assert bool((found[:, 0] == 0).all()) and bool((found[:, 3].float().norm(dim=-1) > 0.1).all())
+
+
+RACES = [
+    ("fp8", "chosen", [(700, 1)], 64, 2, "eager", False),
+    ("fp8", "chosen", [(200, 2)], 64, 3, "lazy", False),  # a part without keys
+    ("fp8", "chosen", [(300, 1)], 72, 5, "random", False),  # two tiles, each a cluster's
+    ("fp8", "chosen", [(200, 1)], 72, 2, "lazy", True),
+    ("fp8", "chosen", [(300, 1)], 72, 2, "random", True),
+]
+
+
+@pytest.mark.parametrize(("record", "kind", "sequences", "heads", "parts", "schedule", "pair"), RACES)
+def test_any_schedule_and_no_race(
+    record: str, kind: str, sequences: list[tuple[int, int]], heads: int, parts: int, schedule: str, pair: bool
+) -> None:
+    case = make_case(record, kind, sequences, heads, k=200, fewer=0.3)
+    found = simulated(case, parts, pair=pair, schedule=schedule, checks=sim.Checks(races=True))
+    assert judge(case, found) < 0.004
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("record", "heads", "k"), [("fp8", 64, 512), ("nvfp4", 4, 100), ("plain", 64, 200), ("fp8", 128, 1024)])
+def test_the_same_bits_on_the_gpu(record: str, heads: int, k: int, seed: int) -> None:
+    most = CLUSTER // 2 if heads == 128 and record != "plain" else CLUSTER
+    for kind in ("window", "chosen", "visible"):
+        for sequences in RAGGED:
+            case = make_case(record, kind, sequences, heads, k=k, seed=seed, device="cuda")
+            for parts in range(2, most + 1):
+                found = run(case, parts, merge=True)
+                assert torch.equal(found, run(case, parts, merge=False)), parts
+                assert torch.equal(found, run(case, parts, merge=True))  # not a matter of timing
+            if sum(n for _, n in sequences) < 100:
+                judge(case, found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "parts"), [(64, 2), (64, 5), (128, 2)])
+def test_a_cuda_graph_replays_with_new_inputs(heads: int, parts: int) -> None:
+    """Calls that follow each other begin before the one before has ended."""
+    cases = [make_case("fp8", "chosen", [(n, 3)], heads, k=512, seed=n, device="cuda") for n in (9000, 400, 5000, 8999)]
+    wanted = [run(case, parts, merge=False) for case in cases]
+    for case in cases:
+        run(case, parts, merge=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [run(case, parts, merge=True) for case in cases for _ in range(3)]
+    for _ in range(5):
+        for y in found:
+            y.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, wanted[i // 3]) for i, y in enumerate(found))
