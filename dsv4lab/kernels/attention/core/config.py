@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsv4lab.kernels.cache.unpack.config import MAX_SEQS
@@ -15,14 +16,15 @@ TILES = DIM // TILE
 HALVES = 2  # of the dims: one a multiplying warpgroup, and the unit in which a stage is filled and freed
 STAGES = 2  # blocks of keys in shared memory, one a multiplying warpgroup
 WARPGROUP = 128
-CLUSTER = 12  # CTAs at most
+CLUSTER = 12  # CTAs at most: more than 8, which an H200 allows, and as many as there is room for what they send
 GATHER_WARPS = 8  # two on each scheduler: one would not issue fast enough
 THREADS = 4 * WARPGROUP  # two warpgroups multiply, two gather
 KINDS = ("window", "visible", "chosen")
-# What `divide` weighs, in microseconds: a block of keys; an item's start and end; leaving a part in float32 and its share of
-# the kernel that combines; that kernel's launch. For an H200: a block of plain keys as measured, packed ones take more (below),
-# so that a second kernel is not started for little; the others are estimates from cycle counts.
-_BLOCK_US, _ITEM_US, _PART_US, _COMBINE_US = 2.0, 2.0, 1.1, 2.5
+# What `divide` weighs, in microseconds: a block of packed keys; an item's start and end, the launch included; each other part
+# that meets in a cluster; leaving a part in float32 and its share of the kernel that combines; that kernel's launch. For an
+# H200: a sequence with 64 heads and 640 keys takes 35.1 us in one part, 21.3, 18.4, 15.7, 13.8 and 12.3 in clusters of 2, 3, 4,
+# 5 and 10; what a second kernel costs is counted, and agrees for 8 to 64 sequences.
+_BLOCK_US, _ITEM_US, _MERGE_US, _PART_US, _COMBINE_US = 2.75, 7.7, 0.15, 1.1, 2.5
 _PART_READ_US = ROWS * DIM * 4 / 4.0e6  # of 64 heads at 4 TB/s
 # What `unpacks` weighs, for an H200: a block of packed keys takes 3.2 (FP8) or 2.9 us (NVFP4), in pairs 2.4 (FP8), one of plain
 # keys 2.0: measured. A kernel that unpacks takes its launch, a look at all positions, latencies, and bytes at 80 % of a copy's
@@ -35,7 +37,8 @@ _SEEN = 0.5  # of a pool's entries: it is made for other sequences, too, and for
 class AttentionConfig:
     """record: of the keys, "plain" (BF16), "fp8" or "nvfp4". kind: entries attended besides the window, none ("window"), every
     "visible" one, or those "chosen" by index. window: tokens. window_page, entry_page: records of a page. pair: CTAs are
-    clusters of two, which have two tiles of a query's heads and decode half of its keys each.
+    clusters of two, which have two tiles of a query's heads and decode half of its keys each. merge: a query's parts are a
+    cluster, which puts them together.
     """
 
     record: str
@@ -90,12 +93,16 @@ class CombineConfig:
 
 @dataclass(frozen=True)
 class Division:
-    """How a call's work is cut: queries x head_tiles x parts items, each for one CTA at a time; ctas of them at once."""
+    """How a call's work is cut: queries x head_tiles x parts items, each for one CTA at a time; ctas of them at once.
+
+    merge: a query's parts meet in a cluster.
+    """
 
     queries: int
     head_tiles: int
     parts: int
     ctas: int
+    merge: bool
 
     @property
     def items(self) -> int:
@@ -112,35 +119,60 @@ def capacity(kind: str, window: int, entries: int) -> int:
     return window + (0 if kind == "window" else entries)
 
 
-def divide(queries: int, heads: int, keys: int, multiprocessors: int) -> Division:
+def divide(
+    queries: int,
+    heads: int,
+    keys: int,
+    multiprocessors: int,
+    *,
+    paired: bool = False,
+    clusters: Callable[[int], int] | None = None,
+) -> Division:
     """The number of parts that ends first, of those that fit: known from sizes alone, never from positions.
 
-    keys: `capacity`. A CTA works through one item after another; all take as long as ceil(blocks / parts) and a start. More
-    parts than one need a second kernel, that reads them: it pays where multiprocessors would be idle.
+    keys: `capacity`. paired: two tiles of heads are a pair of CTAs'. clusters: how many of so many CTAs run at once, by default
+    as many as there are multiprocessors for; asked as little as possible. A CTA works through one item after another; all take
+    as long as ceil(blocks / parts) and a start. More parts than one pay where multiprocessors would be idle. They meet in a
+    cluster, if all clusters run at once, or in a second kernel, which costs more.
     """
-    head_tiles = -(-heads // ROWS)
+    head_tiles, ctas = -(-heads // ROWS), 2 if paired else 1
     blocks = -(-keys // KEYS)
     items = queries * head_tiles
 
-    def cost(parts: int) -> float:
+    def ideal(size: int) -> int:
+        return multiprocessors // size
+
+    def cost(parts: int, merge: bool, clusters: Callable[[int], int]) -> float:
+        each = -(-blocks // parts) * _BLOCK_US + _ITEM_US
+        if merge:
+            at_once = clusters(parts * ctas)
+            return -(-items // (ctas * at_once)) * (each + _MERGE_US * (parts - 1)) if at_once else float("inf")
         waves = -(-items * parts // multiprocessors)
         if parts == 1:
-            return waves * (blocks * _BLOCK_US + _ITEM_US)
-        whole = waves * (-(-blocks // parts) * _BLOCK_US + _ITEM_US + _PART_US)
-        return whole + _COMBINE_US + items * parts * _PART_READ_US
+            return waves * each
+        return waves * (each + _PART_US) + _COMBINE_US + items * parts * _PART_READ_US
 
     most = max(min(blocks, 2 * multiprocessors // max(items, 1)), 1)
-    parts = min(range(1, most + 1), key=lambda n: (cost(n), n))
-    return Division(queries, head_tiles, parts, min(items * parts, multiprocessors))
+    ways = [(n, False) for n in range(1, most + 1)] + [(n, True) for n in range(2, most + 1) if merges(n, ctas)]
+    hoped = sorted((cost(*way, ideal), way) for way in ways)
+    best, chosen = float("inf"), (1, False)
+    for hope, way in hoped:
+        if hope >= best:
+            break
+        found = cost(*way, clusters or ideal)
+        if found < best:
+            best, chosen = found, way
+    parts, merge = chosen
+    return Division(queries, head_tiles, parts, min(items * parts, multiprocessors), merge)
 
 
-def pairs(division: Division, record: str, multiprocessors: int) -> bool:
+def pairs(heads: int, record: str, multiprocessors: int) -> bool:
     """Whether CTAs work in pairs: where keys are decoded, and every tile of heads has another that needs the same ones."""
-    return record != "plain" and division.head_tiles % 2 == 0 and multiprocessors > 1
+    return record != "plain" and -(-heads // ROWS) % 2 == 0 and multiprocessors > 1
 
 
 def merges(parts: int, ctas: int) -> bool:
-    """Whether CTAs put a query's parts together themselves, as a cluster: where there are several, and a cluster holds them."""
+    """Whether the CTAs of a query's parts may put them together themselves: several, that a cluster holds. ctas: of a part."""
     return 1 < parts <= CLUSTER // ctas
 
 

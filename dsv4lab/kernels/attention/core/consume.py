@@ -366,4 +366,3 @@ class Consume:
                 ptx.store_global(base + j * 32, [output[at] * weight, output[at + 1] * weight])
         if inside and lane % 4 == 0 and me == 0:
             self.lse[part, row] = high + log2(whole)
-

@@ -16,7 +16,8 @@ and the same part: each decodes half of a block's keys for both (`pair`).
 
     halves    gather -> consume    full: written by every warp of both CTAs    empty: multiplied by both CTAs
 
-With several parts for a query, each leaves O / sum and log2(sum) + M in float32, which `combine` puts together.
+Several parts of a query are a cluster of CTAs, an item each, which puts them together (`merge`). Where a cluster would be too
+large, or not all run at once, each leaves O / sum and log2(sum) + M in float32, and a second kernel does (`combine`).
 
 Cost of a block, 64 heads x 64 keys: 8.4 MFLOP, 2048 cycles of a multiprocessor's tensor cores (4096 FLOP a cycle). Shared
 memory, 128 bytes a cycle: Q and K for the scores 1024 cycles, K again and the half of the probabilities that another warpgroup
