@@ -125,19 +125,16 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- in the simulator --------------------------------------------------------------------------------------------------
-CASES = [
-    # an odd batch: no entry yet, half a window, three to six blocks; parts without keys, gaps
-    ("fp8", "chosen", [(1, 1), (65, 1), (1000, 1)], 64, 200, (2, 6), False),
-    ("nvfp4", "visible", [(1, 1), (16_000, 1)], 72, 0, (CLUSTER,), False),
-    ("fp8", "chosen", [(300, 1)], 72, 100, (2,), True),  # pairs of CTAs, eight heads in the second
-]
-
-
-@pytest.mark.parametrize(("record", "kind", "sequences", "heads", "k", "counts", "pair"), CASES)
-def test_the_same_bits(
-    record: str, kind: str, sequences: list[tuple[int, int]], heads: int, k: int, counts: tuple[int, ...], pair: bool
-) -> None:
-    case = make_case(record, kind, sequences, heads, k=k, fewer=0.3)
+@pytest.mark.parametrize(
+    ("sequences", "heads", "counts", "pair"),
+    [
+        # an odd batch: no entry yet, half a window, three to six blocks; parts without keys, gaps
+        ([(1, 1), (65, 1), (1000, 1)], 64, (2, CLUSTER), False),
+        ([(300, 1)], 72, (2,), True),  # pairs of CTAs, eight heads in the second
+    ],
+)
+def test_the_same_bits(sequences: list[tuple[int, int]], heads: int, counts: tuple[int, ...], pair: bool) -> None:
+    case = make_case("fp8", "chosen", sequences, heads, k=200, fewer=0.3)
     for parts in counts:
         found = simulated(case, parts, pair=pair)
         assert judge(case, found) < 0.004
@@ -157,20 +154,18 @@ def test_sinks_and_parts_of_gaps() -> None:
         assert bool((found[:, 0] == 0).all()) and bool((found[:, 3].float().norm(dim=-1) > 0.1).all())
 
 
-RACES = [
-    ("fp8", "chosen", [(700, 1)], 64, 2, "eager", False),
-    ("fp8", "chosen", [(100, 2)], 64, 3, "lazy", False),  # a part without keys
-    ("fp8", "chosen", [(300, 1)], 64, 5, "random", False),
-    ("fp8", "chosen", [(200, 1)], 72, 2, "lazy", True),
-    ("fp8", "chosen", [(300, 1)], 72, 2, "random", True),
-]
-
-
-@pytest.mark.parametrize(("record", "kind", "sequences", "heads", "parts", "schedule", "pair"), RACES)
-def test_any_schedule_and_no_race(
-    record: str, kind: str, sequences: list[tuple[int, int]], heads: int, parts: int, schedule: str, pair: bool
-) -> None:
-    case = make_case(record, kind, sequences, heads, k=200, fewer=0.3)
+@pytest.mark.parametrize(
+    ("sequences", "heads", "parts", "schedule", "pair"),
+    [
+        ([(700, 1)], 64, 2, "eager", False),
+        ([(100, 2)], 64, 3, "lazy", False),  # a part without keys
+        ([(300, 1)], 64, 5, "random", False),
+        ([(200, 1)], 72, 2, "lazy", True),
+        ([(300, 1)], 72, 2, "random", True),
+    ],
+)
+def test_any_schedule_and_no_race(sequences: list[tuple[int, int]], heads: int, parts: int, schedule: str, pair: bool) -> None:
+    case = make_case("fp8", "chosen", sequences, heads, k=200, fewer=0.3)
     found = simulated(case, parts, pair=pair, schedule=schedule, checks=sim.Checks(races=True))
     assert judge(case, found) < 0.004
 
