@@ -29,14 +29,16 @@ LOG2_E = 1.4426950408889634
 _HALF = DIM // HALVES
 _PAIRS = _HALF // 16  # of groups, of a warpgroup
 _GROUP_BYTES = WARPGROUP * 16
+_CHUNK = 4  # pairs that are passed over together
 _AHEAD = 2  # pairs, and parts of each, that are read together
 _QUAD = 4  # lanes that have the same rows
 
 
 @dataclass(frozen=True)
 class Merge:
-    """work, sinks, out: as the kernel has them. place: of 208 KB, an address. barriers: two, which say that
-    what others send has come, and that all others may be sent to."""
+    """work, sinks, out: as the kernel has them. place: of 208 KB, an address. barriers: two, which say that what others send
+    has come, and that all others may be sent to.
+    """
 
     work: Any
     place: Any
@@ -78,25 +80,32 @@ class Merge:
             if lane % _QUAD == 0 and me == 0:
                 for r in cutlass.range_constexpr(2):
                     ptx.send(notes + there + part * (ROWS * 4) + r * 32, [logs[r]], barrier)
-            start, stop = self._share(other)
-            for q in cutlass.range_constexpr(_PAIRS):
-                if q >= start and q < stop:
-                    at = mine + there + (q - start) * (2 * _GROUP_BYTES)
-                    for g in cutlass.range_constexpr(2):
-                        words = [output[4 * (2 * q + g) + i] for i in range(4)]
-                        ptx.send(at + g * _GROUP_BYTES, words, barrier)
-        for q in cutlass.range_constexpr(_PAIRS):  # its own it needs no barrier for: who writes reads
-            if q >= first and q < end:
-                for g in cutlass.range_constexpr(2):
-                    words = [output[4 * (2 * q + g) + i] for i in range(4)]
-                    store_words(mine + (q - first) * (2 * _GROUP_BYTES) + g * _GROUP_BYTES, words)
+            self._send(output, other, mine + there, barrier)
+        self._send(output, part, mine, None)  # its own it needs no barrier for: who writes reads
         cute.arch.mbarrier_wait(came, 0)
         shares = notes + (1 + me) * (CLUSTER * ROWS * 4)
         begin = self._shares(lane, part, logs, notes, shares, sinks)
-        base = (
-            self.out.iterator.toint() + (Int64(query * heads + head) * DIM + me * _HALF + lane % 2 * 8 + lane % 4 // 2 * 4) * 2
-        )
-        self._sum(me, thread, end - first, shares, begin, base + first * 32, head)
+        column = me * _HALF + first * 16 + lane % 2 * 8 + lane % 4 // 2 * 4
+        base = self.out.iterator.toint() + (Int64(query * heads + head) * DIM + column) * 2
+        self._sum(me, thread, end - first, shares, begin, base, head)
+
+    @cute.jit
+    def _send(self, output: Any, part: Any, slot: Any, barrier: Any) -> None:
+        """A thread's pairs of a part's share, from `slot` on: to another CTA, or where there is no barrier to its own."""
+        first, end = self._share(part)
+        share = cute.arch.make_warp_uniform((Int32(1) << end) - (Int32(1) << first))  # branches are the whole warp's
+        start = slot - first * (2 * _GROUP_BYTES)
+        for c in cutlass.range_constexpr(0, _PAIRS, _CHUNK):
+            if share & ((1 << _CHUNK) - 1 << c) != 0:
+                for q in cutlass.range_constexpr(c, c + _CHUNK):
+                    if share & (1 << q) != 0:
+                        for g in cutlass.range_constexpr(2):
+                            words = [output[4 * (2 * q + g) + i] for i in range(4)]
+                            at = start + (2 * q + g) * _GROUP_BYTES
+                            if cutlass.const_expr(barrier is None):
+                                store_words(at, words)
+                            else:
+                                ptx.send(at, words, barrier)
 
     def _there(self, part: Any) -> Any:
         """How far it is to the shared memory of the CTA that has a part; in pairs, that part for the same heads."""
