@@ -147,8 +147,8 @@ lab.check_that("sum not rescaled: largest error", wrong["sum not rescaled"].max(
 # ## 4. The kernel
 #
 # A CTA takes a query with 64 of its heads. Eight warps gather keys by index, decode their record to BF16 and fill a ring; two
-# warpgroups multiply blocks of 64 keys in turn. Few queries are cut into parts for idle multiprocessors; a second kernel puts
-# them together. Probabilities meet the values in BF16: the bar is what that costs.
+# warpgroups multiply blocks of 64 keys in turn. Few queries are cut into parts for idle multiprocessors; a cluster of CTAs
+# puts them together, or a second kernel. Probabilities meet the values in BF16: the bar is what that costs.
 
 # %%
 rows = torch.tensor([40, 300, text_tokens - 1])[-queries:]
