@@ -129,7 +129,7 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
     ("sequences", "heads", "counts", "pair"),
     [
         # an odd batch: no entry yet, half a window, three to six blocks; parts without keys, gaps
-        ([(1, 1), (65, 1), (1000, 1)], 64, (2, CLUSTER), False),
+        ([(1, 1), (65, 1), (1000, 1)], 64, (5, CLUSTER), False),
         ([(300, 1)], 72, (2,), True),  # pairs of CTAs, eight heads in the second
     ],
 )
