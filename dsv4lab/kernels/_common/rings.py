@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Int64
+from cutlass import Int64, Uint32
 
 
 @dataclass(frozen=True)
@@ -45,3 +45,17 @@ class Ring:
 
     def wait_empty(self, step: Any) -> None:
         cute.arch.mbarrier_wait(self.empty(step), (step // self.count) % 2 ^ 1)
+
+
+def arrive_with(barrier: Any, lane: Any, values: list[Any]) -> None:
+    """Lane 0's arrival at `empty`, behind loads of what it frees: with a 32-bit value of each. All lanes of a warp come here.
+
+    ptxas moves an arrival in front of what uses the loaded values, and a bulk copy may then fill bytes that are still being
+    read (docs/simulator-fidelity.md). So it takes them: their bits and the lane's number, in lane 0 zeros, go to its address.
+    """
+    words = [value if isinstance(value, Uint32) else value.bitcast(Uint32) for value in values]
+    code = "{ .reg .pred first; .reg .b32 at; setp.eq.u32 first, {$r1}, 0; mov.b32 at, 0;"
+    code += "".join(f" or.b32 at, at, {{$r{2 + i}}};" for i in range(len(words)))
+    code += " and.b32 at, at, {$r1}; or.b32 at, at, {$r0}; @first mbarrier.arrive.shared.b64 _, [at]; }"
+    cute.arch.sync_warp()
+    cute.arch.inline_ptx(code, read_only_args=[barrier.toint(), lane, *words])

@@ -13,6 +13,7 @@ from cutlass import Float32, Int32, Uint32
 from cutlass.cute.nvgpu import warpgroup
 
 from dsv4lab.kernels._common.ptx import load_words
+from dsv4lab.kernels._common.rings import arrive_with
 from dsv4lab.kernels.gemm.mixed.decode import decode_for_warp, decode_for_warpgroup
 from dsv4lab.kernels.gemm.mixed.layout import BLOCKS, SLAB, TILE
 
@@ -70,12 +71,14 @@ def multiply_by_warpgroup(
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)
                 if cutlass.const_expr(c == 0):  # the stage before is read to its end
+                    cute.arch.sync_warp()
                     used = (k > 0 or r > 0) and lane == 0
                     if used:
                         cute.arch.mbarrier_arrive(empty + before)
             before = stage
             stage, phase = advance(stages, stage, phase)
     warpgroup.wait_group(0)
+    cute.arch.sync_warp()
     if lane == 0 and count > 0:
         cute.arch.mbarrier_arrive(empty + before)
     return stage, phase
@@ -134,9 +137,8 @@ def multiply_by_warp(
                         for j in cutlass.range_constexpr(0, BLOCKS, 2):
                             w = [words[4 * (j + i // 2) + 2 * half + i % 2] for i in range(4)]
                             _mma_sync(total, first, w, x[j], x[j + 1])
-        cute.arch.sync_warp()
-        if lane == 0:
-            cute.arch.mbarrier_arrive(empty + stage)
+        # sums that every load of the stage is in
+        arrive_with(empty + stage, lane, [total[i] for i in range(0, plan.per_warp * plan.tokens // 2, 4)])
         stage, phase = advance(stages, stage, phase)
     return stage, phase
 

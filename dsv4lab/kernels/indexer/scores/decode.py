@@ -44,7 +44,7 @@ def decode_rows(record: str, data: Any, scales: Any, row: Any, q: Any, words: An
             for i in range(4):
                 _put(words, half, 4 * i, load_words(data + at * 256 + i * 64 + q * 16))
         elif record == "fp8":
-            factors.append(_load_float(scales + at * 4))  # first: loads of shared memory end in order, and codes are waited for
+            factors.append(_load_float(scales + at * 4))
             for i in range(2):
                 for m, word in enumerate(load_words(data + at * 128 + q * 32 + i * 16)):
                     pair = [_mul_by(_place(x, 4, _E4M3_BITS), _TWO_120) for x in (word << 8, word)]

@@ -34,7 +34,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from dsv4lab.kernels._common.ptx import copy_bulk
-from dsv4lab.kernels._common.rings import Ring
+from dsv4lab.kernels._common.rings import Ring, arrive_with
 from dsv4lab.kernels.indexer.scores.config import DIM, TILE, WARP, WARPGROUP, IndexScoresConfig
 from dsv4lab.kernels.indexer.scores.decode import (
     BLOCKS,
@@ -298,10 +298,9 @@ class IndexScoresSm90:
                     cute.gemm(mma, sums, keys[None, None, j], operand[None, None, j % 4, j // 4], sums)
                 warpgroup.commit_group()
                 # Products that have begun have their registers, so this warp's loads have ended. Released behind the loads
-                # themselves, a stage was filled again under those of plain keys, which nothing else waits for (H200).
-                cute.arch.sync_warp()
-                if lane == 0:
-                    cute.arch.mbarrier_arrive(ring.empty(step))
+                # themselves, a stage was filled again under those of plain keys, which nothing else waits for (H200). Factors
+                # are none of the products'.
+                arrive_with(ring.empty(step), lane, factors)
                 warpgroup.wait_group(0)
                 scores = self._reduce(sums, weights, factors, lane)
                 for i in cutlass.range_constexpr(len(mine)):
