@@ -110,6 +110,7 @@ class Consume:
             total.fill(0.0)
             cute.arch.mbarrier_wait(self.queries, turn)
             blocks = self.counts[0]
+            cute.arch.sync_warp()  # a lane arrives for all: here all have read the count, in `_release` masks and maxima
             if blocks <= me and lane == 0:
                 cute.arch.mbarrier_arrive(self.queries + 1)  # has no need of them
             # First and last blocks apart: products under way must be the same wherever a turn of a loop comes from, or ptxas
@@ -209,6 +210,7 @@ class Consume:
     @cute.jit
     def _release(self, lane: Any, stage: cutlass.Constexpr, half: cutlass.Constexpr) -> None:
         """Half of a stage may be filled again; in a pair each CTA fills the other's, too."""
+        cute.arch.sync_warp()
         if lane == 0:
             if cutlass.const_expr(self.work.plan.pair):
                 ptx.arrive_there((self.empty + 2 * stage + half).toint() + self.peer)

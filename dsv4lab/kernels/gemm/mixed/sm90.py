@@ -182,6 +182,7 @@ class MixedLinearSm90:
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
         elif warp == plan.warps:  # has initialised the barriers it needs, and is first to be needed
+            cute.arch.sync_warp()
             cute.arch.barrier_arrive(barrier_id=0, number_of_threads=plan.threads)
         else:
             cute.arch.barrier(barrier_id=0, number_of_threads=plan.threads)
