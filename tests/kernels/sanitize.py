@@ -1,7 +1,7 @@
 """Every kernel of linears, experts, routing and quantisers once, on small shapes, for NVIDIA's compute-sanitizer:
 
 compute-sanitizer --tool memcheck python tests/kernels/sanitize.py
-compute-sanitizer --tool racecheck python tests/kernels/sanitize.py
+python tests/kernels/racecheck.py FOLDER    racecheck, of this and of sanitize_attention.py and sanitize_model.py
 
 Results are compared with the reference, so that a run that does nothing does not pass.
 """
