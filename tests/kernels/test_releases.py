@@ -14,6 +14,8 @@ from dsv4lab.kernels.gemm.mixed.config import MixedConfig
 from dsv4lab.kernels.gemm.mixed.layout import prepare
 from dsv4lab.kernels.indexer.scores.api import index_scores
 from dsv4lab.kernels.indexer.scores.config import IndexScoresConfig
+from dsv4lab.kernels.mhc.api import mhc_pre
+from dsv4lab.kernels.mhc.config import TogetherConfig
 from dsv4lab.sim.cubin import _sections
 from tests.kernels.mixed import random_weight
 from tests.kernels.test_index_scores import scene
@@ -41,7 +43,21 @@ def scores() -> None:
     index_scores(*scene("fp8", [70], [4]), record="fp8", page_size=32, max_entries=70, config=config)
 
 
-@pytest.mark.parametrize("call", [lambda: linear_of("nvfp4"), lambda: linear_of("bf16"), scores])
+def together() -> None:
+    args = [torch.zeros(*shape) for shape in ((24, 16384), (24,), (3,))]
+    config = TogetherConfig.for_shape(4096, 4096, 24, False, "bf16")
+    mhc_pre(
+        torch.zeros(3, 4, 4096).bfloat16(),
+        *args,
+        torch.zeros(4096).bfloat16(),
+        eps=1e-6,
+        hc_eps=1e-6,
+        sinkhorn_iters=2,
+        config=config,
+    )
+
+
+@pytest.mark.parametrize("call", [lambda: linear_of("nvfp4"), lambda: linear_of("bf16"), scores, together])
 def test_loads_have_ended(call: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """By the scoreboards that were waited for, instruction after instruction; a warp's loads end in order."""
     monkeypatch.setattr(cache, "_loaded", {})

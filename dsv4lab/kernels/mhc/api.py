@@ -21,7 +21,7 @@ from dsv4lab.kernels.mhc.config import (
     PostConfig,
     TogetherConfig,
 )
-from dsv4lab.kernels.mhc.prepared import prepared, prepared_halves
+from dsv4lab.kernels.mhc.prepared import prepared, prepared_fragments
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 _INTEGER = {torch.int32: "i32", torch.int64: "i64"}
@@ -251,7 +251,8 @@ def _mix(
         results = (_words(new[part]), _words(out[part]), post[part], comb[part].flatten(1), eps, hc_eps, iters)
         if isinstance(plan, TogetherConfig):
             ctas = RANKS * max(min(runtime.clusters(RANKS), -(-tokens // TILE)), 1)
-            runtime.call(_compiled_together(plan, runtime), *rows, *prepared_halves(fn), *shared, *results, ctas)
+            fragments = prepared_fragments(fn, scaled=plan.scaled)
+            runtime.call(_compiled_together(plan, runtime), *rows, *fragments, *shared, *results, ctas)
             continue
         sums = _sums(tokens, plan.slices * plan.row, streams.device).view(-1, plan.slices, plan.row)[:tokens]
         groups = min(max(runtime.multiprocessors // plan.slices, 1), -(-tokens // TILE))

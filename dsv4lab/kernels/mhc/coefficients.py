@@ -24,17 +24,17 @@ _FIRST_LOGIT = 2 * STREAMS  # output with the first entry of comb
 
 
 class Coefficients:
-    """Of `outputs` sums and a sum of squares, a lane each, of streams of `columns`; by `mixers` warps that take turns."""
+    """Of streams of `columns`; by `mixers` warps that take turns."""
 
-    def __init__(self, columns: int, outputs: int, mixers: int = 1) -> None:
-        self.columns, self.outputs, self.mixers = columns, outputs, mixers
+    def __init__(self, columns: int, mixers: int = 1) -> None:
+        self.columns, self.mixers = columns, mixers
         self.threads = (mixers + 1) * WARP  # that pass batches
 
     @cute.jit
-    def logit(self, total: Any, factor: Any, offset: Any, eps: Any) -> Any:
-        """A lane's sum over the root of the mean square, scaled and moved; all float64. By a whole warp."""
-        square = val.shuffle64(total, self.outputs) * Float64(1.0 / (STREAMS * self.columns)) + eps.to(Float64)
-        return total * val.rsqrt64(square) * factor + offset
+    def logit(self, total: Any, square: Any, factor: Any, offset: Any, eps: Any) -> Any:
+        """A lane's sum over the root of the mean of the squares, scaled and moved; all float64."""
+        mean = square * Float64(1.0 / (STREAMS * self.columns)) + eps.to(Float64)
+        return total * val.rsqrt64(mean) * factor + offset
 
     @cute.jit
     def hand_over(self, z: Any, gate: Any, logits: Any, new_post: Any, token: Any, i: Any, count: Any, lane: Any) -> None:

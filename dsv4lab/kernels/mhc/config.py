@@ -13,6 +13,7 @@ CHUNK = 8  # BF16 of 16 bytes
 COEFFICIENTS = STREAMS + STREAMS * STREAMS  # post and comb of a token
 BATCH = 8  # tokens whose Sinkhorn iterations a warp runs together, a lane each
 HALVES = 2  # FP16 numbers whose sum has 22 bits of a float32
+MIXERS = 2  # warps that make coefficients, in turn
 RANKS = 16  # CTAs of a cluster, which is also how many tokens a tile has: a CTA makes the coefficients of one
 BOX = 64  # columns of a TMA box
 MAX_TOKENS = 8192  # of a launch, which bounds the scratch for sums
@@ -20,10 +21,8 @@ MAX_WARPS = 8  # of a projecting CTA; each has 72 registers a thread of `fn`
 FEW_FINISH, MANY_FINISH = 11, 7  # warps of a finishing CTA, with one more that fills its last quarter
 SHARED_BYTES = 227 * 1024  # that a CTA may have
 _FINISH_BYTES = 192 * 1024  # of a finishing CTA, so that a projecting one, of 30 kB, fits beside it
-_COLLAPSE_REGISTERS, _SERVICE_REGISTERS = (
-    72,
-    48,
-)  # of a thread of `together` that collapses, of one that neither does nor projects
+_HELD_REGISTERS, _HELD_WITH_POST = 144, 128  # of a thread of `together` that projects, for `fn`
+_COLLAPSE_REGISTERS, _SERVICE_REGISTERS = 56, 40  # of one that collapses, of one that neither does nor projects
 _MANY_WARPS = 132 * 16  # as for the gather of experts' rows
 _ELEMENTS = ("bf16", "f32")
 _INTEGERS = ("i32", "i64")
@@ -147,9 +146,10 @@ class MixConfig:
 class TogetherConfig:
     """Of `pre`, `post_pre` and `head` of many tokens, by clusters of 16 CTAs: see `together`.
 
-    columns, outputs, post, weight: as for `MixConfig`. warps: that project; held: blocks of `fn` that each keeps in registers,
-    the rest is in shared memory. collapse: warps that collapse. Four more have other things to do, `mixers` of them make
-    coefficients. stages: tiles of 16 tokens in shared memory.
+    columns, outputs, post, weight: as for `MixConfig`. warps: that project; held: words of `fn` that each of their threads
+    keeps, the rest is in shared memory. collapse: warps that collapse. Four more have other things to do. stages: tiles of 16
+    tokens in shared memory; buffers: places for a tile's sums. scaled: `fn` is two FP16 and not three BF16, and streams are
+    scaled to be FP16.
     """
 
     columns: int
@@ -160,7 +160,8 @@ class TogetherConfig:
     held: int
     collapse: int
     stages: int
-    mixers: int = 1
+    buffers: int = 1
+    scaled: bool = False
 
     @property
     def slice(self) -> int:
@@ -186,49 +187,48 @@ class TogetherConfig:
         return -(-self.outputs // 8)
 
     @property
+    def parts(self) -> int:
+        """Numbers that a float32 of `fn` is."""
+        return HALVES if self.scaled else PARTS
+
+    @property
     def block_words(self) -> int:
         """32-bit words of a block of `fn` that a lane has."""
-        return STREAMS * HALVES * self.tiles * 2
+        return STREAMS * self.parts * self.tiles * 2
+
+    @property
+    def shared_vectors(self) -> tuple[int, int]:
+        """Of four words of `fn` of a warp, those in shared memory: of blocks that all warps have, of the last."""
+        last = (self.per_warp - 1) * self.block_words
+        return max(last - self.held, 0) // 4, (last + self.block_words - max(last, self.held)) // 4
+
+    @property
+    def last_warps(self) -> int:
+        """Warps that have a last block."""
+        return self.blocks - (self.per_warp - 1) * self.warps
 
     @property
     def shared_words(self) -> int:
-        """Of the blocks of `fn` in shared memory."""
-        return max(self.blocks - self.held * self.warps, 0) * self.block_words * WARP
+        """Of `fn` in shared memory."""
+        whole, last = self.shared_vectors
+        return (whole * self.warps + last * self.last_warps) * 4 * WARP
 
     @property
     def pitch(self) -> int:
-        """Floats from a token's sums to the next's: 8 or 24, so that a warp's stores of pairs meet every bank twice."""
-        return self.tiles * 8
+        """Floats from a token's sums to the next's: with products of streams 24 or 40, so that a warp's stores of pairs meet
+        every bank twice.
+        """
+        return self.tiles * 8 + STREAMS * STREAMS
 
     @property
     def vectors(self) -> int:
-        """16-byte messages with the sums of a token and the sum of squares."""
-        return -(-(self.outputs + 1) // 4)
-
-    @property
-    def chains(self) -> int:
-        """Sums that are kept apart, of the parts of `fn`, so that products need not wait: where there are registers."""
-        return HALVES if self.warps <= 8 else 1
-
-    @property
-    def rounds(self) -> int:
-        """Tokens of a collapsing warp."""
-        return TILE // self.collapse
+        """16-byte messages with the sums of a token, and with the products of its streams, four times four."""
+        return -(-self.outputs // 4) + STREAMS
 
     @property
     def passes(self) -> int:
         """Of a collapsing warp over its token's columns, 8 a lane."""
         return -(-self.slice // (CHUNK * WARP))
-
-    @property
-    def turns(self) -> int:
-        """Collapsed tiles that a warp keeps in registers: 2, if there is room, so that sums of squares have time to come."""
-        return 2 if 2 * self.rounds * self.passes * 4 <= 32 else 1
-
-    @property
-    def messages(self) -> int:
-        """Places for what is sent of a tile: see `together`."""
-        return self.stages + self.turns
 
     @property
     def threads(self) -> int:
@@ -251,25 +251,37 @@ class TogetherConfig:
     @property
     def tile_bytes(self) -> int:
         """Of the streams of a tile in a CTA."""
-        return TILE * self.slice * 2 * STREAMS
+        return STREAMS * self.stream_bytes
+
+    @property
+    def stream_bytes(self) -> int:
+        """From a stream to the next: two rows more than it has, so that rows of one token lie in different banks."""
+        return TILE * self.slice * 2 + 2 * BOX * 2
 
     @property
     def stage_bytes(self) -> int:
         return self.tile_bytes + self.post * TILE * self.slice * 2 + self.post * TILE * COEFFICIENTS * 4
 
     @property
-    def message_bytes(self) -> tuple[int, int, int]:
-        """That a CTA is sent of a tile: sums, coefficients, sums of squares."""
-        return RANKS * self.vectors * 16, TILE * STREAMS * 4, TILE * RANKS * 4
+    def message_bytes(self) -> tuple[int, int]:
+        """That a CTA is sent of a tile: sums, coefficients."""
+        return RANKS * self.vectors * 16, TILE * (STREAMS + 1) * 4
 
     @property
     def fixed_bytes(self) -> int:
         """Of shared memory beside the stages, at most."""
-        sums = self.warps * TILE * (self.pitch + 1) * 4
-        messages = self.messages * sum(self.message_bytes)
+        sums = TILE * self.warps * self.pitch * 4 * self.buffers
+        messages = self.stages * sum(self.message_bytes)
         logits = BATCH * STREAMS * STREAMS * 8 * (2 if self.outputs > STREAMS else 1)
         weight = self.slice * (2 if self.weight == "bf16" else 4)
-        return self.shared_words * 4 + sums + messages + logits + weight + 1280  # barriers, alignment
+        return self.shared_words * 4 + sums + messages + logits + weight + 512  # barriers, alignment
+
+    @property
+    def most_stages(self) -> int:
+        """As many as fit."""
+        one = replace(self, stages=1)
+        messages = sum(self.message_bytes)
+        return (SHARED_BYTES - one.fixed_bytes + messages) // (self.stage_bytes + messages)
 
     def check(self) -> None:
         """Raises ValueError naming the choice that cannot be."""
@@ -278,10 +290,11 @@ class TogetherConfig:
         _check_mix(self.outputs, self.post, self.weight)
         if self.warps not in (4, 8, 12, 16) or self.collapse not in (4, 8):
             raise ValueError(f"warps must be 4, 8, 12 or 16, and collapse 4 or 8, got {self.warps} and {self.collapse}")
-        if not 1 <= self.held <= 2:
-            raise ValueError(f"held must be 1 or 2, got {self.held}")
-        if not 1 <= self.mixers <= 2 - self.post:
-            raise ValueError(f"mixers must be 1, or without post 2, got {self.mixers}")
+        most = min(self.per_warp * self.block_words, _HELD_REGISTERS)
+        if not 4 <= self.held <= most or self.held % 4:
+            raise ValueError(f"held must be a multiple of 4 from 4 to {most}, got {self.held}")
+        if not 1 <= self.buffers <= MIXERS:
+            raise ValueError(f"buffers must be 1 to {MIXERS}, got {self.buffers}")
         if self.stages < 2:
             raise ValueError(f"stages must be at least 2, got {self.stages}")
         if self.stages * self.stage_bytes + self.fixed_bytes > SHARED_BYTES:
@@ -297,13 +310,15 @@ class TogetherConfig:
         blocks = columns // RANKS // BLOCK
         if blocks > 16 and tokens < (384 if post else 64):
             return None
-        warps, held = (12, 2) if blocks > 16 else (min(8, -(-blocks // 4) * 4), 2 if blocks > 8 else 1)
-        # With 24 outputs registers are worth more than warps that collapse: 142 us, not 173, for 8192 tokens of Flash.
-        collapse = 8 if outputs == STREAMS and blocks <= 16 else 4
-        one = cls(columns, outputs, post, weight, warps, held, collapse, 1, mixers=2 - post)
-        messages = sum(one.message_bytes)
-        stages = (SHARED_BYTES - one.fixed_bytes + messages) // (one.stage_bytes + messages)
-        return replace(one, stages=min(stages, 8)) if stages >= 2 else None
+        one = cls(columns, outputs, post, weight, min(8, -(-blocks // 4) * 4), 1, 4, 1)
+        one = replace(one, scaled=one.per_warp * one.block_words > _HELD_REGISTERS)  # three BF16 have no room
+        one = replace(one, held=min(one.per_warp * one.block_words, _HELD_WITH_POST if post else _HELD_REGISTERS))
+        choices = [replace(one, buffers=buffers) for buffers in (MIXERS, 1)]
+        for least in (3, 2):  # a second place for sums is worth a fourth or later stage (H200)
+            for choice in choices:
+                if choice.most_stages >= least:
+                    return replace(choice, stages=min(choice.most_stages, 8))
+        return None
 
 
 def _check_mix(outputs: int, post: bool, weight: str) -> None:

@@ -40,7 +40,7 @@ class Finish:
 
     def __init__(self, plan: MixConfig) -> None:
         self.plan = plan
-        self.coefficients = Coefficients(plan.columns, plan.outputs)
+        self.coefficients = Coefficients(plan.columns)
         self.team = plan.finish * WARP
         self.rows = -(-plan.slices // plan.finish)  # of sums, a warp
         # A token's sums are asked for while the one before is collapsed, unless there is none or no room in registers.
@@ -149,7 +149,7 @@ class Finish:
             total = Float64(0.0)
             for w in cutlass.range_constexpr(plan.finish):
                 total = total + sums[lane, w, turn]
-            z = self.coefficients.logit(total, factor, offset, eps)
+            z = self.coefficients.logit(total, val.shuffle64(total, plan.outputs), factor, offset, eps)
             gate = sigmoid(z)
             pre = [cute.arch.shuffle_sync(gate, j) + hc_eps for j in range(STREAMS)]
             if cutlass.const_expr(self.whole) and warp == 0:

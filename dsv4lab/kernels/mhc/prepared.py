@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -53,23 +54,26 @@ def prepare(fn: torch.Tensor) -> torch.Tensor:
     return words.transpose(2, 3).contiguous()
 
 
-def prepare_halves(fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """fn (N, 4 D) f32 -> (D / 16, words / 4, 32, 4) i32 as two FP16, and what each output is to be multiplied by (N,) f32.
+def prepare_fragments(fn: torch.Tensor, *, scaled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """fn (N, 4 D) f32 -> (D / 16, words / 4, 32, 4) i32, and what each output is to be multiplied by (N,) f32.
 
-    An output's numbers are scaled by a power of two, so that the largest lies in 2^14 .. 2^15. Lane (g, q) has, of output
-    8 n + g and stream j, columns 2 q, 2 q + 1 and 8 + 2 q, 9 + 2 q of the block: fragments as `ldmatrix` has the streams'.
-    Words run over (stream, part, tile of 8 outputs, half); rows past N are zero.
+    As three BF16; or, scaled, as two FP16: an output's numbers are then scaled by a power of two, so that the largest lies in
+    2^14 .. 2^15. Lane (g, q) has, of output 8 n + g and stream j, columns 2 q, 2 q + 1 and 8 + 2 q, 9 + 2 q of the block:
+    fragments as `ldmatrix` has the streams'. Words run over (stream, part, tile of 8 outputs, half); rows past N are zero.
     """
     outputs, blocks = fn.shape[0], fn.shape[1] // (STREAMS * BLOCK)
     tiles = -(-outputs // 8)
-    # as if all zeros were below 2^-100, so that the powers of two remain float32
-    exponent = torch.frexp(fn.abs().amax(1).double()).exponent.clamp(min=-100)
-    padded = torch.zeros(tiles * 8, fn.shape[1], dtype=torch.float64, device=fn.device)
-    padded[:outputs] = torch.ldexp(fn.double(), (15 - exponent)[:, None])
-    high = padded.half()
-    parts = torch.stack([high, (padded - high.double()).half()])
+    exponent = torch.full((outputs,), 15, device=fn.device)
+    if scaled:  # as if all zeros were below 2^-100, so that the powers of two remain float32
+        exponent = torch.frexp(fn.abs().amax(1).double()).exponent.clamp(min=-100)
+    rest = torch.zeros(tiles * 8, fn.shape[1], dtype=torch.float64, device=fn.device)
+    rest[:outputs] = torch.ldexp(fn.double(), (15 - exponent)[:, None])
+    parts = []
+    for _ in range(HALVES if scaled else PARTS):
+        parts.append(rest.to(torch.float16 if scaled else torch.bfloat16))
+        rest = rest - parts[-1].double()
     # (part, tile, g, stream, block, half, q, pair) -> (block, stream, part, tile, half, g, q, pair)
-    split = parts.view(HALVES, tiles, 8, STREAMS, blocks, 2, 4, 2).permute(4, 3, 0, 1, 5, 2, 6, 7)
+    split = torch.stack(parts).view(len(parts), tiles, 8, STREAMS, blocks, 2, 4, 2).permute(4, 3, 0, 1, 5, 2, 6, 7)
     words = split.contiguous().view(torch.int32).view(blocks, -1, 4, WARP)
     return words.transpose(2, 3).contiguous(), torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 15)
 
@@ -82,9 +86,9 @@ def prepared(fn: torch.Tensor) -> torch.Tensor:
     return _remembered(fn, "parts", prepare)
 
 
-def prepared_halves(fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`prepare_halves`, likewise."""
-    return _remembered(fn, "halves", prepare_halves)
+def prepared_fragments(fn: torch.Tensor, *, scaled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`prepare_fragments`, likewise."""
+    return _remembered(fn, "scaled" if scaled else "fragments", partial(prepare_fragments, scaled=scaled))
 
 
 def _remembered(fn: torch.Tensor, form: str, make: Callable[[torch.Tensor], Made]) -> Made:

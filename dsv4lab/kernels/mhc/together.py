@@ -4,25 +4,29 @@ A CTA keeps its sixteenth of `fn` for the whole launch, in registers and, where 
 come by TMA and stay until they are collapsed, so that the streams are read from memory once. The CTAs send each other 16-byte
 messages into shared memory (`st.async`), which an mbarrier there counts. Of every tile
 
-    project     a warp multiplies blocks of 16 columns; sums over these warps through shared memory; the sums of token t go to
-                CTA t, which has that token's coefficients to make
-    collapse    other warps, when coefficients have come: u = sum_j pre[j] X[j], rounded; sums of squares go to all CTAs
-    norm        then u / rms * weight, stored
+    project     a warp multiplies blocks of 16 columns by `fn`, and the streams of each token by each other
+    send        sums over these warps; those of token t go to CTA t, which has that token's coefficients to make
+    mix         the coefficients, and the length of u = sum_j pre[j] X[j], to all CTAs
+    collapse    other warps, when coefficients have come: u, rounded, / rms * weight, stored
 
-    loads (a warp)     streams; with `post` also y, post, comb    full: have arrived    empty: are projected, collapsed (stored)
-    coefficients (a warp), Sinkhorn (a warp)    see `coefficients`
-    stores (a warp)    with `post`: new streams, which `project` left in their places, by TMA
+    loads (a warp)     streams; with `post` also y, post, comb    full: have arrived    empty: are projected, collapsed, stored
+    send, mix (two warps, every other tile each), Sinkhorn (a warp)    see `coefficients`
+    stores (the warps that collapse)    with `post`: new streams, which `project` left in their places, by TMA
 
-There are more places for messages than there are stages, and nobody is so far ahead: a tile is projected only when its stage
-is free, so that the tile there before has been collapsed by the whole CTA; for which all CTAs had sent that tile's
-coefficients, and so had taken its sums, and the tile before it, or one more before, had been normed.
+The length of u follows from the products of the streams, |u|^2 = sum_ij pre[i] pre[j] X[i].X[j], so that nobody need have u,
+nor a second exchange, before it can be divided by: less to wait for, and a third fewer instructions. Those products are off by
+some 2^-22 of their terms: of x by as much as a place of BF16 only where streams cancel each other to a fiftieth of their size.
 
-Numbers: `fn` is two FP16 whose sum has 22 bits, scaled by a power of two for each output; a block of streams is scaled by a
-power of two for each token and warp, which makes a BF16 an FP16 without loss down to 2^-28 of the largest. So two products
-take the place of float32's. A product's sum runs over one warp's columns; sums over warps in float32, over CTAs in float64.
+There are as many places for messages as stages, and nobody is farther ahead: a tile is projected only when its stage is free,
+so that the tile there before has been collapsed by the whole CTA; for which all CTAs had sent that tile's coefficients, and so
+had taken its sums.
+
+Numbers: `fn` is three BF16, whose sum is all of it; or, where those have no room, two FP16 whose sum has 22 bits, scaled by a
+power of two for each output: then a block of streams is scaled by a power of two for each token and warp, which makes a BF16 an
+FP16 without loss down to 2^-28 of the largest. A product's sum runs over one warp's columns; all others are in float32, too.
 
 Bytes: streams (and y) once, x (and new streams) once: Flash 336 MB (674 MB with `post`) for 8192 tokens. Flops of the tensor
-core: 6.4 G multiply-adds (11.3 G for Pro), some 25 us (45) beside 80 us (140).
+core: 9.7 G multiply-adds for `fn` (11.3 G for Pro, scaled) and 2.1 G (3.8 G) for the streams' products, some 40 us beside 80.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -38,9 +42,9 @@ from cutlass.memory import SmemAllocator
 from dsv4lab.kernels._common.ptx import copy_bulk
 from dsv4lab.kernels._common.rings import Ring
 from dsv4lab.kernels.mhc import values as val
-from dsv4lab.kernels.mhc.coefficients import LOGITS, Coefficients, sigmoid
-from dsv4lab.kernels.mhc.config import BATCH, BOX, COEFFICIENTS, RANKS, STREAMS, TILE, WARP, TogetherConfig
-from dsv4lab.kernels.mhc.together_streams import GATES, STREAM_BYTES, SUMS, Collapsing, Mail, Memory, Place, Projecting
+from dsv4lab.kernels.mhc.coefficients import LOGITS, Coefficients
+from dsv4lab.kernels.mhc.config import BATCH, BOX, COEFFICIENTS, MIXERS, RANKS, STREAMS, TILE, WARP, TogetherConfig
+from dsv4lab.kernels.mhc.together_streams import BOX_BYTES, GATES, SUMS, Collapsing, Mail, Memory, Place, Projecting, Sending
 from dsv4lab.kernels.quant.rows import encode as enc
 
 _BOX_WORDS = BOX // 2
@@ -52,7 +56,7 @@ class Together:
     def __init__(self, plan: TogetherConfig) -> None:
         plan.check()
         self.plan = plan
-        self.coefficients = Coefficients(plan.columns, plan.outputs, plan.mixers)
+        self.coefficients = Coefficients(plan.columns, MIXERS)
         self.whole = plan.outputs > STREAMS  # not the head: post and comb are results
 
     @cute.jit
@@ -77,19 +81,19 @@ class Together:
         ctas: Int32,
         stream: Any,
     ) -> None:
-        """Arguments as for `Mix`, but fn, unit: `prepare_halves`; ctas: a multiple of 16."""
+        """Arguments as for `Mix`, but fn, unit: `prepare_fragments`; ctas: a multiple of 16."""
         plan = self.plan
         swizzle = cute.make_swizzle(3, 4, 3)  # of 128 bytes
         box = cute.make_composed_layout(
-            swizzle, 0, cute.make_layout((TILE, STREAMS, _BOX_WORDS), stride=(_BOX_WORDS, TILE * _BOX_WORDS, 1))
+            swizzle, 0, cute.make_layout((TILE, 1, _BOX_WORDS), stride=(_BOX_WORDS, TILE * _BOX_WORDS, 1))
         )
         flat = cute.make_composed_layout(swizzle, 0, cute.make_layout((TILE, _BOX_WORDS), stride=(_BOX_WORDS, 1)))
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        load_x, tma_x = cpasync.make_tiled_tma_atom(load, streams, box, (TILE, STREAMS, _BOX_WORDS))
+        load_x, tma_x = cpasync.make_tiled_tma_atom(load, streams, box, (TILE, 1, _BOX_WORDS))
         load_y, tma_y, store_x, tma_new = None, y, None, new
         if cutlass.const_expr(plan.post):
             load_y, tma_y = cpasync.make_tiled_tma_atom(load, y, flat, (TILE, _BOX_WORDS))
-            store_x, tma_new = cpasync.make_tiled_tma_atom(store, new, box, (TILE, STREAMS, _BOX_WORDS))
+            store_x, tma_new = cpasync.make_tiled_tma_atom(store, new, box, (TILE, 1, _BOX_WORDS))
         self.kernel(
             load_x, tma_x, load_y, tma_y, store_x, tma_new, post, comb, fn, unit, base, scale, weight, out, new_post, new_comb,
             eps, hc_eps, iters,
@@ -131,20 +135,17 @@ class Together:
         place = Place(block % RANKS, cluster, clusters, count)
 
         memory = SmemAllocator()
-        ring = Ring.allocate(memory, plan.stages)
-        made = memory.allocate_array(Int64, plan.stages)  # new streams are in their places
         swizzle = cute.make_swizzle(3, 4, 3)
         x = memory.allocate_tensor(
             Uint32,
             cute.make_layout(
-                (TILE, STREAMS, _BOX_WORDS, plan.boxes, plan.stages),
-                stride=(_BOX_WORDS, TILE * _BOX_WORDS, 1, STREAMS * TILE * _BOX_WORDS, plan.tile_bytes // 4),
+                (TILE, 1, _BOX_WORDS, STREAMS, plan.boxes, plan.stages),
+                stride=(_BOX_WORDS, 0, 1, plan.stream_bytes // 4, TILE * _BOX_WORDS, plan.tile_bytes // 4),
             ),
             byte_alignment=1024,
             swizzle=swizzle,
         )
         added = x
-        given = made
         if cutlass.const_expr(plan.post):
             added = memory.allocate_tensor(
                 Uint32,
@@ -155,30 +156,36 @@ class Together:
                 byte_alignment=1024,
                 swizzle=swizzle,
             )
-            given = memory.allocate_array(Float32, plan.stages * TILE * COEFFICIENTS)
+        ring = Ring.allocate(memory, plan.stages)  # after what lies at multiples of 1024
+        made = memory.allocate_array(Int64, plan.stages)  # new streams are in their places
+        given = made
+        if cutlass.const_expr(plan.post):
+            given = memory.allocate_array(Float32, plan.stages * TILE * COEFFICIENTS, byte_alignment=16)
         rest = memory.allocate_tensor(Uint32, cute.make_layout(max(plan.shared_words, 4)), byte_alignment=16)
-        sums = memory.allocate_tensor(Float32, cute.make_layout((plan.pitch, TILE, plan.warps)), byte_alignment=16)
-        squares = memory.allocate_tensor(Float32, cute.make_layout((TILE, plan.warps)), byte_alignment=16)
-        totals = memory.allocate_tensor(Float32, cute.make_layout((TILE, 2)), byte_alignment=16)
+        sums = memory.allocate_tensor(
+            Float32, cute.make_layout((plan.pitch, TILE, plan.warps, plan.buffers)), byte_alignment=16
+        )
+        summed = Ring.allocate(memory, MIXERS)  # a turn for each, whether or not it has a place of its own
         mail = Mail(
-            memory.allocate_tensor(Float32, cute.make_layout((4 * plan.vectors, RANKS, plan.messages)), byte_alignment=16),
-            memory.allocate_tensor(Float32, cute.make_layout((STREAMS, TILE, plan.messages)), byte_alignment=16),
-            memory.allocate_tensor(Float32, cute.make_layout((TILE, RANKS, plan.messages)), byte_alignment=16),
-            memory.allocate_array(Int64, 3 * plan.messages),
+            memory.allocate_tensor(Float32, cute.make_layout((4 * plan.vectors, RANKS, plan.stages)), byte_alignment=16),
+            memory.allocate_tensor(Float32, cute.make_layout((STREAMS, TILE, plan.stages)), byte_alignment=16),
+            memory.allocate_tensor(Float32, cute.make_layout((TILE, plan.stages)), byte_alignment=16),
+            memory.allocate_array(Int64, 2 * plan.stages),
             plan.message_bytes,
-            plan.messages,
+            plan.stages,
         )
         logits = memory.allocate_tensor(Float64, cute.make_layout((LOGITS, BATCH, 2 if self.whole else 1)), byte_alignment=16)
         held_weight = memory.allocate_tensor(weight.element_type, cute.make_layout(plan.slice), byte_alignment=16)
 
         others = plan.warps + plan.collapse
         if warp == others:
-            ring.init(full=1, empty=plan.warps + plan.collapse + plan.post)
+            ring.init(full=1, empty=plan.warps + plan.collapse)
+            summed.init(full=plan.warps, empty=1)
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(plan.stages):
                     cute.arch.mbarrier_init(made + i, plan.warps)
-                for i in cutlass.range_constexpr(plan.messages):
-                    for kind in cutlass.range_constexpr(3):
+                for i in cutlass.range_constexpr(plan.stages):
+                    for kind in cutlass.range_constexpr(2):
                         cute.arch.mbarrier_init(mail.barrier(kind, i), 1)
                         if i < count:
                             mail.expect(kind, i)
@@ -191,30 +198,29 @@ class Together:
 
         project_registers, collapse_registers, service_registers = plan.registers
         at = (x.iterator.toint(), added.iterator.toint(), given.toint(), rest.iterator.toint())
-        room = Memory(*at, sums, squares, totals, held_weight)
+        room = Memory(*at, sums, held_weight)
         if warp < plan.warps:
             cute.arch.setmaxregister_increase(project_registers)
-            Projecting(plan, place, mail, room, ring, made, warp, plan.warps).run(fn, out.shape[0])
+            Projecting(plan, place, mail, room, ring, made, warp, plan.warps).run(fn, summed, out.shape[0])
         elif warp < others:
             cute.arch.setmaxregister_decrease(collapse_registers)
-            Collapsing(plan, place, mail, room, ring, made, warp - plan.warps, plan.collapse).run(out, eps)
+            Collapsing(plan, place, mail, room, ring, made, warp - plan.warps, plan.collapse).run(out, store_x, x, new)
         else:
             cute.arch.setmaxregister_decrease(service_registers)
             if warp == others:
                 self._load(load_x, streams, load_y, y, post, comb, x, added, given, ring, place)
             elif warp == others + 1:
                 self._sinkhorn(logits, new_comb, place, out.shape[0], hc_eps, iters)
-            elif warp < others + 2 + plan.mixers:
-                self._mix(mail, place, unit, base, scale, logits, new_post, eps, hc_eps, warp - others - 2)
-            elif cutlass.const_expr(plan.post):
-                self._store(store_x, new, x, ring, made, place)
+            else:
+                sending = Sending(plan, place, mail, room, summed)
+                self._mix(sending, unit, base, scale, logits, new_post, eps, hc_eps, warp - others - 2)
 
     def _mine(self, place: Place, tokens: Any) -> tuple[Any, Any, Any]:
         """The tokens whose coefficients this CTA makes: first, step, number."""
         first, step = place.cluster * TILE + place.rank, place.clusters * TILE
         return first, step, cutlass.max(tokens - first + step - 1, 0) // step
 
-    # ---- loads and stores ------------------------------------------------------------------------------------------------
+    # ---- loads -----------------------------------------------------------------------------------------------------------
     @cute.jit
     def _load(
         self,
@@ -231,7 +237,7 @@ class Together:
         place: Any,
     ) -> None:
         plan = self.plan
-        source = cute.local_tile(streams, (TILE, STREAMS, _BOX_WORDS), (None, 0, None))
+        source = cute.local_tile(streams, (TILE, 1, _BOX_WORDS), (None, None, None))
         to_x, from_x = cpasync.tma_partition(
             load_x, 0, cute.make_layout(1), cute.group_modes(x, 0, 3), cute.group_modes(source, 0, 3)
         )
@@ -246,15 +252,16 @@ class Together:
             tile, stage = place.tile(i), ring.stage(i)
             ring.wait_empty(i)
             barrier = ring.full(i)
-            size = Int32(plan.tile_bytes)
+            size = Int32(plan.boxes * STREAMS * BOX_BYTES)
             if cutlass.const_expr(plan.post):
                 tokens = cutlass.min(post.shape[0] - tile * TILE, TILE)
-                size = plan.tile_bytes + plan.boxes * STREAM_BYTES + tokens * (COEFFICIENTS * 4)
+                size = plan.boxes * (STREAMS + 1) * BOX_BYTES + tokens * (COEFFICIENTS * 4)
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)
             for b in cutlass.range_constexpr(plan.boxes):
                 column = place.rank * plan.boxes + b
-                cute.copy(load_x, from_x[None, tile, column], to_x[None, b, stage], tma_bar_ptr=barrier)
+                for j in cutlass.range_constexpr(STREAMS):
+                    cute.copy(load_x, from_x[None, tile, j, column], to_x[None, j, b, stage], tma_bar_ptr=barrier)
                 if cutlass.const_expr(plan.post):
                     cute.copy(load_y, from_y[None, tile, column], to_y[None, b, stage], tma_bar_ptr=barrier)
             if cutlass.const_expr(plan.post):
@@ -263,31 +270,11 @@ class Together:
                     copy_bulk(target, post[tile * TILE, None].iterator, tokens * (STREAMS * 4), barrier)
                     copy_bulk(target + TILE * STREAMS * 4, comb[tile * TILE, None].iterator, tokens * (LOGITS * 4), barrier)
 
-    @cute.jit
-    def _store(self, store_x: Any, new: Any, x: Any, ring: Any, made: Any, place: Any) -> None:
-        """New streams to memory; a stage may be filled again once they are read."""
-        plan = self.plan
-        target = cute.local_tile(new, (TILE, STREAMS, _BOX_WORDS), (None, 0, None))
-        from_x, to_new = cpasync.tma_partition(
-            store_x, 0, cute.make_layout(1), cute.group_modes(x, 0, 3), cute.group_modes(target, 0, 3)
-        )
-        if cute.arch.lane_idx() == 0:
-            for i in cutlass.range(place.count, unroll=1):
-                stage = ring.stage(i)
-                cute.arch.mbarrier_wait(made + stage, i // plan.stages % 2)
-                for b in cutlass.range_constexpr(plan.boxes):
-                    cute.copy(store_x, from_x[None, b, stage], to_new[None, place.tile(i), place.rank * plan.boxes + b])
-                cute.arch.cp_async_bulk_commit_group()
-                cute.arch.cp_async_bulk_wait_group(0, read=True)
-                cute.arch.mbarrier_arrive(ring.empty(i))
-            cute.arch.cp_async_bulk_wait_group(0, read=False)
-
     # ---- coefficients ----------------------------------------------------------------------------------------------------
     @cute.jit
     def _mix(
         self,
-        mail: Any,
-        place: Any,
+        sending: Any,
         unit: Any,
         base: Any,
         scale: Any,
@@ -297,28 +284,39 @@ class Together:
         hc_eps: Any,
         mixer: Any,
     ) -> None:
-        """Of every tile, or every other, the coefficients of one token, to all CTAs."""
-        plan = self.plan
+        """Of every other tile the CTA's sums, to those that make coefficients of them; then one token's coefficients, to all.
+
+        In float32, whose last place is less than what the tensor core's sums are off.
+        """
+        plan, mail, place = self.plan, sending.mail, sending.place
         lane = cute.arch.lane_idx()
         output = cutlass.min(lane, plan.outputs - 1)
-        factor = scale[cutlass.min(output // STREAMS, 2)].to(Float64) * unit[output].to(Float64)
-        offset = base[output].to(Float64)
+        factor, offset = enc.mul(scale[cutlass.min(output // STREAMS, 2)], unit[output]), base[output]
         first, step, mine = self._mine(place, new_post.shape[0] if self.whole else Int32(0))
-        for i in cutlass.range(mixer, place.count, plan.mixers, unroll=1):
+        places = [output, 4 * (plan.vectors - STREAMS) + lane % LOGITS]
+        for i in cutlass.range(mixer, place.count, MIXERS, unroll=1):
+            sending.send(i)
             mail.wait(SUMS, i)
-            parts = [mail.sums[cutlass.min(lane, plan.outputs), r, mail.turn(i)].to(Float64) for r in range(RANKS)]
-            total = enc.tree(lambda a, b: a + b, parts)
+            total, product = (enc.tree(enc.add, [mail.sums[n, r, mail.turn(i)] for r in range(RANKS)]) for n in places)
             if lane == 0 and i + mail.count < place.count:
                 mail.expect(SUMS, i)
-            z = self.coefficients.logit(total, factor, offset, eps)
-            gate = sigmoid(z)
+            square = enc.tree(enc.add, [cute.arch.shuffle_sync(product, (STREAMS + 1) * j) for j in range(STREAMS)])
+            mean = enc.fma(square, Float32(1.0 / (STREAMS * plan.columns)), eps)
+            z = enc.fma(enc.mul(total, val.rsqrt32(mean)), factor, offset)
+            gate = val.sigmoid(z)
             pre = [cute.arch.shuffle_sync(gate, j) + hc_eps for j in range(STREAMS)]
+            # The sum of u^2 from the streams' products with each other: nobody need wait for u itself
+            row, column = (cute.arch.shuffle_sync(gate, j) + hc_eps for j in (lane // STREAMS % STREAMS, lane % STREAMS))
+            whole = val.over_lanes(enc.mul(enc.mul(row, column), product), (1, 2, 4, 8), enc.add)
+            whole = cute.arch.fmax(whole, Float32(0.0), nan=True)
+            inverse = val.rsqrt(enc.fma(whole, Float32(1.0 / plan.columns), eps))
             if lane < RANKS:
-                target = mail.gates[None, place.rank, mail.turn(i)].iterator.toint()
-                val.send_four(target, mail.barrier(GATES, i).toint(), lane, pre)
+                barrier = mail.barrier(GATES, i).toint()
+                val.send_four(mail.gates[None, place.rank, mail.turn(i)].iterator.toint(), barrier, lane, pre)
+                val.send_one(mail.inverses.iterator.toint() + (mail.turn(i) * TILE + place.rank) * 4, barrier, lane, inverse)
             if cutlass.const_expr(self.whole) and i < mine:
-                self.coefficients.hand_over(z, gate, logits, new_post, first + i * step, i, mine, lane)
-        if cutlass.const_expr(self.whole and plan.mixers > 1):
+                self.coefficients.hand_over(z.to(Float64), gate, logits, new_post, first + i * step, i, mine, lane)
+        if cutlass.const_expr(self.whole):
             self.coefficients.leave(mixer, mine)
 
     @cute.jit

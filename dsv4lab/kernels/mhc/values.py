@@ -133,13 +133,30 @@ def exponential(x: Any) -> Any:
     return enc.fma(power, enc.mul(low, Float32(_LN2)), power)
 
 
+def rsqrt(square: Any) -> Any:
+    """1 / sqrt within 2^-22."""
+    return cute.arch.inline_ptx("rsqrt.approx.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[square])
+
+
+def rsqrt32(square: Any) -> Any:
+    """1 / sqrt within 2^-23: one step more."""
+    seed = rsqrt(square)
+    error = enc.fma(enc.mul(square, seed), enc.negative(seed), Float32(1.0))
+    return enc.fma(enc.mul(seed, Float32(0.5)), error, seed)
+
+
 def rsqrt64(square: Any) -> Any:
     """1 / sqrt within 2^-50 of a float64 in float32's range: one step takes a float32 seed's error to the third power."""
-    seed = cute.arch.inline_ptx(
-        "rsqrt.approx.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[square.to(Float32)]
-    ).to(Float64)
+    seed = rsqrt(square.to(Float32)).to(Float64)
     error = Float64(1.0) - square * seed * seed
     return seed + seed * error * (Float64(0.5) + Float64(0.375) * error)
+
+
+def sigmoid(z: Any) -> Any:
+    """1 / (1 + e^-z) of a float32, within 2^-20 but for what z's own last place makes of it."""
+    code = "ex2.approx.f32 {$w0}, {$r0};"
+    power = cute.arch.inline_ptx(code, write_only_types=[Float32], read_only_args=[enc.mul(z, Float32(-_LOG2E))])
+    return cute.arch.rcp_approx(enc.add(Float32(1.0), power))
 
 
 def shuffle64(value: Any, lane: Any) -> Any:
