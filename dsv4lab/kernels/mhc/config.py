@@ -22,7 +22,8 @@ FEW_FINISH, MANY_FINISH = 11, 7  # warps of a finishing CTA, with one more that 
 SHARED_BYTES = 227 * 1024  # that a CTA may have
 _FINISH_BYTES = 192 * 1024  # of a finishing CTA, so that a projecting one, of 30 kB, fits beside it
 _HELD_REGISTERS, _HELD_WITH_POST = 144, 128  # of a thread of `together` that projects, for `fn`
-_COLLAPSE_REGISTERS, _SERVICE_REGISTERS = 56, 40  # of one that collapses, of one that neither does nor projects
+_OTHER_REGISTERS = (56, 40)  # of one that collapses, of one that neither does nor projects
+_MORE_REGISTERS = (72, 48)  # likewise, where `fn` leaves them: with fewer the head's kernels spill
 _MANY_WARPS = 132 * 16  # as for the gather of experts' rows
 _ELEMENTS = ("bf16", "f32")
 _INTEGERS = ("i32", "i64")
@@ -235,18 +236,14 @@ class TogetherConfig:
         return (self.warps + self.collapse + 4) * WARP
 
     @property
-    def project_registers(self) -> int:
-        """What the others leave of what a CTA starts with: as many for each thread, in eights, as there are."""
-        each = 65536 // self.threads // 8 * 8
-        return min(
-            (each * self.threads // WARP - _SERVICE_REGISTERS * 4 - _COLLAPSE_REGISTERS * self.collapse) // self.warps // 8 * 8,
-            232,
-        )
-
-    @property
     def registers(self) -> tuple[int, int, int]:
-        """Of a thread that projects, collapses, does something else."""
-        return self.project_registers, _COLLAPSE_REGISTERS, _SERVICE_REGISTERS
+        """Of a thread that projects, collapses, does something else.
+
+        Projecting ones have what the others leave of what a CTA starts with: as many for each thread, in eights, as there are.
+        """
+        collapse, service = _OTHER_REGISTERS if self.held > _HELD_REGISTERS * 2 // 3 else _MORE_REGISTERS
+        whole = 65536 // self.threads // 8 * 8 * (self.threads // WARP)
+        return min((whole - service * 4 - collapse * self.collapse) // self.warps // 8 * 8, 232), collapse, service
 
     @property
     def tile_bytes(self) -> int:
@@ -314,7 +311,7 @@ class TogetherConfig:
         one = replace(one, scaled=one.per_warp * one.block_words > _HELD_REGISTERS)  # three BF16 have no room
         one = replace(one, held=min(one.per_warp * one.block_words, _HELD_WITH_POST if post else _HELD_REGISTERS))
         choices = [replace(one, buffers=buffers) for buffers in (MIXERS, 1)]
-        for least in (3, 2):  # a second place for sums is worth a fourth or later stage (H200)
+        for least in (4, 3, 2):  # a second place for sums is worth a fifth or later stage, not the fourth (H200)
             for choice in choices:
                 if choice.most_stages >= least:
                     return replace(choice, stages=min(choice.most_stages, 8))

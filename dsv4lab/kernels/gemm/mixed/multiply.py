@@ -137,8 +137,8 @@ def multiply_by_warp(
                         for j in cutlass.range_constexpr(0, BLOCKS, 2):
                             w = [words[4 * (j + i // 2) + 2 * half + i % 2] for i in range(4)]
                             _mma_sync(total, first, w, x[j], x[j + 1])
-        # sums that every load of the stage is in
-        arrive_with(empty + stage, lane, [total[i] for i in range(0, plan.per_warp * plan.tokens // 2, 4)])
+        # something of all of the last loads: a warp's loads end in order
+        arrive_with(empty + stage, lane, [words[4 * j] for j in range(BLOCKS)] + [column[0] for column in columns])
         stage, phase = advance(stages, stage, phase)
     return stage, phase
 
