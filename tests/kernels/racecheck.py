@@ -5,6 +5,10 @@ python tests/kernels/racecheck.py FOLDER    which gets the outputs
 Reports are put in classes: kernel, function that writes, function that reads. KNOWN are instances of patterns (`racecheck.cu`)
 that the tool reports though they are right. Fails where a class is not known, where the race that is one is not reported, and
 where a pattern is not: then the tool has learnt, and what it reports of the pattern's classes is to be believed.
+
+Open, and failing, are the classes in UNEXPLAINED: by the PTX memory model they are right, but no pattern that says so was seen
+reported. All this has run once, in part (H200, CUDA 13.0): earlier forms of the patterns, of which race and elected were
+reported, remote as memory that may be gone, handover and exchange not; over the scripts, not since kernels were mended for it.
 """
 
 from __future__ import annotations
@@ -24,16 +28,19 @@ SCRIPTS = ("sanitize", "sanitize_attention", "sanitize_model")
 TOOL = "timeout 540 compute-sanitizer --tool racecheck --print-limit 0 --show-backtrace no --strip-paths no"
 # Pattern: its classes. A read without a write is one of another CTA's memory ("-"), which might be gone.
 KNOWN = {
-    "handover": ["Finish hand_over sinkhorn", "AttentionSm90 _probabilities _follow"],
-    "exchange": ["AttentionSm90 _finish _finish"],
     "elected": [
         "AttentionSm90 store_byte load_pair",
         "AttentionSm90 store_word load_word",
         *(f"IndexScoresSm90 copy_bulk {load}" for load in ("load_words", "_load_byte", "_load_float")),
-        *(f"MixedLinearSm90 copy_bulk {load}" for load in ("load_words", "_load_half", "_load_word", "_load_two_words")),
+        *(f"MixedLinearSm90 copy_bulk {load}" for load in ("load_words", "_load_half")),
     ],
-    "remote": ["MixedLinearSm90 _store_sums _load_cluster"],
     "remote -": ["MixedLinearSm90 - _load_cluster"],
+}
+# The same for patterns that may turn out to be reported.
+UNEXPLAINED = {
+    "handover": ["Finish hand_over sinkhorn", "AttentionSm90 _probabilities _follow"],
+    "exchange": ["AttentionSm90 _finish _finish"],
+    "remote": ["MixedLinearSm90 _store_sums _load_cluster"],
 }
 _PLACE = re.compile(r"\bat (\S+)\+0x\w+ in (\S+):(\d+)")
 
@@ -71,7 +78,12 @@ def _function(place: re.Match[str] | None) -> str:
 def faults(reported: set[str], found: set[str]) -> list[str]:
     """Of the patterns that were reported, and of the kernels' classes."""
     known = {key for keys in KNOWN.values() for key in keys}
-    wrong = [f"reported, and of no known class: {key}" for key in sorted(found - known)]
+    unexplained = {key: name for name, keys in UNEXPLAINED.items() for key in keys}
+    wrong = []
+    for key in sorted(found - known):
+        name = unexplained.get(key, "")
+        like = f", perhaps like {name}, which is {'' if name in reported else 'not '}reported" if name else ""
+        wrong.append(f"{'unexplained' if name else 'of no class'}: {key}{like}")
     return wrong + [f"not reported: {name}" for name in sorted({"race", *KNOWN} - reported)]
 
 
@@ -85,13 +97,14 @@ def _run(output: Path, *command: str) -> str:
 def main(folder: Path) -> list[str]:
     program = str(folder / "racecheck")
     subprocess.run(["nvcc", "-arch=sm_90a", "-lineinfo", "-o", program, HERE / "racecheck.cu"], check=True)
-    names = ["race", *(name for name in KNOWN if "-" not in name)]
+    names = ["race", *(name for name in {**KNOWN, **UNEXPLAINED} if "-" not in name)]
     with ThreadPoolExecutor() as pool:
         runs = pool.map(lambda name: _run(folder / f"{name}.txt", sys.executable, str(HERE / f"{name}.py")), SCRIPTS)
         patterns = {name: _run(folder / f"{name}.txt", program, name) for name in names}
         texts = dict(zip(SCRIPTS, runs, strict=True))
     reported = {name for name, text in patterns.items() if ": Race reported" in text}
     reported |= {f"{name} -" for name, text in patterns.items() if "= Potential invalid" in text}
+    print("reported:", ", ".join(sorted(reported)))
     found = sum(map(classes, texts.values()), Counter[str]())
     print(*(f"{count:6} {key}" for key, count in sorted(found.items())), sep="\n")
     ends = {name: "\nright\n" in text for name, text in patterns.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.kernels.racecheck import KNOWN, classes, faults
+from tests.kernels.racecheck import KNOWN, UNEXPLAINED, classes, faults
 
 AT = "at kernel_cutlass_kernel_dsv4labkernelsgemmmixedsm90MixedLinearSm90_object_at__None_te_0+0xb40 in PATH"
 TEXT = f"""========= COMPUTE-SANITIZER
@@ -39,5 +39,7 @@ def test_reports_are_classed_by_functions(tmp_path: Path) -> None:
 
 def test_faults() -> None:
     assert faults({"race", *KNOWN}, {key for keys in KNOWN.values() for key in keys}) == []
-    assert faults({"race", *KNOWN}, {"A b c"}) == ["reported, and of no known class: A b c"]
-    assert faults({*KNOWN} - {"remote"}, set()) == ["not reported: race", "not reported: remote"]
+    assert faults({"race", *KNOWN}, {"A b c"}) == ["of no class: A b c"]
+    assert faults({*KNOWN} - {"elected"}, set()) == ["not reported: elected", "not reported: race"]
+    for name, (key, *_) in UNEXPLAINED.items():
+        assert faults({"race", *KNOWN}, {key}) == [f"unexplained: {key}, perhaps like {name}, which is not reported"]
