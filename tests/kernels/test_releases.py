@@ -57,7 +57,9 @@ def together() -> None:
     )
 
 
-@pytest.mark.parametrize("call", [lambda: linear_of("nvfp4"), lambda: linear_of("bf16"), scores, together])
+@pytest.mark.parametrize(
+    "call", [lambda: linear_of("nvfp4"), lambda: linear_of("fp8_block"), lambda: linear_of("bf16"), scores, together]
+)
 def test_loads_have_ended(call: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """By the scoreboards that were waited for, instruction after instruction; a warp's loads end in order."""
     monkeypatch.setattr(cache, "_loaded", {})

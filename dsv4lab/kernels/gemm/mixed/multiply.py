@@ -138,7 +138,7 @@ def multiply_by_warp(
                             w = [words[4 * (j + i // 2) + 2 * half + i % 2] for i in range(4)]
                             _mma_sync(total, first, w, x[j], x[j + 1])
         # something of all of the last loads: a warp's loads end in order
-        arrive_with(empty + stage, lane, [words[4 * j] for j in range(BLOCKS)] + [column[0] for column in columns])
+        arrive_with(empty + stage, lane, [words[2 * j] for j in range(2 * BLOCKS)] + [column[0] for column in columns])
         stage, phase = advance(stages, stage, phase)
     return stage, phase
 
