@@ -36,8 +36,9 @@ What the H200 taught:
   to another proxy, which the arrival does not order without `fence.proxy.async`. That the copy overtakes loads that bank
   conflicts hold up is our reading of it, not measured. The race check counts a load as ended when its value (or a later
   load's) is used, at `fence.proxy.async`, or at a named or cluster barrier; the last is assumed. It takes the PTX's order
-  of use and release, which ptxas may change. wgmma, bulk and tensor copies read until the wait that ends them, under lazy
-  and random schedules.
+  of use and release. ptxas changed it in three kernels, as racecheck's reports led us to see: their arrivals take values
+  of what was loaded now (`rings.arrive_with`), and `tests/kernels/test_releases.py` looks at scoreboards in the SASS.
+  wgmma, bulk and tensor copies read until the wait that ends them, under lazy and random schedules.
 * Atomics on another CTA's shared memory are not all atomic. ptxas 13.0 makes 64-bit integer add, min, max, and, or, xor and
   sums of f16x2 and bf16x2, with `.shared::cluster` or a generic address, an ATOM that may decline, a compare-and-swap loop
   for memory of the own CTA, and a load and a store for the rest (sm_90a and sm_100a). `max.u64` lost a sampler's tokens on
