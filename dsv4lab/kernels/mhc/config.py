@@ -276,9 +276,7 @@ class TogetherConfig:
     @property
     def most_stages(self) -> int:
         """As many as fit."""
-        one = replace(self, stages=1)
-        messages = sum(self.message_bytes)
-        return (SHARED_BYTES - one.fixed_bytes + messages) // (self.stage_bytes + messages)
+        return (SHARED_BYTES - replace(self, stages=0).fixed_bytes) // (self.stage_bytes + sum(self.message_bytes))
 
     def check(self) -> None:
         """Raises ValueError naming the choice that cannot be."""

@@ -35,23 +35,33 @@ Made = TypeVar("Made")
 _known: dict[tuple[int, str], _Entry] = {}
 
 
+def _parts(numbers: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """(N, 4 D) float64 -> (count, ceil(N / 8), 8, 4, D / 16, 16): each rounded, then what is left, and so on. Rows past N
+    are zero.
+    """
+    tiles = -(-numbers.shape[0] // 8)
+    rest = numbers.new_zeros(tiles * 8, numbers.shape[1])
+    rest[: numbers.shape[0]] = numbers
+    parts = []
+    for _ in range(count):
+        parts.append(rest.to(dtype))
+        rest = rest - parts[-1].double()
+    return torch.stack(parts).view(count, tiles, 8, STREAMS, -1, BLOCK)
+
+
+def _words(fragments: torch.Tensor) -> torch.Tensor:
+    """(block, .., g, q, pair) of 16 bits -> (blocks, words / 4, 32, 4) i32, four of a lane's words at a time."""
+    return fragments.contiguous().view(torch.int32).view(fragments.shape[0], -1, 4, WARP).transpose(2, 3).contiguous()
+
+
 def prepare(fn: torch.Tensor) -> torch.Tensor:
     """fn (N, 4 D) f32, N 24 or 4, D % 16 == 0 -> (D / 16, words / 4, 32, 4) i32: words of a lane, four at a time.
 
     A lane's words run over (stream, part, tile of 8 outputs, half), the last fastest; rows past N are zero.
     """
-    outputs, blocks = fn.shape[0], fn.shape[1] // (STREAMS * BLOCK)
-    tiles = -(-outputs // 8)
-    padded = torch.zeros(tiles * 8, fn.shape[1], dtype=torch.float32, device=fn.device)
-    padded[:outputs] = fn
-    parts, rest = [], padded
-    for _ in range(PARTS):
-        parts.append(rest.bfloat16())
-        rest = rest - parts[-1].float()
+    parts = _parts(fn.double(), PARTS, torch.bfloat16).unflatten(-1, (4, 2, 2))
     # (part, tile, g, stream, block, q, half, pair) -> (block, stream, part, tile, half, g, q, pair)
-    split = torch.stack(parts).view(PARTS, tiles, 8, STREAMS, blocks, 4, 2, 2).permute(4, 3, 0, 1, 6, 2, 5, 7)
-    words = split.contiguous().view(torch.int32).view(blocks, -1, 4, WARP)
-    return words.transpose(2, 3).contiguous()
+    return _words(parts.permute(4, 3, 0, 1, 6, 2, 5, 7))
 
 
 def prepare_fragments(fn: torch.Tensor, *, scaled: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,21 +71,15 @@ def prepare_fragments(fn: torch.Tensor, *, scaled: bool) -> tuple[torch.Tensor, 
     2^14 .. 2^15. Lane (g, q) has, of output 8 n + g and stream j, columns 2 q, 2 q + 1 and 8 + 2 q, 9 + 2 q of the block:
     fragments as `ldmatrix` has the streams'. Words run over (stream, part, tile of 8 outputs, half); rows past N are zero.
     """
-    outputs, blocks = fn.shape[0], fn.shape[1] // (STREAMS * BLOCK)
-    tiles = -(-outputs // 8)
-    exponent = torch.full((outputs,), 15, device=fn.device)
+    exponent = torch.full((fn.shape[0],), 15, device=fn.device)
+    count, dtype = PARTS, torch.bfloat16
     if scaled:  # as if all zeros were below 2^-100, so that the powers of two remain float32
         exponent = torch.frexp(fn.abs().amax(1).double()).exponent.clamp(min=-100)
-    rest = torch.zeros(tiles * 8, fn.shape[1], dtype=torch.float64, device=fn.device)
-    rest[:outputs] = torch.ldexp(fn.double(), (15 - exponent)[:, None])
-    parts = []
-    for _ in range(HALVES if scaled else PARTS):
-        parts.append(rest.to(torch.float16 if scaled else torch.bfloat16))
-        rest = rest - parts[-1].double()
+        count, dtype = HALVES, torch.float16
+    parts = _parts(torch.ldexp(fn.double(), (15 - exponent)[:, None]), count, dtype).unflatten(-1, (2, 4, 2))
     # (part, tile, g, stream, block, half, q, pair) -> (block, stream, part, tile, half, g, q, pair)
-    split = torch.stack(parts).view(len(parts), tiles, 8, STREAMS, blocks, 2, 4, 2).permute(4, 3, 0, 1, 5, 2, 6, 7)
-    words = split.contiguous().view(torch.int32).view(blocks, -1, 4, WARP)
-    return words.transpose(2, 3).contiguous(), torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 15)
+    words = _words(parts.permute(4, 3, 0, 1, 5, 2, 6, 7))
+    return words, torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 15)
 
 
 def prepared(fn: torch.Tensor) -> torch.Tensor:

@@ -201,10 +201,10 @@ class Together:
         room = Memory(*at, sums, held_weight)
         if warp < plan.warps:
             cute.arch.setmaxregister_increase(project_registers)
-            Projecting(plan, place, mail, room, ring, made, warp, plan.warps).run(fn, summed, out.shape[0])
+            Projecting(plan, place, mail, room, ring, made, warp).run(fn, summed, out.shape[0])
         elif warp < others:
             cute.arch.setmaxregister_decrease(collapse_registers)
-            Collapsing(plan, place, mail, room, ring, made, warp - plan.warps, plan.collapse).run(out, store_x, x, new)
+            Collapsing(plan, place, mail, room, ring, made, warp - plan.warps).run(out, store_x, x, new)
         else:
             cute.arch.setmaxregister_decrease(service_registers)
             if warp == others:

@@ -77,22 +77,21 @@ class Memory:
 
 
 class Warp:
-    """One of `count` warps that do the same. `made`: mbarriers of stages whose new streams are in their places."""
+    """One of those that do the same. `made`: mbarriers of stages whose new streams are in their places."""
 
     def __init__(
-        self, plan: TogetherConfig, place: Place, mail: Mail, memory: Memory, ring: Ring, made: Any, warp: Any, count: int
+        self, plan: TogetherConfig, place: Place, mail: Mail, memory: Memory, ring: Ring, made: Any, warp: Any
     ) -> None:
         self.plan, self.place, self.mail, self.memory = plan, place, mail, memory
-        self.ring, self.made, self.warp, self.count = ring, made, warp, count
-        self.lane = cute.arch.lane_idx()
-
-    def every(self, k: int, limit: int) -> bool:
-        """Whether all warps have a k-th of so many blocks or tokens."""
-        return (k + 1) * self.count <= limit
+        self.ring, self.made, self.warp, self.lane = ring, made, warp, cute.arch.lane_idx()
 
 
 class Projecting(Warp):
     """`project`: from streams to sums."""
+
+    def every(self, k: int) -> bool:
+        """Whether all warps have a k-th block."""
+        return (k + 1) * self.plan.warps <= self.plan.blocks
 
     @cute.jit
     def run(self, fn: Any, summed: Ring, tokens: Any) -> None:
@@ -154,7 +153,7 @@ class Projecting(Warp):
             top.fill(0)
             for k in cutlass.range_constexpr(plan.per_warp):
                 block = warp + k * plan.warps
-                if cutlass.const_expr(self.every(k, plan.blocks)) or block < plan.blocks:
+                if cutlass.const_expr(self.every(k)) or block < plan.blocks:
                     self.meet(top, rows, stage, k, tokens)
             if cutlass.const_expr(plan.post):
                 cute.arch.fence_view_async_shared()
@@ -204,8 +203,8 @@ class Projecting(Warp):
         """total += a stream of a warp's k-th block, scaled, times block of `fn`."""
         plan = self.plan
         block = self.warp + k * plan.warps
-        if cutlass.const_expr(self.every(k, plan.blocks)) or block < plan.blocks:
-            a = list(load_matrices(self.streams_at(rows, stage, k)[stream]))
+        if cutlass.const_expr(self.every(k)) or block < plan.blocks:
+            a = list(load_matrices(self.at(rows, stage, k, stream)))
             if cutlass.const_expr(plan.scaled):
                 for i in cutlass.range_constexpr(4):
                     a[i] = val.pack_f16(*(enc.mul(half, up[i % 2]) for half in val.halves(a[i])))
@@ -226,7 +225,7 @@ class Projecting(Warp):
         plan, lane = self.plan, self.lane
         if cutlass.const_expr(k == 0):
             gram.fill(0.0)
-        if cutlass.const_expr(self.every(k, plan.blocks)) or self.warp + k * plan.warps < plan.blocks:
+        if cutlass.const_expr(self.every(k)) or self.warp + k * plan.warps < plan.blocks:
             base = self.memory.streams + stage * plan.tile_bytes + four // 2 * (8 * _ROW) + k * self.step
             a = load_matrices(base + pairs[four % 2])
             val.mma(gram[None, 0], 0, a, [a[0], a[2]])
@@ -252,16 +251,17 @@ class Projecting(Warp):
     def step(self) -> int:
         return self.plan.warps // (BOX // BLOCK) * BOX_BYTES
 
-    def streams_at(self, rows: Any, stage: Any, k: int) -> list[Any]:
-        """Of all streams, of a warp's k-th block."""
-        base = self.memory.streams + stage * self.plan.tile_bytes
-        return [base + rows[j] + k * self.step for j in range(STREAMS)]
+    def at(self, rows: Any, stage: Any, k: int, stream: int) -> Any:
+        """The row's address in a stream of a warp's k-th block."""
+        return self.memory.streams + stage * self.plan.tile_bytes + rows[stream] + k * self.step
 
     @cute.jit
     def meet(self, top: Any, rows: Any, stage: Any, k: cutlass.Constexpr, tokens: Any) -> None:
-        """The largest magnitudes of a lane's two tokens in a block (two BF16 a word; signs mean nothing)."""
+        """With `post` a block's new streams, in their places. Scaled, the largest magnitudes of a lane's two tokens in it (two
+        BF16 a word; signs mean nothing).
+        """
         plan, memory, lane = self.plan, self.memory, self.lane
-        places = self.streams_at(rows, stage, k)
+        places = [self.at(rows, stage, k, j) for j in range(STREAMS)]
         a = [list(load_matrices(place)) for place in places]
         if cutlass.const_expr(plan.post):
             added = load_matrices(memory.added + stage * (plan.boxes * BOX_BYTES) + rows[0] + k * self.step)
@@ -335,7 +335,7 @@ class Collapsing(Warp):
             mail.expect(GATES, i)
         loaded[0] = Uint32(0)
         for k in cutlass.range_constexpr(TILE // plan.collapse):
-            token = self.warp + k * self.count
+            token = self.warp + k * plan.collapse
             row = self.place.tile(i) * TILE + token
             pre = [w.bitcast(Float32) for w in load_words(mail.gates[None, token, mail.turn(i)].iterator.toint())]
             inverse = mail.inverses[token, mail.turn(i)]

@@ -123,13 +123,18 @@ def mma(total: Any, first: int, a: list[Any], b: list[Any], kind: str = "bf16") 
         total[first + i] = out[i]
 
 
+def _exp2(x: Any) -> Any:
+    """2^x within 2^-22, small ones too: `_common.ptx.exp2` makes them 0."""
+    return cute.arch.inline_ptx("ex2.approx.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+
+
 def exponential(x: Any) -> Any:
     """e^x within 2^-21, from 0 to e^88, where float32 nearly ends; of a NaN a NaN."""
     # no farther: where the power is infinite or 0 nothing changes, or its correction would be a NaN
     x = cute.arch.fmax(cute.arch.fmin(x, Float32(88.0), nan=True), Float32(-120.0), nan=True)
     high = enc.mul(x, Float32(_LOG2E))
     low = enc.fma(x, Float32(_LOG2E_LOW), enc.fma(x, Float32(_LOG2E), enc.negative(high)))
-    power = cute.arch.inline_ptx("ex2.approx.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[high])
+    power = _exp2(high)
     return enc.fma(power, enc.mul(low, Float32(_LN2)), power)
 
 
@@ -154,9 +159,7 @@ def rsqrt64(square: Any) -> Any:
 
 def sigmoid(z: Any) -> Any:
     """1 / (1 + e^-z) of a float32, within 2^-20 but for what z's own last place makes of it."""
-    code = "ex2.approx.f32 {$w0}, {$r0};"
-    power = cute.arch.inline_ptx(code, write_only_types=[Float32], read_only_args=[enc.mul(z, Float32(-_LOG2E))])
-    return cute.arch.rcp_approx(enc.add(Float32(1.0), power))
+    return cute.arch.rcp_approx(enc.add(Float32(1.0), _exp2(enc.mul(z, Float32(-_LOG2E)))))
 
 
 def shuffle64(value: Any, lane: Any) -> Any:
