@@ -7,8 +7,7 @@ that the tool reports though they are right. Fails where a class is not known, w
 where a pattern is not: then the tool has learnt, and what it reports of the pattern's classes is to be believed.
 
 Open, and failing, are the classes in UNEXPLAINED: by the PTX memory model they are right, but no pattern that says so was seen
-reported. All this has run once, in part (H200, CUDA 13.0): earlier forms of the patterns, of which race and elected were
-reported, remote as memory that may be gone, handover and exchange not; over the scripts, not since kernels were mended for it.
+reported (H200, CUDA 13.0).
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ KNOWN = {
         "AttentionSm90 store_byte load_pair",
         "AttentionSm90 store_word load_word",
         *(f"IndexScoresSm90 copy_bulk {load}" for load in ("load_words", "_load_byte", "_load_float")),
-        *(f"MixedLinearSm90 copy_bulk {load}" for load in ("load_words", "_load_half")),
+        *(f"MixedLinearSm90 copy_bulk {load}" for load in ("load_words", "_load_half", "_load_word", "_load_two_words")),
     ],
+    "handover": ["Finish hand_over sinkhorn", "AttentionSm90 _probabilities _follow"],
+    "remote": ["MixedLinearSm90 _store_sums _load_cluster"],
     "remote -": ["MixedLinearSm90 - _load_cluster"],
 }
 # The same for patterns that may turn out to be reported.
 UNEXPLAINED = {
-    "handover": ["Finish hand_over sinkhorn", "AttentionSm90 _probabilities _follow"],
     "exchange": ["AttentionSm90 _finish _finish"],
-    "remote": ["MixedLinearSm90 _store_sums _load_cluster"],
 }
 _PLACE = re.compile(r"\bat (\S+)\+0x\w+ in (\S+):(\d+)")
 

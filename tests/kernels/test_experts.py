@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -385,13 +386,23 @@ def test_a_cuda_graph_replays_with_new_routings() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("numerics", ["official", "w4a4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nano_s_logits_are_the_cpu_s(numerics: str, dtype: torch.dtype) -> None:
-    """Linears and experts on kernels, the rest on the reference, against the CPU under the same quantisation."""
+def test_nano_s_logits_are_the_cpu_s(numerics: str) -> None:
+    """Against the CPU under the same quantisation: in float32 linears and experts are kernels', in BF16 all is.
+
+    Where the reference itself gives other logits in BF16 than in float32 (a cosine of 0.55 at the worst of these tokens), what
+    is asked for is to be as near to float32's as it is.
+    """
     ids = torch.arange(3, 300) % 500
-    on_cpu = dsv4lab.load(dsv4lab.nano(), numerics=numerics, dtype=dtype)
-    on_gpu = dsv4lab.load(dsv4lab.nano(), numerics=numerics, dtype=dtype, device="cuda")
-    want, got = on_cpu.logits(ids), on_gpu.logits(ids.cuda()).cpu()
-    cosine = torch.nn.functional.cosine_similarity(got.double(), want.double(), dim=-1)
-    bound = 0.9999 if dtype == torch.float32 else 0.995
-    assert cosine.min() > bound, cosine.min()
+
+    def logits(dtype: torch.dtype, device: str) -> torch.Tensor:
+        return dsv4lab.load(dsv4lab.nano(), numerics=numerics, dtype=dtype, device=device).logits(ids.to(device)).cpu().double()
+
+    cosine = partial(torch.nn.functional.cosine_similarity, dim=-1)
+    want, reference = logits(torch.float32, "cpu"), logits(torch.bfloat16, "cpu")
+    assert cosine(logits(torch.float32, "cuda"), want).min() > 0.9999
+    found = logits(torch.bfloat16, "cuda")
+    apart, allowed = 1 - cosine(found, want), 1 - cosine(reference, want)
+    for share in (0.5, 0.9):
+        assert apart.quantile(share) < 1.5 * allowed.quantile(share), (share, apart.quantile(share), allowed.quantile(share))
+    assert apart.mean() < 2 * allowed.mean()
+    assert (1 - cosine(found, reference)).median() < 3 * allowed.median()  # two roundings apart
