@@ -47,6 +47,33 @@ def test_bulk_copy_and_its_barrier(schedule):
     np.testing.assert_array_equal(out, source)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_bulk_prefetch_changes_nothing(schedule):
+    """Bytes of a tensor, whoever writes them at the time; another lane's are its own."""
+    source, out = RNG.integers(0, 1 << 32, 64).astype(np.uint32), np.zeros(64, np.uint32)
+    fetch = "cvt.u64.u32 %d3, %r0; shl.b64 %d3, %d3, 4; add.s64 %d3, %d1, %d3; setp.lt.u32 %p2, %r0, 16;"
+    fetch += "@%p2 cp.async.bulk.prefetch.L2.global [%d3], 16; @%p1 cp.async.bulk.prefetch.L2.global [%d2], 256;"
+    body, checks = START + fetch + BULK + wait("%r1", 0) + FINISH, Checks(races=True)
+    run(body, block=64, source=source, out=out, schedule=schedule, checks=checks)
+    np.testing.assert_array_equal(out, source)
+
+
+@pytest.mark.parametrize(
+    ("fetch", "message"),
+    [
+        ("[%d1], 272;", "out of bounds: 272 bytes at source"),
+        ("[%d1+240], 32;", "out of bounds: 32 bytes at source"),
+        ("[%d3], 16;", "belongs to no tensor"),
+        ("[%d1+8], 16;", "a bulk prefetch of 16 bytes from .* needs multiples of 16"),
+        ("[%d1], 24;", "a bulk prefetch of 24 bytes from .* needs multiples of 16"),
+    ],
+)
+def test_a_bulk_prefetch_of_bytes_that_no_tensor_has(fetch, message):
+    body = START + f"mov.b64 %d3, 4096; @%p1 cp.async.bulk.prefetch.L2.global {fetch} ret;"
+    with pytest.raises(MemoryFault, match=message):
+        run(body, block=32, source=np.zeros(64, np.uint32), out=np.zeros(64, np.uint32))
+
+
 def test_a_missing_wait_is_found_by_exploring():
     source, out = RNG.integers(0, 1 << 32, 64).astype(np.uint32), np.zeros(64, np.uint32)
     # Written first, so that an early read is stale rather than uninitialised.

@@ -279,10 +279,21 @@ def _bulk(d: Decoder, i: Instruction, f: Form, reduction: bool) -> Run:
 
 
 def _prefetch(d: Decoder, i: Instruction, f: Form) -> Run:
-    """Into L2: no effect that a kernel can see."""
+    """Into L2: no effect that a kernel can see. Of a plain run of bytes, all must be a tensor's."""
+    plain = not f.has("tensor")
     f.left.clear()
+    slots = []
+    if plain:
+        at, offset = d.address(i.operands[0])
+        slots = [at, amount := d.source(i.operands[1], "b32")]
 
     def run(w: Lanes, m: Any) -> None:
+        for lane in w.issuers(m, slots) if plain else ():
+            start, size = int(w.u[at][lane]) + offset, int(w.u[amount][lane])
+            if start % _BULK_ALIGNMENT or size % _BULK_ALIGNMENT:
+                raise MemoryFault(f"misaligned: a bulk prefetch of {size} bytes from 0x{start:x} needs multiples of 16")
+            if size:
+                w.cta.machine.memory.span(start, size)
         if w.cta.machine.observers:
             w.cta.machine.issue(None, lambda: None, "prefetch", w, i.index, w.active(m))
 
