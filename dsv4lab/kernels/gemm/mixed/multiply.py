@@ -15,7 +15,7 @@ from cutlass.cute.nvgpu import warpgroup
 from dsv4lab.kernels._common.ptx import load_words
 from dsv4lab.kernels._common.rings import arrive_with
 from dsv4lab.kernels.gemm.mixed.decode import decode_for_warp, decode_for_warpgroup
-from dsv4lab.kernels.gemm.mixed.layout import BLOCKS, SLAB, TILE
+from dsv4lab.kernels.gemm.mixed.layout import BLOCKS, PLANES, SLAB, TILE
 
 WARPGROUP = 128
 
@@ -137,8 +137,9 @@ def multiply_by_warp(
                         for j in cutlass.range_constexpr(0, BLOCKS, 2):
                             w = [words[4 * (j + i // 2) + 2 * half + i % 2] for i in range(4)]
                             _mma_sync(total, first, w, x[j], x[j + 1])
-        # something of all of the last loads: a warp's loads end in order
-        arrive_with(empty + stage, lane, [words[2 * j] for j in range(2 * BLOCKS)] + [column[0] for column in columns])
+        # something of all of the last loads, which end in order: a word of every plane has its scales in it, too
+        planes = [words[j] for j in range(0, 4, 4 // PLANES[plan.format])]
+        arrive_with(empty + stage, lane, planes + [column[0] for column in columns])
         stage, phase = advance(stages, stage, phase)
     return stage, phase
 
