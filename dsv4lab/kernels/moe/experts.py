@@ -10,6 +10,7 @@
 
 The shared expert of a token alone, where it has the routed ones' form, is one more matrix of both products, the first to be
 multiplied: its weights arrive while the router still runs (`gemm.mixed.config`, beside). Otherwise it runs on a second stream.
+Of a token alone, product 1 also has L2 fetch the first of product 2's weights, which wait for its memory (ahead).
 
 The routing weight is applied before the second product, as the model's reference does (spec 5.2). Bytes for few tokens: the
 three matrices of every expert that is hit. Flops: 6 M top_k D I.
@@ -148,6 +149,7 @@ def _rows(
         limit=limit,
         requant=requant,
         beside=more[0],
+        following=(down, more[1]) if alone and down.format == pair.format else None,
     )
     given = _of_matrices(w2.input_scale) if act == "nvfp4" else None
     factor = given
