@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from dsv4lab.kernels._common import cache
+from dsv4lab.kernels._common.counters import counters
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.moe.router.config import STEP, RouterConfig, choose
 
 _INTEGER = {torch.int32: "i32", torch.int64: "i64"}
-_arrivals: dict[tuple[torch.device, int, int], torch.Tensor] = {}
 
 
 def router_topk(
@@ -110,27 +110,10 @@ def _launch(
         raise ValueError(f"config must have x, weight, experts, top_k, by, table, token {given}, got {config}")
     splits = config.splits(tokens, x.shape[1], runtime.multiprocessors)
     partial = torch.empty(splits, tokens, config.padded, dtype=torch.float32, device=x.device)
-    arrived = _counters(x.device, -(-tokens // config.tokens) if config.fused else 1)
+    arrived = counters("router", x.device, -(-tokens // config.tokens) if config.fused else 1)
     tensors = (x, gate_weight, bias, table, token_ids, weights, ids, partial, arrived)
     runtime.call(_compiled(config, runtime), *tensors, route_scale)
     return weights, ids
-
-
-def _counters(device: torch.device, count: int) -> torch.Tensor:
-    """Zeros that every launch leaves as it found them; one set for each stream, since launches on one do not overlap here.
-
-    Sets are kept for good, larger ones beside smaller: a CUDA graph may hold them. What is made while a graph is recorded is
-    that graph's own, which sets it to zero whenever it is replayed.
-    """
-    on_gpu = device.type == "cuda"
-    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-    size = max(1 << max(count - 1, 0).bit_length(), 256)
-    known = _arrivals.get((device, stream, size))
-    if known is None:
-        known = torch.zeros(size, dtype=torch.int32, device=device)
-        if not (on_gpu and torch.cuda.is_current_stream_capturing()):
-            _arrivals[device, stream, size] = known
-    return known[:count]
 
 
 def _compiled(config: RouterConfig, runtime: Runtime) -> Callable[..., Any]:
