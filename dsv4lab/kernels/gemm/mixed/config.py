@@ -18,6 +18,7 @@ _FOR_TWO = 180  # CTAs of half the memory that do
 # Relative cost of a token and 128 rows, by (tokens, slabs) of a tile: weights are decoded again for every tile of tokens.
 _COST = {(32, 8): 1.5, (32, 4): 1.0, (64, 8): 1.4, (64, 4): 1.0, (128, 8): 1.08, (192, 8): 1.12, (256, 8): 1.0}
 _NARROW = {128: (64,), 192: (64, 128), 256: (128, 192)}  # narrower products of a linear, for its last tile of tokens
+MOST_ADDED = 16  # rows that a lane holds together
 BLOCK = 16  # columns of a quantised result that share a scale
 _AHEAD_BYTES = 16 << 20  # that memory delivers between the last loads of a product and its successor's: about 4 us
 _SMALL_BYTES = 6 << 20  # a weight that arrives in less time than a launch takes
@@ -36,9 +37,10 @@ class MixedConfig:
     gather: x has a row for each token, not for each slot. paired: clamped SwiGLU of gate and up rows. scaled: whether products
     have a factor, one a "row", a "matrix" or, of slots, a "token". early: weights do not wait for the kernel before.
     requant: where warps multiply, whether the results of a pair leave as the NVFP4 values that they are quantised to.
-    passing: whether weights are the first to leave L2. Of a token's first product, what it has L2 fetch of the second one's
-    weights, which cannot have a place beside it: ahead: slabs a CTA, when it has asked for the last of its own;
-    ahead_beside: those of the matrix beside, while the kernel before still runs.
+    adds: 0, or of a token's second product, with a matrix beside, how many rows the other matrices have: the CTA that comes
+    last to a tile of columns adds up its rows. passing: whether weights are the first to leave L2. Of a token's first
+    product, what it has L2 fetch of the second one's weights, which cannot have a place beside it: ahead: slabs a CTA, when
+    it has asked for the last of its own; ahead_beside: those of the matrix beside, while the kernel before still runs.
     """
 
     format: str
@@ -60,6 +62,7 @@ class MixedConfig:
     scaled: str = "no"
     early: bool = True
     requant: bool = False
+    adds: int = 0
     passing: bool = False
     ahead: int = 0
     ahead_beside: bool = False
@@ -217,6 +220,9 @@ class MixedConfig:
             raise ValueError(f"stages must be >= 2 and fit {SHARED_BYTES} bytes, got {self.stages}: {self.shared_bytes} bytes")
 
     def _check_ahead(self) -> None:
+        if not 0 <= self.adds <= MOST_ADDED or (self.adds and (not self.beside or self.slotted)):
+            got = f"{self.adds}, beside={self.beside} and slotted={self.slotted}"
+            raise ValueError(f"adds must be 0, or up to {MOST_ADDED} of a second product with a matrix beside, got {got}")
         if self.ahead < 0 or (self.ahead and not (self.single and self.slotted)):
             got = f"{self.ahead}, single={self.single} and slotted={self.slotted}"
             raise ValueError(f"ahead must be >= 0, and 0 but for the first product of one token, got {got}")

@@ -29,6 +29,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from dsv4lab.kernels._common.ptx import copy_bulk, fetch_bulk, leaves_first
+from dsv4lab.kernels.gemm.mixed.adding import add_rows
 from dsv4lab.kernels.gemm.mixed.config import MixedConfig
 from dsv4lab.kernels.gemm.mixed.epilogue import Epilogue
 from dsv4lab.kernels.gemm.mixed.layout import SLAB, TILE, record_words
@@ -76,6 +77,8 @@ class MixedLinearSm90:
         more_alpha: cute.Tensor,
         next_records: cute.Tensor,
         next_more: cute.Tensor,
+        added: cute.Tensor,
+        arrived: cute.Tensor,
         top_k: Int32,
         group_rows: Int32,
         limit: Float32,
@@ -89,7 +92,8 @@ class MixedLinearSm90:
         slots (M,) i32, slot_weight (slots,) f32 and top_k if slotted;
         tiles (T, 4) i32 (matrix, first row, end row, -) and num_tiles (1,) i32 if grouped, (M, 2) i32 (matrix, -) if single;
         more_records (slabs, tiles, words) and more_alpha (1, 2), of the matrix beside, if there is one;
-        next_records, next_more: the next product's, of as many matrices, for L2.
+        next_records, next_more: the next product's, of as many matrices, for L2; added (1, N), arrived (tiles of N,) i32 zeros
+        before and after: of a token's rows that are added up.
         group_rows: rows of y^T that share their columns of x: the next group's follow along x's row. limit: of SwiGLU.
         """
         plan = self.plan
@@ -119,6 +123,8 @@ class MixedLinearSm90:
             more_alpha,
             next_records,
             next_more,
+            added,
+            arrived,
             top_k,
             group_rows,
             limit,
@@ -152,6 +158,8 @@ class MixedLinearSm90:
         more_alpha: cute.Tensor,
         next_records: cute.Tensor,
         next_more: cute.Tensor,
+        added: cute.Tensor,
+        arrived: cute.Tensor,
         top_k: Int32,
         group_rows: Int32,
         limit: Float32,
@@ -226,7 +234,8 @@ class MixedLinearSm90:
             out = Epilogue(
                 plan, y, alpha, factor, slots, slot_weight, given, draw, top_k, group_rows, limit, sums, shared, shared + 1
             )
-            self._consume(out, records, alpha, more_alpha, y, tiles, num_tiles, shared_x, shared_w, full, empty)
+            rows = (added, arrived)
+            self._consume(out, records, alpha, more_alpha, y, tiles, num_tiles, rows, shared_x, shared_w, full, empty)
 
     @cute.jit
     def _clear_past_the_end(self, x: Any, shared_x: Any) -> None:
@@ -457,6 +466,7 @@ class MixedLinearSm90:
         y: Any,
         tiles: Any,
         num_tiles: Any,
+        rows: Any,
         shared_x: Any,
         shared_w: Any,
         full: Any,
@@ -497,13 +507,17 @@ class MixedLinearSm90:
             if cutlass.const_expr(plan.by_warp):
                 stage, phase = multiply_by_warp(self, last - first, shared_x, shared_w, ring, total, stage, phase)
             else:
-                rows = last - first
+                count = last - first
                 for i in cutlass.range_constexpr(len(plan.widths)):
                     width, less = plan.widths[i], plan.widths[i - 1] if i else 0
                     # the narrowest product that holds the tile's tokens
-                    if cutlass.const_expr(len(plan.widths) == 1) or (rows > less and rows <= width):
+                    if cutlass.const_expr(len(plan.widths) == 1) or (count > less and count <= width):
                         stage, phase = multiply_by_warpgroup(self, width, shared_x, shared_w, ring, total, stage, phase)
             turn = out.store(total, matrix, row_tile, first, last, turn)
+            if cutlass.const_expr(plan.adds > 0):
+                thread, _, _ = cute.arch.thread_idx()
+                if thread < 32:
+                    add_rows(plan, y, tiles, alpha, *rows, row_tile)
         if cutlass.const_expr(plan.cluster > 1):
             out.leave(turn)
 
