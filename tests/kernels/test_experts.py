@@ -282,7 +282,7 @@ def test_bad_input_is_refused() -> None:
         grouped(x, weight, tiles, rows=5, out_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="limit must be given for a paired weight alone"):
         grouped(x, weight, tiles, rows=4, out_dtype=torch.bfloat16, limit=1.0)
-    with pytest.raises(ValueError, match=r"config must have \(tokens, single, gather, scaled, beside, adds\)"):
+    with pytest.raises(ValueError, match=r"config must have \(tokens, single, gather, scaled, beside\)"):
         grouped(x, weight, Tiles(tiles.tiles, tiles.count, 64), rows=4, out_dtype=torch.bfloat16)
     w1, w3, w2 = matrices("mxfp4", 2, 128, 64)
     args = (x, torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int64), w1, w3, w2)

@@ -6,25 +6,16 @@ Without `from __future__ import annotations`: CuTeDSL reads the annotations them
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint32
+from cutlass import Float32, Int32, Uint32
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------
-def copy_bulk(target: Any, source: Any, size: Any, barrier: Any, policy: Any = None) -> None:
-    """Neighbouring bytes from global to shared memory, asynchronously; size: a multiple of 16; policy: L2's for them."""
-    hint, more = ("", []) if policy is None else (".L2::cache_hint", [policy])
-    code = f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes{hint} [{{$r0}}], [{{$r1}}], {{$r2}}, [{{$r3}}]"
-    cute.arch.inline_ptx(code + (", {$r4};" if more else ";"), read_only_args=[target, source, Int32(size), barrier, *more])
-
-
-def fetch_bulk(source: Any, size: Any) -> None:
-    """Neighbouring bytes of global memory into L2, which nobody waits for; size: a multiple of 16."""
-    cute.arch.inline_ptx("cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};", read_only_args=[source, Int32(size)])
-
-
-def leaves_first() -> Any:
-    """L2's policy for what is read once: gone before all else."""
-    return cute.arch.inline_ptx("createpolicy.fractional.L2::evict_first.b64 {$w0}, 0f3F800000;", write_only_types=[Int64])
+def copy_bulk(target: Any, source: Any, size: Any, barrier: Any) -> None:
+    """Neighbouring bytes from global to shared memory, asynchronously; size: a multiple of 16."""
+    cute.arch.inline_ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        read_only_args=[target, source, Int32(size), barrier],
+    )
 
 
 def copy_async(target: Any, source: Any, count: int) -> None:

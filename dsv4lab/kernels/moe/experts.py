@@ -10,8 +10,6 @@
 
 The shared expert of a token alone, where it has the routed ones' form, is one more matrix of both products, the first to be
 multiplied: its weights arrive while the router still runs (`gemm.mixed.config`, beside). Otherwise it runs on a second stream.
-Of a token alone, product 1 also has L2 fetch the first of product 2's weights, which wait for its memory (ahead), and product 2
-adds up the rows, where the shared expert's is among them (`gemm.mixed.adding`).
 
 The routing weight is applied before the second product, as the model's reference does (spec 5.2). Bytes for few tokens: the
 three matrices of every expert that is hit. Flops: 6 M top_k D I.
@@ -24,7 +22,7 @@ import torch
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels._common.aside import Aside
 from dsv4lab.kernels.gemm.mixed.api import Slots, Tiles, grouped, linear
-from dsv4lab.kernels.gemm.mixed.config import FEW, MOST_ADDED, grouped_tokens, requantises
+from dsv4lab.kernels.gemm.mixed.config import FEW, grouped_tokens, requantises
 from dsv4lab.kernels.gemm.mixed.prepared import prepared
 from dsv4lab.kernels.gemm.operators import activations, factor_of
 from dsv4lab.kernels.moe.combine.api import combine
@@ -73,7 +71,7 @@ def layer(
     if together(x, expert_idx, routed, shared, act=act, shared_act=shared_act):
         y, order = _rows(x, weights, expert_idx, *routed, shared, limit=limit, act=act)
         top_k = expert_idx.shape[1]
-        return y if adds_up(top_k) else _combined(y[:top_k], order, expert_idx, routed[0], y[top_k:])
+        return _combined(y[:top_k], order, expert_idx, routed[0], y[top_k:])
     aside = Aside(x.device)
     with aside.run():
         z = shared_expert(x, *shared, limit=limit, act=shared_act)
@@ -91,11 +89,6 @@ def together(x: torch.Tensor, expert_idx: torch.Tensor, routed: Three, shared: T
     given = act != "none" and any(w.input_scale is not None for w in (*routed, *shared))
     tokens, _ = grouped_tokens(expert_idx.numel(), routed[0].shape[0])
     return x.shape[0] == 1 and alike and act == shared_act and not given and tokens <= FEW
-
-
-def adds_up(top_k: int) -> bool:
-    """Whether product 2 adds up a token's rows with the shared expert's: a launch and its wait less."""
-    return top_k <= MOST_ADDED
 
 
 def _combined(
@@ -121,7 +114,7 @@ def _rows(
     act: str,
 ) -> tuple[torch.Tensor, Permutation | None]:
     """What each expert makes of each of its rows (rows, D), sorted, or of one token in the order of its choices: then there
-    is no order, and the shared expert's row, if it is given, comes last; or the sum of them all, where product 2 `adds_up`.
+    is no order, and the shared expert's row, if it is given, comes last.
     """
     pair, down = prepared(w1, w3), prepared(w2)
     more = (None, None) if shared is None else (prepared(shared[0], shared[1]), prepared(shared[2]))
@@ -155,7 +148,6 @@ def _rows(
         limit=limit,
         requant=requant,
         beside=more[0],
-        following=(down, more[1]) if alone and down.format == pair.format else None,
     )
     given = _of_matrices(w2.input_scale) if act == "nvfp4" else None
     factor = given
@@ -163,9 +155,7 @@ def _rows(
         h, of_rows = activations(h, act, _of_rows(given, expert_idx, slots.slots))
         factor = of_rows if given is None else given
     of = factor_of(given)
-    adds = more[1] is not None and adds_up(top_k)
-    y = grouped(h, down, tiles, rows=rows, out_dtype=x.dtype, factor=factor, factor_of=of, beside=more[1], adds=adds)
-    return y, order
+    return grouped(h, down, tiles, rows=rows, out_dtype=x.dtype, factor=factor, factor_of=of, beside=more[1]), order
 
 
 def _of_matrices(input_scale: torch.Tensor | None) -> torch.Tensor | None:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from dsv4lab.kernels._common import cache
-from dsv4lab.kernels._common.counters import counters
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
-from dsv4lab.kernels.gemm.mixed.config import BLOCK, FEW, MOST_ADDED, MixedConfig, choose, choose_grouped
+from dsv4lab.kernels.gemm.mixed.config import BLOCK, FEW, MixedConfig, choose, choose_grouped
 from dsv4lab.kernels.gemm.mixed.layout import GROUP_ROWS, K_PAD, SLAB, TILE, PreparedWeight, record_words
 
 
@@ -169,8 +168,6 @@ def grouped(
     limit: float | None = None,
     requant: torch.Tensor | None = None,
     beside: PreparedWeight | None = None,
-    following: tuple[PreparedWeight, PreparedWeight | None] | None = None,
-    adds: bool = False,
     config: MixedConfig | None = None,
 ) -> torch.Tensor:
     """Rows of x times the matrix that each belongs to: an expert's first product (slots, a paired weight) or its second.
@@ -179,8 +176,6 @@ def grouped(
     factor: of the products, f32, one a "row", a "matrix" or, of slots, a "token". requant (E,): as for `linear`, one a matrix.
     beside (tiles `of_rows`, of one token): one matrix more, of the same form, whose row is the last, and multiplied first.
     Its row has weight 1; its weights do not wait for the kernel before. Rows are then one more, those of x without gather too.
-    following (tiles `of_rows`, slots): weight and beside of the product that comes next, of which L2 is told to fetch some.
-    adds (beside, no slots, at most `MOST_ADDED` rows): the result is the sum of all rows in the order of `moe.combine`, (1, N).
     Result (rows, N), or (rows + 1, N) with beside; rows that no tile has are not written.
     Raises ValueError on shapes, TypeError on dtypes.
     """
@@ -189,16 +184,11 @@ def grouped(
     _check_limit(weight, limit)
     _check_requant(weight, requant)
     _check_beside(weight, tiles, slots, rows, beside)
-    if adds and (beside is None or slots is not None or rows > MOST_ADDED):
-        raise ValueError(
-            f"adds needs a matrix beside, no slots and {MOST_ADDED} rows at most, got {rows} and {slots}, {beside}"
-        )
     all_rows = rows + (beside is not None)
     num_rows = rows // slots.top_k if gather and slots else all_rows
     if x.shape[0] != num_rows:
         raise ValueError(f"x must have {num_rows} rows, got {x.shape[0]}")
     y = torch.empty(all_rows, n, dtype=out_dtype, device=x.device)
-    added = torch.empty(1, n, dtype=out_dtype, device=x.device) if adds else None
     if not y.numel():
         return y
     scaled = "no" if factor is None else factor_of
@@ -216,35 +206,14 @@ def grouped(
             scaled=scaled,
             single=tiles.count is None,
             beside=beside is not None,
-            following=0 if following is None else following[0].records.stride(0) * 4,
         )
-        config = replace(config, requant=requant is not None, adds=rows if adds else 0)
-    _check_following(weight, config, following)
-    want = (tiles.tokens, tiles.count is None, gather, scaled, beside is not None, rows if adds else 0)
-    got = (config.tokens, config.single, config.gather, config.scaled, config.beside, config.adds)
+        config = replace(config, requant=requant is not None)
+    want = (tiles.tokens, tiles.count is None, gather, scaled, beside is not None)
+    got = (config.tokens, config.single, config.gather, config.scaled, config.beside)
     if want != got:
-        raise ValueError(f"config must have (tokens, single, gather, scaled, beside, adds) = {want}, got {got}")
-    more = (requant, None, beside, following, added)
-    _launch(config, x, weight, y, factor, slots, tiles, weight.slabs * SLAB, limit, *more)
-    return y if added is None else added
-
-
-def _check_following(
-    weight: PreparedWeight, config: MixedConfig, following: tuple[PreparedWeight, PreparedWeight | None] | None
-) -> None:
-    if following is None:
-        if config.ahead or config.ahead_beside:
-            raise ValueError(f"following must be given for ahead={config.ahead}, ahead_beside={config.ahead_beside}, got None")
-        return
-    then, more = following
-    if (then.format, then.shape[0]) != (weight.format, weight.shape[0]):
-        want = f"{weight.shape[0]} matrices of {weight.format}"
-        raise ValueError(f"following must have {want}, got {then.shape[0]} of {then.format}")
-    if (more is None) == config.beside or (
-        more is not None and (more.format, more.shape) != (then.format, (1, *then.shape[1:]))
-    ):
-        got = None if more is None else (more.format, more.shape)
-        raise ValueError(f"following must have a matrix beside like its others where this product has one, got {got}")
+        raise ValueError(f"config must have (tokens, single, gather, scaled, beside) = {want}, got {got}")
+    _launch(config, x, weight, y, factor, slots, tiles, weight.slabs * SLAB, limit, requant, beside=beside)
+    return y
 
 
 def _check_beside(weight: PreparedWeight, tiles: Tiles, slots: Slots | None, rows: int, beside: PreparedWeight | None) -> None:
@@ -294,8 +263,6 @@ def _launch(
     requant: torch.Tensor | None = None,
     draws: Draws | None = None,
     beside: PreparedWeight | None = None,
-    following: tuple[PreparedWeight, PreparedWeight | None] | None = None,
-    added: torch.Tensor | None = None,
 ) -> None:
     flags = (config.format, config.paired, config.scaled != "no", config.slotted, config.grouped)
     want = (weight.format, weight.paired, factor is not None, slots is not None, tiles is not None)
@@ -309,7 +276,6 @@ def _launch(
     if weight.records.shape[1] % config.chunks:
         raise ValueError(f"config must have chunks that divide K / {TILE} = {weight.records.shape[1]}, got {config.chunks}")
     runtime = runtime_of(x)
-    then, then_more = following or (None, None)
     row_tiles = -(-weight.slabs // config.slabs)
     entries = tiles.tiles.shape[0] + config.beside if tiles else -(-y.shape[0] // config.tokens)
     count = entries * row_tiles
@@ -333,10 +299,6 @@ def _launch(
         draws.position if draws else i64,
         beside.records if beside else weight.records,
         beside.alpha if beside else weight.alpha,
-        then.records if then else weight.records,
-        then_more.records if then_more else weight.records,
-        y if added is None else added,
-        counters("mixed", x.device, row_tiles) if config.adds else i32[:1],
         slots.top_k if slots else 1,
         group_rows,
         float("inf") if limit is None else limit,
@@ -366,10 +328,9 @@ def _compiled(config: MixedConfig, runtime: Runtime) -> Callable[..., Any]:
         i32, f32 = cutlass.Int32, cutlass.Float32
         free = cute.sym_int
         if config.picks:
-            result, added = (fake(cutlass.Int64, free(), free(), align=8) for _ in range(2))
+            result = fake(cutlass.Int64, free(), free(), align=8)
         else:
-            kind = {"bf16": cutlass.BFloat16, "f32": f32}[config.out]
-            result, added = (fake(kind, free(), free(divisibility=8)) for _ in range(2))
+            result = fake({"bf16": cutlass.BFloat16, "f32": f32}[config.out], free(), free(divisibility=8))
         examples = (
             fake(cutlass.BFloat16, free(), free(divisibility=8)),
             fake(i32, free(), free(divisibility=2), record_words(config.format)),
@@ -385,10 +346,6 @@ def _compiled(config: MixedConfig, runtime: Runtime) -> Callable[..., Any]:
             fake(cutlass.Int64, free(), align=8),
             fake(i32, free(), free(divisibility=2), record_words(config.format)),
             fake(f32, free(), 2, align=4),
-            fake(i32, free(), free(divisibility=2), record_words(config.format)),
-            fake(i32, free(), free(divisibility=2), record_words(config.format)),
-            added,
-            fake(i32, free(), align=4),
             i32(1),
             i32(1),
             f32(1.0),

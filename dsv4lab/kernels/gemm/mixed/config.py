@@ -18,9 +18,7 @@ _FOR_TWO = 180  # CTAs of half the memory that do
 # Relative cost of a token and 128 rows, by (tokens, slabs) of a tile: weights are decoded again for every tile of tokens.
 _COST = {(32, 8): 1.5, (32, 4): 1.0, (64, 8): 1.4, (64, 4): 1.0, (128, 8): 1.08, (192, 8): 1.12, (256, 8): 1.0}
 _NARROW = {128: (64,), 192: (64, 128), 256: (128, 192)}  # narrower products of a linear, for its last tile of tokens
-MOST_ADDED = 16  # rows that a lane holds together
 BLOCK = 16  # columns of a quantised result that share a scale
-_AHEAD_BYTES = 16 << 20  # that memory delivers between the last loads of a product and its successor's: about 4 us
 _SMALL_BYTES = 6 << 20  # a weight that arrives in less time than a launch takes
 
 
@@ -37,10 +35,6 @@ class MixedConfig:
     gather: x has a row for each token, not for each slot. paired: clamped SwiGLU of gate and up rows. scaled: whether products
     have a factor, one a "row", a "matrix" or, of slots, a "token". early: weights do not wait for the kernel before.
     requant: where warps multiply, whether the results of a pair leave as the NVFP4 values that they are quantised to.
-    adds: 0, or of a token's second product, with a matrix beside, how many rows the other matrices have: the CTA that comes
-    last to a tile of columns adds up its rows. passing: whether weights are the first to leave L2. Of a token's first
-    product, what it has L2 fetch of the second one's weights, which cannot have a place beside it: ahead: slabs a CTA, when
-    it has asked for the last of its own; ahead_beside: those of the matrix beside, while the kernel before still runs.
     """
 
     format: str
@@ -62,10 +56,6 @@ class MixedConfig:
     scaled: str = "no"
     early: bool = True
     requant: bool = False
-    adds: int = 0
-    passing: bool = False
-    ahead: int = 0
-    ahead_beside: bool = False
 
     @property
     def rows(self) -> int:
@@ -215,20 +205,8 @@ class MixedConfig:
         if self.grouped and self.cluster > 1:
             raise ValueError(f"cluster must be 1 for a grouped configuration, got {self.cluster}")
         self._check_requant()
-        self._check_ahead()
         if self.stages < 2 or self.shared_bytes > SHARED_BYTES:
             raise ValueError(f"stages must be >= 2 and fit {SHARED_BYTES} bytes, got {self.stages}: {self.shared_bytes} bytes")
-
-    def _check_ahead(self) -> None:
-        if not 0 <= self.adds <= MOST_ADDED or (self.adds and (not self.beside or self.slotted)):
-            got = f"{self.adds}, beside={self.beside} and slotted={self.slotted}"
-            raise ValueError(f"adds must be 0, or up to {MOST_ADDED} of a second product with a matrix beside, got {got}")
-        if self.ahead < 0 or (self.ahead and not (self.single and self.slotted)):
-            got = f"{self.ahead}, single={self.single} and slotted={self.slotted}"
-            raise ValueError(f"ahead must be >= 0, and 0 but for the first product of one token, got {got}")
-        if self.ahead_beside and not (self.beside and self.slotted):
-            got = f"beside={self.beside} and slotted={self.slotted}"
-            raise ValueError(f"ahead_beside needs a first product with a matrix beside, got {got}")
 
     def _check_requant(self) -> None:
         if not self.requant:
@@ -395,14 +373,12 @@ def choose_grouped(
     scaled: str,
     single: bool = False,
     beside: bool = False,
-    following: int = 0,
 ) -> MixedConfig:
     """The configuration of a grouped product of so many rows with as many matrices.
 
     slotted: the first product of an expert, which comes right after the list of its tiles. single: tiles are one token's rows;
     few as they are, one CTA of 16 warps on a multiprocessor is then a fifteenth faster for the layer than two of eight. With
     a matrix beside, the second product has tiles enough for two of eight: the layer takes a twentieth less (H200).
-    following: bytes of a slab of the product that comes next, some of which is then fetched into L2; 0: none is.
     """
     tokens, narrow = grouped_tokens(rows, experts)
     few = tokens <= FEW
@@ -426,9 +402,6 @@ def choose_grouped(
             paired=paired,
             scaled=scaled,
             early=not slotted,
-            passing=single,
-            ahead=-(-_AHEAD_BYTES // (_MULTIPROCESSORS * following)) if following else 0,
-            ahead_beside=bool(following) and beside,
         ),
         HALF_SHARED_BYTES if tokens == 8 and not wide else SHARED_BYTES,
     )

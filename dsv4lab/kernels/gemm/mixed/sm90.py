@@ -3,8 +3,7 @@
 The product is computed as y^T = W x^T, so that weight rows fill the fixed side of the tensor core's product and the tokens, 8
 to 256 of them, its free side. A CTA is persistent:
 
-    weights (a warp)     bulk copies of records (see `layout`) into a ring of stages; early: before the kernel ahead has ended;
-                         then, of one token's experts, it has L2 fetch what the next product reads first (`config`, ahead)
+    weights (a warp)     bulk copies of records (see `layout`) into a ring of stages; early: before the kernel ahead has ended
     tokens  (a warp)     the same columns of x into the same stages: TMA boxes for `wgmma`, rows for warps
     multiply (the rest)  decode, multiply, sums in registers (`multiply`); then through shared memory to y (`epilogue`)
 
@@ -28,8 +27,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
-from dsv4lab.kernels._common.ptx import copy_bulk, fetch_bulk, leaves_first
-from dsv4lab.kernels.gemm.mixed.adding import add_rows
+from dsv4lab.kernels._common.ptx import copy_bulk
 from dsv4lab.kernels.gemm.mixed.config import MixedConfig
 from dsv4lab.kernels.gemm.mixed.epilogue import Epilogue
 from dsv4lab.kernels.gemm.mixed.layout import SLAB, TILE, record_words
@@ -75,10 +73,6 @@ class MixedLinearSm90:
         position: cute.Tensor,
         more_records: cute.Tensor,
         more_alpha: cute.Tensor,
-        next_records: cute.Tensor,
-        next_more: cute.Tensor,
-        added: cute.Tensor,
-        arrived: cute.Tensor,
         top_k: Int32,
         group_rows: Int32,
         limit: Float32,
@@ -91,9 +85,7 @@ class MixedLinearSm90:
         factor: (M,) f32, of groups (M, G), of slots (tokens,), of matrices (E,); given (E,) f32: global scales of results;
         slots (M,) i32, slot_weight (slots,) f32 and top_k if slotted;
         tiles (T, 4) i32 (matrix, first row, end row, -) and num_tiles (1,) i32 if grouped, (M, 2) i32 (matrix, -) if single;
-        more_records (slabs, tiles, words) and more_alpha (1, 2), of the matrix beside, if there is one;
-        next_records, next_more: the next product's, of as many matrices, for L2; added (1, N), arrived (tiles of N,) i32 zeros
-        before and after: of a token's rows that are added up.
+        more_records (slabs, tiles, words) and more_alpha (1, 2), of the matrix beside, if there is one.
         group_rows: rows of y^T that share their columns of x: the next group's follow along x's row. limit: of SwiGLU.
         """
         plan = self.plan
@@ -121,10 +113,6 @@ class MixedLinearSm90:
             position,
             more_records,
             more_alpha,
-            next_records,
-            next_more,
-            added,
-            arrived,
             top_k,
             group_rows,
             limit,
@@ -156,10 +144,6 @@ class MixedLinearSm90:
         position: cute.Tensor,
         more_records: cute.Tensor,
         more_alpha: cute.Tensor,
-        next_records: cute.Tensor,
-        next_more: cute.Tensor,
-        added: cute.Tensor,
-        arrived: cute.Tensor,
         top_k: Int32,
         group_rows: Int32,
         limit: Float32,
@@ -218,11 +202,7 @@ class MixedLinearSm90:
                 cute.arch.setmaxregister_decrease(_FEW_REGISTERS)
             if warp == plan.warps:
                 self._load_weights(records, alpha, more_records, y, tiles, num_tiles, shared_w, full, empty)
-                if cutlass.const_expr(plan.ahead > 0):
-                    self._fetch_ahead(next_records, alpha, y, tiles)
             elif warp == plan.warps + 1:
-                if cutlass.const_expr(plan.ahead_beside):
-                    self._fetch_beside(next_more)
                 if cutlass.const_expr(plan.by_warp):
                     self._load_rows(x, records, alpha, y, slots, tiles, num_tiles, top_k, group_rows, shared_x, full, empty)
                 else:
@@ -234,8 +214,7 @@ class MixedLinearSm90:
             out = Epilogue(
                 plan, y, alpha, factor, slots, slot_weight, given, draw, top_k, group_rows, limit, sums, shared, shared + 1
             )
-            rows = (added, arrived)
-            self._consume(out, records, alpha, more_alpha, y, tiles, num_tiles, rows, shared_x, shared_w, full, empty)
+            self._consume(out, records, alpha, more_alpha, y, tiles, num_tiles, shared_x, shared_w, full, empty)
 
     @cute.jit
     def _clear_past_the_end(self, x: Any, shared_x: Any) -> None:
@@ -312,7 +291,6 @@ class MixedLinearSm90:
         begin, stride, end, inner, low, high, slabs = self._plan(records, alpha, y, num_tiles)
         lane = cute.arch.lane_idx()
         words = self.words * plan.chunks
-        policy = leaves_first() if cutlass.const_expr(plan.passing) else None
         stage, phase = Int32(0), Int32(1)  # of the ring's empty barriers; the phase before the first counts as over
         for tile in cutlass.range(begin, end, stride, unroll=1):
             matrix, row_tile, _, _ = self._tile(tile, inner, alpha, y, tiles)
@@ -330,36 +308,8 @@ class MixedLinearSm90:
                 cute.arch.sync_warp()
                 if lane < plan.slabs:
                     target = shared_w[None, lane, stage].iterator
-                    copy_bulk(target, start + step * (words * 4), words * 4, full + stage, policy)
+                    copy_bulk(target, start + step * (words * 4), words * 4, full + stage)
                 stage, phase = advance(plan.stages, stage, phase)
-
-    @cute.jit
-    def _fetch_beside(self, next_more: Any) -> None:
-        """The next product's matrix beside into L2: it is known before the kernel ahead has ended. CTAs share its slabs."""
-        block, _, _ = cute.arch.block_idx()
-        grid, _, _ = cute.arch.grid_dim()
-        for slab in cutlass.range(block + cute.arch.lane_idx() * grid, next_more.shape[0], 32 * grid, unroll=1):
-            fetch_bulk(next_more[slab, 0, None].iterator.toint(), next_more.shape[1] * (self.words * 4))
-
-    @cute.jit
-    def _fetch_ahead(self, next_records: Any, alpha: Any, y: Any, tiles: Any) -> None:
-        """The first slabs that the next product reads of this one's matrices into L2, `ahead` a CTA.
-
-        In its order, CTAs in turn. As many bytes are then on their way while sums are finished and the next kernel's CTAs
-        come: memory would else have nothing to do.
-        """
-        plan = self.plan
-        block, _, _ = cute.arch.block_idx()
-        grid, _, _ = cute.arch.grid_dim()
-        cute.arch.griddepcontrol_wait()  # a CTA without routed tiles has not yet
-        slabs = next_records.shape[0] // alpha.shape[0]
-        routed = y.shape[0] - (1 if plan.beside else 0)
-        end = cutlass.min(grid * plan.ahead, routed * slabs)
-        for at in cutlass.range(block + cute.arch.lane_idx() * grid, end, 32 * grid, unroll=1):
-            matrix = _one_of(alpha, tiles[at // slabs, 0])
-            fetch_bulk(
-                next_records[matrix * slabs + at % slabs, 0, None].iterator.toint(), next_records.shape[1] * (self.words * 4)
-            )
 
     @cute.jit
     def _load_rows(
@@ -466,7 +416,6 @@ class MixedLinearSm90:
         y: Any,
         tiles: Any,
         num_tiles: Any,
-        rows: Any,
         shared_x: Any,
         shared_w: Any,
         full: Any,
@@ -507,17 +456,13 @@ class MixedLinearSm90:
             if cutlass.const_expr(plan.by_warp):
                 stage, phase = multiply_by_warp(self, last - first, shared_x, shared_w, ring, total, stage, phase)
             else:
-                count = last - first
+                rows = last - first
                 for i in cutlass.range_constexpr(len(plan.widths)):
                     width, less = plan.widths[i], plan.widths[i - 1] if i else 0
                     # the narrowest product that holds the tile's tokens
-                    if cutlass.const_expr(len(plan.widths) == 1) or (count > less and count <= width):
+                    if cutlass.const_expr(len(plan.widths) == 1) or (rows > less and rows <= width):
                         stage, phase = multiply_by_warpgroup(self, width, shared_x, shared_w, ring, total, stage, phase)
             turn = out.store(total, matrix, row_tile, first, last, turn)
-            if cutlass.const_expr(plan.adds > 0):
-                thread, _, _ = cute.arch.thread_idx()
-                if thread < 32:
-                    add_rows(plan, y, tiles, alpha, *rows, row_tile)
         if cutlass.const_expr(plan.cluster > 1):
             out.leave(turn)
 

@@ -58,8 +58,11 @@ class Combine:
         found = [position[token * plan.top_k + s] for s in range(plan.top_k)]
         if not plan.experts:
             return _sorted([Uint32(p) for p in found])
+        none = Uint32(0xFFFFFFFF)
         known = [cutlass.and_(p >= 0, p < plan.experts) for p in found]
-        return in_order(found, known, Uint32(token * plan.top_k))
+        keys = [cutlass.select_(k, Uint32(p) * plan.top_k + s, none) for s, (p, k) in enumerate(zip(found, known, strict=True))]
+        first = Uint32(token * plan.top_k)
+        return [cutlass.select_(key == none, none, first + key % plan.top_k) for key in _sorted(keys)]
 
     @cute.jit
     def _sum(self, y: Any, position: Any, shared: Any, out: Any, token: Any, first: Any) -> None:
@@ -93,13 +96,6 @@ class Combine:
             result.store(total.load().to(out.element_type))
             if first + u * WARP <= last:
                 cute.autovec_copy(result, cute.local_tile(out[token, None], (vector,), (first + u * WARP,)))
-
-
-def in_order(ids: list[Any], known: list[Any], first: Any) -> list[Any]:
-    """A token's rows, first and those behind it, in the order of their experts' ids; those of no known one last, as -1."""
-    none, count = Uint32(0xFFFFFFFF), len(ids)
-    keys = [cutlass.select_(k, Uint32(p) * count + s, none) for s, (p, k) in enumerate(zip(ids, known, strict=True))]
-    return [cutlass.select_(key == none, none, first + key % count) for key in _sorted(keys)]
 
 
 def _sorted(values: list[Any]) -> list[Any]:

@@ -67,11 +67,6 @@ class RowsConfig:
         return self.source == "norm" and self.streams and self.chunks > 1
 
     @property
-    def backwards(self) -> bool:
-        """Whether the last rows come first: a launch before has read all of them."""
-        return self.scale == "tensor"
-
-    @property
     def lanes(self) -> int:
         """Neighbouring lanes of one row, a power of two: a warp or, where rows meet in one, a part of it."""
         return min(self.threads & -self.threads, WARP)

@@ -7,7 +7,7 @@
 `threads` threads take a row, chunks of 16 consecutive values each, which stay in registers; neighbouring threads have
 neighbouring chunks. Sums and maxima of a row go by shuffles, and through shared memory where a row has several warps.
 A global scale of the whole tensor takes two launches: "amax" leaves the largest magnitude that each CTA met, and every CTA of
-the second one looks those through; it takes the rows from the last to the first, so that L2 still has what it begins with.
+the second one looks those through.
 
 Bytes, the floor of the time: x once (2 or 4 a value; SwiGLU reads two inputs), codes and scales once: 0.5625 a value for
 NVFP4, 0.53 for MXFP4, 1.01 for FP8; 2 for decoded values. A second reading of x comes on top for a global scale of the tensor.
@@ -165,9 +165,8 @@ class QuantizeRows(RowSources):
         block, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
         largest, entry = Uint32(0), Uint32(0)
-        steps = (padded + config.rows - 1) // config.rows
-        for step in cutlass.range(block, steps, grid, unroll=1):
-            row = self._turn(step, steps) * config.rows + thread // config.threads
+        for step in cutlass.range(block, (padded + config.rows - 1) // config.rows, grid, unroll=1):
+            row = step * config.rows + thread // config.threads
             mine = cutlass.min(row, rows - 1)  # threads past the last row repeat it, and store nothing
             held = self._values(x, other, row_weight, mine, thread, per_column, eps, limit)
             if cutlass.const_expr(config.out == "amax"):
@@ -220,7 +219,7 @@ class QuantizeRows(RowSources):
         own, blocks = thread // config.threads, self.columns // CHUNK
         held = cute.make_rmem_tensor((config.chunks * config.words,), Uint32)
         second = cute.make_rmem_tensor((config.chunks * config.words if swiglu else 1,), Uint32)
-        row = self._turn(block, steps) * config.rows + own
+        row = block * config.rows + own
         mine = cutlass.min(row, rows - 1)  # threads past the last row repeat it, and store nothing
         at = Uint32(mine * blocks + thread % config.threads)  # of a thread's first block; others lie at constant distances
         further = Uint32(grid * config.rows * blocks)
@@ -239,14 +238,9 @@ class QuantizeRows(RowSources):
         for _ in cutlass.range(block, steps, grid, unroll=1):
             following, beyond = at + further, row + grid * config.rows
             more = beyond < rows
-            if cutlass.const_expr(config.backwards):
-                beyond = row - grid * config.rows
-                more = beyond >= 0
-                near_row = cutlass.min(cutlass.max(beyond, 0), rows - 1)  # padding's rows come first
-                following = Uint32(near_row * blocks + thread % config.threads)
             next_share = share
             if cutlass.const_expr(config.weighted):
-                next_share = row_weight[cutlass.max(cutlass.min(beyond, rows - 1), 0)]
+                next_share = row_weight[cutlass.min(beyond, rows - 1)]
             near, high, low, square = Boolean(True), Float32(0.0), Float32(0.0), Float64(0.0)
             if cutlass.const_expr(config.source == "norm"):
                 square = self._mean_square(held, thread, per_column, eps, parity)
@@ -279,10 +273,6 @@ class QuantizeRows(RowSources):
                         enc.store_byte(scale.iterator.toint() + Int64(at), distance, byte)
                     enc.store_pair(codes.iterator.toint() + Int64(at) * (CHUNK // 2), distance * (CHUNK // 2), out[0], out[1])
             share, at, row = next_share, following, beyond
-
-    def _turn(self, step: Any, steps: Any) -> Any:
-        """Which rows a CTA has in its turn: the last ones first where a launch before has read all, and left these in L2."""
-        return steps - 1 - step if self.config.backwards else step
 
     @cute.jit
     def _take(self, held: Any, second: Any, c: cutlass.Constexpr, x: Any, other: Any, at: Any) -> None:
