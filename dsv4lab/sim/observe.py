@@ -327,7 +327,6 @@ class Observers(list[Observer]):
 
 
 _WHOLE = tuple(range(WARP))
-_LANES = np.arange(WARP)
 
 
 def sites(w: Lanes, mask: Array | None, index: int) -> Iterator[Site]:

@@ -50,7 +50,6 @@ _SPECIAL = {
     *(f"%lanemask_{relation}" for relation in ("eq", "le", "lt", "ge", "gt")),
 }
 _IGNORED = (".pragma", ".explicitcluster", ".blocksareclusters", ".noreturn")
-_DEPOT_REGISTERS = ("%SP", "%SPL")
 
 _WORD = r"[%$A-Za-z_][\w$]*"
 _TOKEN = re.compile(

@@ -57,11 +57,6 @@ def store_relaxed(address: Any, word: Any) -> None:
     cute.arch.inline_ptx("st.relaxed.gpu.global.b32 [{$r0}], {$r1};", read_only_args=[address, word])
 
 
-def load_shared(address: Any) -> Any:
-    """A float of shared memory."""
-    return cute.arch.inline_ptx("ld.shared.f32 {$w0}, [{$r0}];", write_only_types=[Float32], read_only_args=[address])
-
-
 def store_two_shared(address: Any, pair: list[Any]) -> None:
     """Two floats to shared memory."""
     cute.arch.inline_ptx("st.shared.v2.f32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, *pair])

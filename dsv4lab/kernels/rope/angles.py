@@ -20,7 +20,6 @@ from cutlass import Float32, Uint32
 
 from dsv4lab.kernels.quant.rows import encode as enc
 
-MAX_ANGLE = 2.0**20  # radians; at 2^21 an error of one more unit, at 2^22 none of this holds
 _TWO_OVER_PI = 0.6366197466850281
 _MAGIC = 1.5 * 2.0**23  # its neighbours are one apart: the sum's low bits are k
 _P1, _P2, _P3 = 1.5707963705062866, -4.371138828673793e-08, -1.7151245100058819e-15
@@ -36,7 +35,7 @@ def cos_sin(position: Any, inv_freq: Any) -> tuple[Any, Any]:
 
 @cute.jit
 def cos_sin_of(angle: Any) -> Any:
-    """(cos, sin) of a Float32 angle, in radians, of magnitude up to `MAX_ANGLE`."""
+    """(cos, sin) of a Float32 angle in radians, up to 2^20 either way: at 2^21 an error of one more unit, at 2^22 none holds."""
     shifted = enc.fma(angle, Float32(_TWO_OVER_PI), Float32(_MAGIC))
     quadrant = shifted.bitcast(Uint32)
     minus_k = enc.add(Float32(_MAGIC), enc.negative(shifted))

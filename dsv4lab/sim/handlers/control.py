@@ -8,7 +8,6 @@ import numpy as np
 
 from dsv4lab.sim.decode import ALL_LANES, EXIT, TYPE_BYTES, Action, Decoder, Form, Run, family
 from dsv4lab.sim.errors import ResourceError, SimulatorError, UnknownInstruction
-from dsv4lab.sim.memory import PARAM_WINDOW
 from dsv4lab.sim.observe import Fence, Order
 from dsv4lab.sim.program import Immediate, Instruction, Register, Vector
 from dsv4lab.sim.registers import WARP, Lanes
@@ -196,7 +195,3 @@ def _unpack(d: Decoder, to: Vector, source: int, width: int) -> Run:
                 w.u[target][m] = value[m, column]
 
     return run
-
-
-def param_offset(address: int) -> int:
-    return address - PARAM_WINDOW

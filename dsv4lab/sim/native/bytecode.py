@@ -11,14 +11,12 @@ from dataclasses import KW_ONLY, dataclass
 from importlib import import_module
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dsv4lab.sim.decode import Decoder, Form
 from dsv4lab.sim.errors import UnknownInstruction
 from dsv4lab.sim.native import library
 from dsv4lab.sim.program import Instruction
 
-Array = NDArray
 PLAIN, BRANCH, STOP = range(3)
 MEMORY, FENCE = 1, 2  # bits of `Step.traffic`, what observers may want to see
 STEP = np.dtype(

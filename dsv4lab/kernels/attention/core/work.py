@@ -17,7 +17,7 @@ from cutlass import Int32, Int64, Uint32
 
 from dsv4lab.kernels._common.ptx import copy_async
 from dsv4lab.kernels.attention.core import ptx
-from dsv4lab.kernels.attention.core.config import KEYS
+from dsv4lab.kernels.attention.core.config import KEYS, block_range
 
 _WARP = 32
 _SCAN = 8  # indices of a lane that are read at once
@@ -70,7 +70,7 @@ class Work:
         keys = entries + tokens
         total = cute.ceil_div(keys, KEYS)
         most = total if cutlass.const_expr(plan.kind == "visible") else self._capacity()
-        first, end = part * most // self.parts, (part + 1) * most // self.parts
+        first, end = block_range(most, self.parts, part)
         start = (position + 1 - tokens) % self.ring_len
         return start, seq, entries, keys, first, cutlass.max(cutlass.min(end, total) - first, 0)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from dsv4lab.kernels.cache.plan import KeyPlan
 
-_ELEMENTS = ("bf16", "f32")
 _FEW_ROWS = 132 * 16  # CTAs of one warp, 16 a multiprocessor: no SM has two rows before all have one
 
 

@@ -38,7 +38,6 @@ SLAB_BYTES = 128  # of a row in the store buffer: one swizzle span
 SLABS = 2  # store buffers of a warp
 BUFFER_ALIGN = 1024  # of a 128-byte swizzled shared-memory buffer, bytes
 TMEM_COLUMNS = 512  # all of it: the CTA has the multiprocessor to itself
-TMEM_BARRIER = 1  # named barrier: the TMEM address is known
 
 
 class W4A4LinearSm100:

@@ -11,8 +11,6 @@ from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.head.decoding.config import MAX_TOKENS, AdvanceConfig, MatchConfig, PlanConfig
 
-ARCHITECTURES = ("sm_90a", "sm_100a")
-
 
 def decode_plan(
     known: torch.Tensor, seqs: torch.Tensor, *, tokens: int, offset: int, ring_len: int, ratios: list[int]

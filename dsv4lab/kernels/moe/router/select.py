@@ -21,8 +21,6 @@ from cutlass import Float32, Int32, Int64, Uint32
 
 from dsv4lab.kernels.moe.router.config import PAD, WARP, RouterConfig
 
-ALL = 0xFFFFFFFF
-SIGN = 0x80000000
 _LOG2E, _LOG2E_LOW = 1.44269502162933349609375, 1.9259629911266174681e-08  # their sum is log2(e) to 48 bits
 _LN2 = 0.693147180559945309
 _TINY_LOGIT = -15.0  # below, e^z is under 2^-21, and its square is nothing beside it
