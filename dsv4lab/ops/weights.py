@@ -11,6 +11,10 @@ from dsv4lab.formats import PackedWeight, get_format
 def packed(
     fmt: str, codes: Tensor, scale: Optional[Tensor], global_scale: Optional[Tensor], input_scale: Optional[Tensor]
 ) -> PackedWeight:
+    """The packed weight that an operator was given in parts: fmt a format's name, parts as in `PackedWeight`, not checked.
+
+    Raises ValueError for another name.
+    """
     return PackedWeight(get_format(fmt), codes, scale, global_scale, input_scale)
 
 

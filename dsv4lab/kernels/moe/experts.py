@@ -41,11 +41,11 @@ def experts(
     limit: float,
     act: str,
 ) -> torch.Tensor:
-    """Routed experts, as `reference.moe.moe`.
+    """Routed experts.
 
     x (M, D) bf16, or f32 with an act; weights (M, k) f32, expert_idx (M, k) i64; w1, w3 (E, I, D), w2 (E, D, I) stacked, w1
     and w3 in one format -> (M, D) f32. Tokens are not checked: ids outside 0 .. E-1 contribute nothing.
-    Raises ValueError on shapes, TypeError on dtypes.
+    Raises ValueError on shapes, TypeError on dtypes. Source: `reference.moe.moe`.
     """
     y, order = _rows(x, weights, expert_idx, w1, w3, w2, None, limit=limit, act=act)
     return _combined(y, order, expert_idx, w1)

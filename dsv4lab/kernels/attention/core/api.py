@@ -50,7 +50,7 @@ def attention(
     pair: bool | None = None,
     merge: bool | None = None,
 ) -> torch.Tensor:
-    """Attend from every query to its window and its compressed entries: see `reference.attention.attention`.
+    """Attend from every query to its window and its compressed entries.
 
     q (M, H, 512) bf16; sinks (H,) f32; pages: pools of `record`, plain ones in bf16; block_table (sequences, pages) and
     topk_indices (M, k) i32, no entry twice; positions, seq_idx (M,) i64; all contiguous; scale positive -> (M, H, 512) bf16.
@@ -62,7 +62,7 @@ def attention(
     pair: whether two CTAs share the work of decoding keys, by default as `config.pairs` has it; results are the same bits.
     merge: whether the parts of a query meet in a cluster of CTAs or in a second kernel, by default as `config.divide` has it,
     and of as many parts as are asked for, where a cluster holds them; results are the same bits.
-    Raises ValueError on shapes, TypeError on dtypes.
+    Raises ValueError on shapes, TypeError on dtypes. Source: `reference.attention.attention`.
     """
     m, heads = q.shape[:2]
     kind = "window" if entry_pages is None else "visible" if topk_indices is None else "chosen"

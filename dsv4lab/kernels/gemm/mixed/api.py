@@ -66,7 +66,7 @@ def linear(
 
     Weights are decoded to BF16 exactly, sums are float32 in the tensor core's order, factors come last. The result does not
     depend on timing. config: compile-time choices, by default `config.choose`'s.
-    Raises ValueError on shapes, TypeError on dtypes.
+    Raises ValueError on shapes, TypeError on dtypes. Source: `reference.gemm.linear`, `grouped_linear`, `reference.moe.expert`.
     """
     matrices, n, k = weight.shape
     groups = x.shape[1] if x.dim() == 3 else 1
@@ -105,7 +105,7 @@ def partial_argmax(x: torch.Tensor, weight: PreparedWeight, *, config: MixedConf
     the float32's bits in an order of unsigned integers, in the lower one ~row, so that the largest of a row is its argmax, of
     equals the lowest (`_common.order.pack`). NaN is above all numbers. The numbers compared are those of `linear` in
     float32, to the bit: configurations are the same but for `out`.
-    Raises ValueError on shapes, TypeError on dtypes.
+    Raises ValueError on shapes, TypeError on dtypes. Source: `reference.head.lm_head_greedy`.
     """
     return _picked("argmax", x, weight, None, config)
 
@@ -120,9 +120,11 @@ class Draws:
 
 
 def partial_sample(x: torch.Tensor, weight: PreparedWeight, draws: Draws, *, config: MixedConfig | None = None) -> torch.Tensor:
-    """`partial_argmax` of logits / T + noise, of the logits themselves where T is 0: M at most `FEW`, no NaN.
+    """`partial_argmax` of logits / T + noise, of the logits themselves where T is 0.
 
-    The largest of a row names the token that the sampler draws from the logits where nothing is filtered.
+    x (M, K) bf16, contiguous, M at most `FEW`; weight: one matrix (N, K), no pair; draws of M rows -> (M, parts) int64, packed
+    as there; no logit NaN. The largest of a row names the token that the sampler draws where nothing is filtered.
+    Raises ValueError on shapes, TypeError on dtypes. Source: `reference.sampling.sample`.
     """
     m = x.shape[0]
     if m > FEW:
@@ -177,7 +179,7 @@ def grouped(
     beside (tiles `of_rows`, of one token): one matrix more, of the same form, whose row is the last, and multiplied first.
     Its row has weight 1; its weights do not wait for the kernel before. Rows are then one more, those of x without gather too.
     Result (rows, N), or (rows + 1, N) with beside; rows that no tile has are not written.
-    Raises ValueError on shapes, TypeError on dtypes.
+    Raises ValueError on shapes, TypeError on dtypes. Source: the products of `reference.moe.moe`.
     """
     _, n, k = weight.shape
     _check_x(x, out_dtype, (k,))

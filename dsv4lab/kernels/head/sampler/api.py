@@ -26,11 +26,12 @@ def sample(
     *,
     config: SamplerConfig | None = None,
 ) -> torch.Tensor:
-    """Draw one token a row: see `reference.sampling.sample`, whose noise and comparisons this has bit for bit.
+    """Draw one token a row, with the noise and comparisons of the reference bit for bit.
 
     logits (B, V) f32, no NaN; temperature (B,) f32, 0 = greedy; top_k (B,) i32 or i64, 0 = off; top_p (B,) f32, 1 = off; seed,
     position (B,) i64; all contiguous -> ids (B,) i64. With top-p the kept set may differ from the reference's by an element
-    whose mass before it is within 1e-7 of top_p.  Raises ValueError on shapes, TypeError on dtypes.
+    whose mass before it is within 1e-7 of top_p.
+    Raises ValueError on shapes, TypeError on dtypes. Source: `reference.sampling.sample`.
     """
     _check_logits(logits, temperature, top_k, top_p)
     _check_vectors(logits.shape[0], seed=seed, position=position)

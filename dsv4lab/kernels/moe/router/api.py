@@ -31,7 +31,7 @@ def router_topk(
     -> weights (M, k) f32, ids (M, k) i64 in descending order of s + bias, the lower id first where equal.
     A logit is within 2^-16 sum |w x| of the exact one whatever the numbers (2^-18 on random ones), s within 2^-20 of its
     function besides; ids differ from the exact ones only where s + bias are closer than that.
-    Raises ValueError on shapes, TypeError on dtypes.
+    Raises ValueError on shapes and top_k, TypeError on dtypes. Source: `reference.moe.router_topk`.
     """
     _, experts = _check_matrices(x, gate_weight)
     if bias.dtype != torch.float32 or bias.shape != (experts,) or not bias.is_contiguous():
@@ -56,7 +56,7 @@ def router_hash(
     x (M, D) and gate_weight (E, D) bf16 or f32, D % 64 == 0; tid2eid (V, k) and token_ids (M,) i32 or i64; all contiguous
     -> weights (M, k) f32, ids (M, k) i64. Errors as by score. Values are not checked, that would need the device: token ids
     outside the table take its first or last row, expert ids outside 0 .. E-1 weigh nothing.
-    Raises ValueError on shapes, TypeError on dtypes.
+    Raises ValueError on shapes, TypeError on dtypes. Source: `reference.moe.router_hash`.
     """
     tokens, experts = _check_matrices(x, gate_weight)
     if tid2eid.dtype not in _INTEGER or token_ids.dtype not in _INTEGER:

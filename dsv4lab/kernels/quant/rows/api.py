@@ -55,12 +55,13 @@ class Source:
 def quantize_nvfp4(
     x: torch.Tensor, global_scale: torch.Tensor | None = None, *, layout: str = "linear", per_row: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """NVFP4: see `reference.quant.quantize_nvfp4`.
+    """NVFP4 rows.
 
     x (M, K) bf16 or f32, K % 16 == 0; global_scale f32, decode direction, normal and positive: () or (G,), one for each of G
     equal runs of rows. Absent, it is computed: over all of x, in a launch of its own, or where `per_row` for every row
     -> codes (M, K/2) u8; block_scale e4m3 (M, K/16), or tiles (ceil(M/128), ceil(K/64), 512) with zeros in the padding;
     global scale f32: () or (M,) where computed, else what was given. Raises ValueError on shapes, TypeError on dtypes.
+    Source: `reference.quant.quantize_nvfp4`.
     """
     return _nvfp4(_plain(x), global_scale, layout, per_row)
 
@@ -82,7 +83,8 @@ def quantize_mxfp4(x: torch.Tensor, *, layout: str = "linear") -> tuple[torch.Te
 
 def quantize_fp8_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """FP8 rows: x (M, K) bf16 or f32; group 64 or 128, the last one may be partial
-    -> codes (M, K) e4m3, scale (M, ceil(K/group)) e8m0. Raises ValueError on shapes, TypeError on dtypes.
+    -> codes (M, K) e4m3, scale (M, ceil(K/group)) e8m0. Raises ValueError on shapes and group, TypeError on dtypes.
+    Source: `reference.quant.quantize_fp8_rows`.
     """
     return _fp8(_plain(x), group)
 
@@ -128,7 +130,12 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tenso
 
 
 def rmsnorm_fp8(x: torch.Tensor, weight: torch.Tensor, *, eps: float, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rmsnorm`, rounded to x's dtype, then `quantize_fp8_rows`."""
+    """`rmsnorm`, rounded to x's dtype, then `quantize_fp8_rows`.
+
+    x (M, K), weight (K,), both bf16 or f32; eps in x^2 units; group 64 or 128, the last one may be partial
+    -> codes (M, K) e4m3, scale (M, ceil(K/group)) e8m0. Raises ValueError on shapes and group, TypeError on dtypes.
+    Source: `reference.norm.rmsnorm_fp8`.
+    """
     return _fp8(_normed(x, weight, eps), group)
 
 
@@ -141,7 +148,11 @@ def rmsnorm_nvfp4(
     layout: str = "linear",
     per_row: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`rmsnorm`, rounded to x's dtype, then `quantize_nvfp4`."""
+    """`rmsnorm`, rounded to x's dtype, then `quantize_nvfp4`.
+
+    x (M, K), weight (K,), both bf16 or f32, K % 16 == 0; eps in x^2 units; global_scale, layout, per_row and results as there.
+    Raises ValueError on shapes, TypeError on dtypes. Source: `reference.norm.rmsnorm_nvfp4`.
+    """
     return _nvfp4(_normed(x, weight, eps), global_scale, layout, per_row)
 
 
@@ -158,7 +169,12 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, row_weight: torch.Tensor | None
 def swiglu_fp8(
     gate: torch.Tensor, up: torch.Tensor, row_weight: torch.Tensor | None = None, *, limit: float, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`swiglu`, rounded to gate's dtype, then `quantize_fp8_rows`."""
+    """`swiglu`, rounded to gate's dtype, then `quantize_fp8_rows`.
+
+    gate, up (M, K) of one dtype, bf16 or f32; row_weight (M,) f32; limit positive and finite; group 64 or 128, the last one may
+    be partial -> codes (M, K) e4m3, scale (M, ceil(K/group)) e8m0. Raises ValueError on shapes, limit and group, TypeError on
+    dtypes. Source: `reference.moe.swiglu_fp8`.
+    """
     return _fp8(_gated(gate, up, row_weight, limit), group)
 
 
@@ -172,7 +188,12 @@ def swiglu_nvfp4(
     layout: str = "linear",
     per_row: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`swiglu`, rounded to gate's dtype, then `quantize_nvfp4`."""
+    """`swiglu`, rounded to gate's dtype, then `quantize_nvfp4`.
+
+    gate, up (M, K) of one dtype, bf16 or f32, K % 16 == 0; row_weight (M,) f32; limit positive and finite; global_scale,
+    layout, per_row and results as there. Raises ValueError on shapes and limit, TypeError on dtypes.
+    Source: `reference.moe.swiglu_nvfp4`.
+    """
     return _nvfp4(_gated(gate, up, row_weight, limit), global_scale, layout, per_row)
 
 
