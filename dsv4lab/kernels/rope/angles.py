@@ -35,7 +35,7 @@ def cos_sin(position: Any, inv_freq: Any) -> tuple[Any, Any]:
 
 @cute.jit
 def cos_sin_of(angle: Any) -> Any:
-    """(cos, sin) of a Float32 angle in radians, up to 2^20 either way: at 2^21 an error of one more unit, at 2^22 none holds."""
+    """(cos, sin) of a Float32 angle in radians, up to 2^20 either way: one unit worse at 2^21, useless at 2^22."""
     shifted = enc.fma(angle, Float32(_TWO_OVER_PI), Float32(_MAGIC))
     quadrant = shifted.bitcast(Uint32)
     minus_k = enc.add(Float32(_MAGIC), enc.negative(shifted))
