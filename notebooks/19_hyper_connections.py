@@ -29,6 +29,7 @@ import dsv4lab
 from dsv4lab import lab, ops, viz
 from dsv4lab.config import ModelConfig
 from dsv4lab.kernels._common import cache
+from dsv4lab.kernels.mhc.config import TogetherConfig
 from dsv4lab.lab import baselines, hopper, observed, perplexity, roofline, rounding, sections
 from dsv4lab.model.block import Block
 from dsv4lab.reference import mhc
@@ -93,9 +94,37 @@ for site in sites:
 # %% [markdown]
 # ## 2. The kernels
 #
-# `mhc_pre` is two launches that run side by side: one multiplies with $W$ and leaves sums, the other waits for a token's sums,
-# makes coefficients, collapses the streams and applies the norm. Bars: coefficients within $10^{-5}$ of the exact ones, sums of
-# rows and columns within $10^{-4}$ on matrices that 20 iterations finish.
+# Streams are needed twice, by the product with $W$ and by the sum that becomes $u$, with every coefficient between. They should
+# come from memory once. There are two ways to do that; width and number of tokens choose.
+#
+# **One pass** (`together.py`, `together_streams.py`): $D$ a multiple of 1,024. Flash's takes it always, Pro's from 64 tokens on,
+# fused with `post` from 384. A cluster of 16 CTAs shares $D$. Each keeps its sixteenth of $W$ for the whole launch and tiles of
+# 16 tokens in shared memory until they are collapsed, so that every CTA has sums over its columns only. It sends those of token
+# $t$ to CTA $t$, which makes that token's coefficients and sends `pre` and the length of $u$ to all: messages of 16 bytes
+# or 4, written by `st.async` into the other's shared memory, where an mbarrier counts bytes. A CTA's warps, of Flash and Pro:
+#
+# | Warps | Do |
+# |---|---|
+# | 1 | load tiles by TMA: streams, with `post` also $y$ and old coefficients |
+# | 8 | multiply by $W$ and streams by each other; with `post` they write new streams in their places first |
+# | 2 | every other tile each: add up sums, send them, make and send coefficients |
+# | 1 | Sinkhorn, 8 tokens at once, a lane each |
+# | 4 | collapse and store $x$, when coefficients have come; with `post` store new streams |
+#
+# The norm divides by the length of $u$ over all of $D$. Nobody has that much of $u$, and another exchange would be waited for.
+# But
+#
+# $$|u|^2 = \sum_{ij} \mathrm{pre}_i\, \mathrm{pre}_j\, X_i \cdot X_j,$$
+#
+# and the products of the streams do not depend on coefficients: tensor cores make all 16 beside the projection, they travel with
+# its sums, and the CTA that makes a token's coefficients makes its length.
+#
+# **Side by side** (`project.py`, `finish.py`): any other width, nano's 128 too, and few tokens of Pro, whose $W$ a cluster takes
+# longer to read than all multiprocessors. Two launches: one multiplies with $W$ and leaves sums, the other has a token's streams
+# in shared memory already, waits for its sums, makes coefficients, collapses and applies the norm.
+#
+# Nano's sites, then, are the second's. Bars: coefficients within $10^{-5}$ of the exact ones, sums of rows and columns within
+# $10^{-4}$ on matrices that 20 iterations finish.
 
 # %%
 for site in sites:
@@ -108,6 +137,20 @@ for site in sites:
         worst = max(apart(got.cpu(), right) for got, right in zip(found, (post, comb), strict=True))
         lab.check_that(f"{site.name}, {schedule}: post and comb against float64", worst, "<=", 1e-5)
     lab.check(f"{site.name}: what the sub-layer reads", x, want, row_cosine=0.99999, mean_rel=1e-3)
+
+# %% [markdown]
+# The length by products, in float32 as the kernel's, against the sum itself. Products round relative to their terms, so streams
+# that cancel each other cost places; nano's do not:
+
+# %%
+off = {}
+for site in sites:
+    few, pre = site.streams[-tokens:].bfloat16(), site.pre[-tokens:]
+    products = few.float() @ few.float().mT
+    square = torch.einsum("mi,mj,mij->m", pre, pre, products)
+    direct = (pre.double()[..., None] * few.double()).sum(1).square().sum(-1)
+    off[site.name] = float((square / direct - 1).abs().max())
+lab.check_that("length of u squared: products against the sum, furthest off", max(off.values()), "<=", 1e-5)
 
 # %% [markdown]
 # Between two sub-layers `post` and the next `pre` are one operation, so that the streams pass by once. It must be the two
@@ -131,12 +174,13 @@ for name, given in fused.items():
 #
 # $W$ is float32, streams are BF16, and tensor cores multiply BF16. A float32 is the sum of three BF16 of 8 bits each; with fewer
 # parts, or TF32's 11 bits, $W$ is off by $\delta$. If errors are independent, the relative error of $m$ is
-# $\sqrt{\sum \delta^2 / \sum W^2}$. At Flash's width, $K = 16{,}384$:
+# $\sqrt{\sum \delta^2 / \sum W^2}$. At Flash's width, $K = 16{,}384$, where `mhc_pre` is one pass:
 
 # %%
 d = flash.hidden_size
 streams = torch.randn(wide_tokens, 4, d).bfloat16()
 mix = [(4 * d) ** -0.5 * torch.randn(24, 4 * d), torch.randn(24), torch.ones(3), torch.ones(d).bfloat16()]
+flash_args = (streams, *mix)
 fn, (pre, post, comb) = mix[0], by_hand(streams, *mix[:3])
 parts, rest = [], fn
 for _ in range(3):
@@ -155,7 +199,7 @@ lab.check_that("measured over predicted, furthest from 1", off, "<=", 0.4)
 # %%
 for name, part in less.items():
     lab.record(f"{name}: comb off by", apart(by_hand(streams, part, *mix[1:3])[2], comb))
-with hopper.running(target):
+with hopper.running(target) as wide:
     _, *found = ops.mhc_pre(streams.to(target), *(w.to(target) for w in mix), **full)
 worst = max(apart(got.cpu(), right) for got, right in zip(found, (post, comb), strict=True))
 lab.check_that("the kernel, three parts: post and comb off by", worst, "<=", 1e-5)
@@ -288,7 +332,9 @@ lab.check_that("divergence, of that with 10 iterations instead of 20", lost / go
 # %% [markdown]
 # ## 7. What it moves and uses
 #
-# At nano's width. A projecting warp holds its part of $W$ in registers for the whole launch.
+# Side by side at nano's width, in one pass at Flash's, with 3 tokens. In both a projecting warp holds its part of $W$ in registers
+# for the whole launch. In one pass a thread of every warp starts with the 128 registers that 512 threads may have; `setmaxnreg`
+# then moves them to those that project. The launch takes all shared memory for stages.
 
 # %%
 name, given = next(iter(fused.items()))
@@ -299,8 +345,13 @@ with hopper.running(cpu) as run:
     ops.mhc_pre(streams, *mix, **full)
     ops.mhc_post_pre(*args, *mix, **full)
     ops.mhc_post(*args)
-labels = ["embed_streams", "pre: project", "pre: finish", "post_pre: project", "post_pre: finish", "post"]
-viz.plot_resources(**sections.print_uses(run.launches, cache, labels));
+    if target.type == "cuda":  # else section 3 has simulated it
+        ops.mhc_pre(*flash_args, **full)
+labels = ["embed_streams", *(f"{which}: {half}" for which in ("pre", "post_pre") for half in ("project", "finish"))]
+labels += ["post", "Flash's pre: one pass"]
+viz.plot_resources(**sections.print_uses([*run.launches, *wide.launches], cache, labels))
+plan = TogetherConfig.for_shape(wide_tokens, d, 24, post=False, weight="bf16")
+print("one pass: registers of a thread that projects, collapses, does something else:", plan.registers, "stages:", plan.stages)
 
 # %% [markdown]
 # ## 8. Predicted and measured
