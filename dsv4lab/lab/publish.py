@@ -3,7 +3,8 @@
 Of each output one form stays (a picture, or its text, not HTML and text), and of a cell's metadata its tags. Pictures become
 PNG of few colours, as large as the budget of the whole folder allows; GitHub and nbconvert show no WebP. The folder gets
 `index.md` and `report.html`, which is made from the records of checks before those leave the notebooks, where their tables
-stay; it has no thumbnails, the notebooks beside it have the pictures.
+stay; it has no thumbnails, the notebooks beside it have the pictures. Both say when and at which commit
+each notebook ran, which need not be the commit that publishes it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from PIL import Image
 from dsv4lab.lab.checks import MIME
 from dsv4lab.lab.files import write_atomically
 from dsv4lab.lab.notebooks import NotebookError
-from dsv4lab.lab.report import write_report
+from dsv4lab.lab.report import utc, write_report
 from dsv4lab.lab.runner import NOTEBOOKS
 
 NOTEBOOK_BYTES = 400_000  # of one notebook, the house's limit
@@ -85,10 +86,11 @@ def publish(
             for path in executed:
                 write_atomically(folder / path.name, compact(path, width=width, colours=colours, most=most))
             report = write_report(folder, notebooks=notebooks, pictures=False)
-            write_atomically(folder / "index.md", _index(json.loads(report.data.read_text(encoding="utf-8"))))
+            left_out = [folder / path.name for path in executed if only and path.stem not in only]
+            facts = json.loads(report.data.read_text(encoding="utf-8"))
+            write_atomically(folder / "index.md", _index(facts, [path.stem for path in left_out], budget))
             report.data.unlink()
             write_atomically(report.page, _terse(report.page.read_text(encoding="utf-8")))
-            left_out = [path for path in folder.glob("*.ipynb") if only and path.stem not in only]
             for path in left_out:
                 path.unlink()
             for page in (report.page, folder / "index.md"):
@@ -199,30 +201,38 @@ def _to_sources(page: str, names: Sequence[str]) -> str:
 
 
 def _terse(page: str) -> str:
-    """A report without what HTML lets one leave out: lines between tags, end tags of cells and rows, quotes of plain values."""
+    """A report without what HTML lets one leave out: lines between tags, space before the end of a cell, end tags of cells and
+    rows, scopes of headers that are the first of their row or stand in a row of headers, quotes of plain values.
+    """
     page = re.sub(r">\s*\n\s*<", "><", page)
-    page = re.sub(r"</(?:td|th|tr|dt|dd)>", "", page)
-    return re.sub(r'(<[^<>]*?) (class|scope|colspan)="([\w-]+)"', r"\1 \2=\3", page)
+    page = re.sub(r"\s*</(?:td|th|tr|dt|dd)>", "", page)
+    page = re.sub(r'(<th) scope="(?:col|row)"', r"\1", page)
+    return re.sub(r'(<[^<>]*?) (class|colspan)="([\w-]+)"', r"\1 \2=\3", page)
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _index(data: dict[str, Any]) -> str:
-    return "\n".join(_lines(data)) + "\n"
+def _index(data: dict[str, Any], left_out: Sequence[str], budget: int) -> str:
+    return "\n".join(_lines(data, left_out, budget)) + "\n"
 
 
-def _lines(data: dict[str, Any]) -> Iterator[str]:
+def _lines(data: dict[str, Any], left_out: Sequence[str], budget: int) -> Iterator[str]:
     facts = data["environment"]
     yield f"# Executed notebooks: {facts.get('device') or data['host']}"
     yield ""
     yield f"{data['notebooks_passed']} of {data['notebooks_run']} passed, {data['checks']} checks,"
     yield f"{data['checks_failed']} of them short; {data['seconds']:.0f} s together. [Report](report.html)"
     yield ""
-    yield "| Notebook | | Checks | Seconds |"
-    yield "|---|---|---|---|"
+    if left_out:
+        yield f"Left out, {len(left_out)} of {data['notebooks_run']}, so that the folder keeps within {budget:,} bytes:"
+        yield f"{', '.join(left_out)}. Their titles lead to the sources; what they checked and found is in the report."
+        yield ""
+    yield "| Notebook | | Checks | Seconds | Ran at commit | Started |"
+    yield "|---|---|---|---|---|---|"
     for entry in data["notebooks"]:
         if "file" in entry:
             name = f"[{entry['title'] or entry['name']}]({entry['file']})"
-            yield f"| {name} | {entry['status']} | {len(entry['checks'])} | {entry['seconds']} |"
+            ran = f"{entry['commit'] or ''} | {utc(entry['started'] or '')}"
+            yield f"| {name} | {entry['status']} | {len(entry['checks'])} | {entry['seconds']} | {ran} |"

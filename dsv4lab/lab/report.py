@@ -176,9 +176,15 @@ def _page(data: dict[str, Any], figures: dict[str, list[dict[str, str]]]) -> str
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {
         "number": _number,
+        "utc": utc,
         "cosine": lambda value: f"{value:.8f}" if isinstance(value, float) else str(value),
     }
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(figures=figures, plain=_plain, **data)
+
+
+def utc(started: str) -> str:
+    """A time of ISO 8601 as reports print it, to the minute: "2026-11-28 17:33 UTC"; of an empty one nothing."""
+    return f"{datetime.fromisoformat(started).astimezone(UTC):%Y-%m-%d %H:%M} UTC" if started else ""
 
 
 def _number(value: Any) -> str:

@@ -18,7 +18,7 @@ from dsv4lab.lab.notebooks import NotebookError
 RECORD = {"kind": "check", "name": "close", "passed": True, "cosine": 1.0, "numbers": {}}
 
 
-def executed(path: Path, *, pictures: int = 2, status: str = "passed") -> None:
+def executed(path: Path, *, pictures: int = 2, status: str = "passed", **run: str) -> None:
     """A notebook as a run leaves it, with noisy pictures, which are hard to compress."""
     rng = np.random.default_rng(0)
     cell = nbformat.v4.new_code_cell("draw()\n")
@@ -31,7 +31,7 @@ def executed(path: Path, *, pictures: int = 2, status: str = "passed") -> None:
     cell.outputs.append(nbformat.v4.new_output("display_data", {"text/html": "<b>only</b>", "text/plain": "<IPython object>"}))
     cell.outputs.append(nbformat.v4.new_output("stream", name="stdout", text="said\n"))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A title\nText"), cell])
-    notebook.metadata["dsv4lab"] = {"status": status, "seconds": 1.5, "cells": 2, "cells_started": 2}
+    notebook.metadata["dsv4lab"] = {"status": status, "seconds": 1.5, "cells": 2, "cells_started": 2} | run
     nbformat.write(notebook, path)
 
 
@@ -55,7 +55,23 @@ def test_one_form_of_each_output_stays(tmp_path: Path) -> None:
     assert written.passed
     assert written.bytes == sum(path.stat().st_size for path in out.iterdir())
     assert {path.name for path in out.iterdir()} == {"01_a.ipynb", "index.md", "report.html"}
-    assert "[A title](01_a.ipynb) | passed | 0 | 1.5" in (out / "index.md").read_text()
+    assert "[A title](01_a.ipynb) | passed | 0 | 1.5 |  |  |" in (out / "index.md").read_text()
+    assert "Left out" not in (out / "index.md").read_text()
+
+
+def test_each_run_s_own_commit_and_time_are_said(tmp_path: Path) -> None:
+    source, out = tmp_path / "raw", tmp_path / "out"
+    source.mkdir()
+    executed(source / "01_a.ipynb", commit="0123456789ab", started="2026-11-28T17:33:45+00:00")
+    executed(source / "02_b.ipynb", commit="ba9876543210 with local changes", started="2026-11-27T01:02:03+02:00")
+    publish.publish(source, out, budget=2_000_000, notebooks=source)
+    index, report = (out / "index.md").read_text(), (out / "report.html").read_text()
+    for commit, time in (
+        ("0123456789ab", "2026-11-28 17:33 UTC"),
+        ("ba9876543210 with local changes", "2026-11-26 23:02 UTC"),
+    ):
+        assert f"| 1.5 | {commit} | {time} |" in index
+        assert f"<td>{commit}<td>{time}" in report
 
 
 def test_records_make_the_report_and_leave_the_notebook(tmp_path: Path) -> None:
@@ -106,10 +122,10 @@ def test_pictures_get_frequent_colours_that_are_well_apart() -> None:
 
 def test_a_terse_report_says_the_same() -> None:
     page = (
-        '<table class="checks">\n<tr><th scope="row">a "b" c</th>\n<td colspan="4">1 &lt; 2</td></tr>\n</table>'
+        '<table class="checks">\n<tr><th scope="row">a "b" c</th>\n<td colspan="4">1 &lt; 2 </td></tr>\n</table>'
         ' <a href="x.ipynb">x</a> <b>y</b>'
     )
-    terse = '<table class=checks><tr><th scope=row>a "b" c<td colspan=4>1 &lt; 2</table> <a href="x.ipynb">x</a> <b>y</b>'
+    terse = '<table class=checks><tr><th>a "b" c<td colspan=4>1 &lt; 2</table> <a href="x.ipynb">x</a> <b>y</b>'
     assert publish._terse(page) == terse
 
 
@@ -157,6 +173,7 @@ def test_some_notebooks_are_kept_and_the_others_sources_linked(tmp_path: Path) -
     assert written.notebooks == 1 and sorted(p.name for p in out.iterdir()) == ["02_b.ipynb", "index.md", "report.html"]
     index, report = (out / "index.md").read_text(), (out / "report.html").read_text()
     assert "(../../notebooks/01_a.ipynb)" in index and "(02_b.ipynb)" in index
+    assert "Left out, 1 of 2, so that the folder keeps within 1,000,000 bytes:\n01_a." in index
     assert 'href="../../notebooks/01_a.ipynb"' in report and 'href="02_b.ipynb"' in report
     with pytest.raises(NotebookError, match="got 03_c"):
         publish.publish(source, tmp_path / "out", budget=10**6, only=["02_b", "03_c"], notebooks=source)
