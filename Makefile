@@ -2,6 +2,7 @@
 # make test   set up .venv, lint, type-check and test
 # make lab    set up .venv, open JupyterLab on the tour
 # make bench  measure the kernels on a Hopper GPU, write benchmarks/baselines/<device>.jsonl.gz
+# make sanitize  NVIDIA's compute-sanitizer over the kernels on a Hopper GPU: memcheck, then racecheck
 # make clean  remove .venv, caches and local runs
 #
 # Needs python3 (3.11 or later, with its venv module), git, make and a C compiler. PYTHON=... chooses the interpreter.
@@ -37,7 +38,7 @@ if [ -z "$$python" ]; then \
 fi
 endef
 
-.PHONY: run test lint lab bench notebooks constraints clean setup
+.PHONY: run test lint lab bench sanitize notebooks constraints clean setup
 
 run: $(STAMP)
 	@status=0; \
@@ -68,6 +69,14 @@ lab: $(STAMP)
 # Rows go to a file named after the device; BENCH_ARGS="OUT.jsonl --only linear --quick" chooses.
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+# Needs nvcc and compute-sanitizer of the CUDA toolkit; racecheck's outputs are kept.
+sanitize: $(STAMP)
+	set -e; for script in sanitize sanitize_attention sanitize_model; do \
+		compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 $(BIN)/python -m tests.kernels.$$script; \
+	done
+	mkdir -p build/racecheck
+	$(BIN)/python tests/kernels/racecheck.py build/racecheck
 
 # Generate every notebooks/*.ipynb from its .py twin.
 notebooks: $(STAMP)

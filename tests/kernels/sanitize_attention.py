@@ -1,6 +1,6 @@
 """Every kernel of the attention stack once, on small shapes, for NVIDIA's compute-sanitizer:
 
-compute-sanitizer --tool memcheck python tests/kernels/sanitize_attention.py
+compute-sanitizer --tool memcheck python -m tests.kernels.sanitize_attention
 
 Results are compared with the reference, so that a run that does nothing does not pass.
 """

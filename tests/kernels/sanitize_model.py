@@ -1,6 +1,6 @@
 """Every kernel of hyper-connections, head and sampler once, on small shapes, for NVIDIA's compute-sanitizer:
 
-compute-sanitizer --tool memcheck python tests/kernels/sanitize_model.py
+compute-sanitizer --tool memcheck python -m tests.kernels.sanitize_model
 
 Results are compared with the reference, so that a run that does nothing does not pass.
 """
