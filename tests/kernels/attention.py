@@ -56,10 +56,13 @@ def make_case(
     seed: int = 0,
     fewer: float = 0.1,
     sinks: torch.Tensor | None = None,
+    shared: int = 0,
     device: str = "cpu",
 ) -> Case:
     """sequences: (tokens so far, queries: the last ones). k: entries chosen, or as many as are visible, each empty with
-    probability `fewer`. Keys differ in size, so that some scores stand out.
+    probability `fewer`. shared: pages of the first sequence that the others begin with, as far as they reach: of a prefix that
+    was computed once; where a sequence ends inside, entries that it must not see come after. Keys differ in size, so that some
+    scores stand out.
     """
     g = torch.Generator(device).manual_seed(seed + 7 * heads + sum(n for n, _ in sequences))
 
@@ -89,7 +92,9 @@ def make_case(
         write(window, s * ring_len + pos % ring_len, pos, WINDOW_PAGE)
         table[s, : per_seq[s]] = order[taken : taken + per_seq[s]].int()
         taken += per_seq[s]
-        number = torch.arange(length // ratio, device=device)
+        common = min(shared, per_seq[0], per_seq[s]) if s else 0
+        table[s, :common] = table[0, :common]
+        number = torch.arange(common * entry_page, max(length // ratio, common * entry_page), device=device)
         if kind != "window" and len(number):
             slots = table[s].long()[number // entry_page] * entry_page + number % entry_page
             write(entries, slots, number * ratio, entry_page)

@@ -271,6 +271,16 @@ def test_a_window_is_as_its_plain_keys() -> None:
     assert torch.equal(found, simulated(plain, 1, unpack=True)), "plain keys are not unpacked, whatever is asked for"
 
 
+def test_pages_of_a_common_prefix_in_the_simulator() -> None:
+    """Three sequences begin with the same pages; the last one ends inside the second of them."""
+    case = make_case("fp8", "chosen", [(900, 1), (700, 1), (200, 1)], 4, k=70, shared=4)
+    table = case.args[4]
+    assert torch.equal(table[0, :4], table[1, :4]) and torch.equal(table[0, :2], table[2, :2]) and table[0, 4] != table[1, 4]
+    found = simulated(case, 1)
+    judge(case, found)
+    assert torch.equal(found, simulated(case, 1, unpack=True))
+
+
 def test_the_operator_in_the_simulator() -> None:
     entry = ENTRIES[0]
     register_kernel(entry.operation, entry.arch, entry.function, refuses=entry.refuses)
@@ -293,6 +303,22 @@ def test_on_the_gpu(record: str, heads: int, k: int, seed: int) -> None:
                 found = case.run(parts)
                 judge(case, found)
                 assert torch.equal(found, case.run(parts))  # not a matter of timing
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("record", "kind", "heads", "shared"),
+    [("fp8", "chosen", 64, 40), ("nvfp4", "visible", 128, 30), ("plain", "chosen", 128, 9)],
+)
+def test_pages_of_a_common_prefix_on_the_gpu(record: str, kind: str, heads: int, shared: int) -> None:
+    """Sequences go on after it, end at its end and inside; decode and prefill."""
+    for sequences in ([(9000, 2), (7000, 1), (5120, 8), (1000, 1), (1, 1)], [(9000, 300), (6000, 129), (1152, 40)]):
+        case = make_case(record, kind, sequences, heads, k=512, shared=shared, device="cuda")
+        table = case.args[4]
+        assert torch.equal(table[0, :shared], table[1, :shared]) and table[0, 0] == table[-1, 0] != -1
+        found = case.run()
+        judge(case, found)
+        assert torch.equal(case.run(1, unpack=True), case.run(1, unpack=False))
 
 
 @pytest.mark.gpu

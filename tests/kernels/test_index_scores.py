@@ -32,10 +32,13 @@ def scene(
     page_size: int = 32,
     shuffled: bool = False,
     visible: torch.Tensor | None = None,
+    shared: int = 0,
     seed: int = 0,
     device: str = "cpu",
 ) -> tuple[torch.Tensor, ...]:
-    """Sequences of so many entries and queries, over pages in any order; rows of the block table end in -1."""
+    """Sequences of so many entries and queries, over pages in any order; rows of the block table end in -1. shared: pages of
+    the first sequence that the others begin with, as far as they reach.
+    """
     g = torch.Generator(device).manual_seed(seed)
     where: dict[str, Any] = dict(generator=g, device=device)
     blocks = [-(-n // page_size) for n in counts]
@@ -48,9 +51,11 @@ def scene(
     table = torch.full((len(counts), max(*blocks, 1) + 1), -1, dtype=torch.int32, device=device)
     for s, (n, first) in enumerate(zip(counts, torch.tensor([0, *blocks]).cumsum(0).tolist(), strict=False)):
         table[s, : blocks[s]] = order[first : first + blocks[s]]
-        entry = torch.arange(n, device=device)
+        common = min(shared, blocks[0], blocks[s]) if s else 0
+        table[s, :common] = table[0, :common]
+        entry = torch.arange(common * page_size, max(n, common * page_size), device=device)
         slots = table[s].long()[entry // page_size] * page_size + entry % page_size
-        x = torch.randn(n, DIM, **where) * torch.exp(torch.randn(n, 1, **where))
+        x = torch.randn(len(entry), DIM, **where) * torch.exp(torch.randn(len(entry), 1, **where))
         norm = 2 * torch.rand(DIM, **where)
         how = dict(eps=1e-6, record=record, page_size=page_size)
         indexer.index_key_write(x.bfloat16(), norm.bfloat16(), entry * 4, INV_FREQ.to(device), pages, slots, **how)  # type: ignore[arg-type]
@@ -123,6 +128,14 @@ def test_decode_scores_are_the_formula(record: str) -> None:
     args = scene(record, [300, 70], [2, 1], seed=1)
     found = run(args, record, 305)
     assert worst(args, found, record, 32) < SIMULATED_BOUND / DOT_BOUND
+
+
+def test_sequences_may_begin_with_the_same_pages() -> None:
+    """The last one ends inside of them."""
+    args = scene("fp4", [300, 200, 40], [2, 1, 1], shared=4, seed=6)
+    table = args[3]
+    assert torch.equal(table[0, :4], table[1, :4]) and torch.equal(table[0, :2], table[2, :2]) and table[0, 4] != table[1, 4]
+    assert worst(args, run(args, "fp4", 305), "fp4", 32) < SIMULATED_BOUND / DOT_BOUND
 
 
 RACES = [
@@ -256,6 +269,18 @@ def test_on_the_gpu(record: str, counts: list[int], rows: list[int], seed: int) 
         assert torch.equal(found, index_scores(*args, **how))  # type: ignore[arg-type]  # not a matter of timing
         chosen = torch.arange(0, len(args[0]), max(len(args[0]) // 24, 1), device="cuda")
         assert worst(args, found, record, 32, chosen) < 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("record", INDEX_RECORDS)
+@pytest.mark.parametrize("rows", [[1, 2, 1, 1], [301, 222, 40, 3]])
+def test_pages_of_a_common_prefix_on_the_gpu(record: str, rows: list[int]) -> None:
+    args = scene(record, [5000, 4097, 3000, 64], rows, shared=100, shuffled=True, device="cuda")
+    table = args[3]
+    assert torch.equal(table[0, :94], table[2, :94]) and table[0, 0] == table[3, 0] and table[0, 100] != table[1, 100]
+    found = index_scores(*args, record=record, page_size=32, max_entries=5003)
+    chosen = torch.arange(0, len(args[0]), max(len(args[0]) // 24, 1), device="cuda")
+    assert worst(args, found, record, 32, chosen) < 1.0
 
 
 @pytest.mark.gpu
