@@ -152,8 +152,11 @@ def made() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     return found
 
 
+KERNELS = [name for name, backends in ops.implementations().items() if "sm_90a" in backends]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name, backends in ops.implementations().items() if "sm_90a" in backends])
+@pytest.mark.parametrize("name", KERNELS)
 def test_torch_s_checks_of_operators(name: str, made: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
     args, kwargs = calls()[name]() if name in calls() else made[name]
     op = getattr(torch.ops.dsv4lab, name).default
@@ -162,6 +165,70 @@ def test_torch_s_checks_of_operators(name: str, made: dict[str, tuple[tuple[Any,
     narrow = any(t.dtype.itemsize == 1 and t.is_floating_point() for t in _tensors((*args, *kwargs.values())))
     # torch's schema check multiplies its inputs, which float8 cannot
     torch.library.opcheck(op, args, kwargs, test_utils=CHECKS[1:] if narrow else CHECKS)
+
+
+# What a model has for good: kernels keep weights in an order of their own, made at the first call.
+CONSTANT = {
+    *("codes", "scale", "global_scale", "input_scale", "weight", "gate_weight", "bias", "tid2eid", "ape", "fn", "base"),
+    *("norm_weight", "enorm_weight", "hnorm_weight", "inv_freq", "sinks", "temperature", "top_k", "top_p"),
+}
+REVERSED = {"token_ids", "step_ids", "draft_ids", "choices", "expert_idx", "num_visible"}  # integers that may go anywhere
+SHIFTED = {"known", "next_ids", "seed"}  # or be one more
+
+
+def other_inputs(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Of the same shapes and as valid: columns of floats in reverse, so that distributions stay such; indices mostly stay."""
+
+    def other(argument: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or argument in CONSTANT:
+            return value
+        if argument in REVERSED:
+            return value.flip(*range(value.ndim))
+        if argument in SHIFTED:
+            return value + 1
+        if name == "cache_read" and argument == "pages":  # bytes that are no NaN in any format
+            return torch.arange(value.numel(), device=value.device).remainder(97).to(torch.uint8).view(value.shape)
+        return value.flip(-1) if value.dtype in (torch.bfloat16, torch.float32) else value
+
+    return {argument: other(argument, value) for argument, value in given.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_graph_replayed_with_other_inputs_is_a_call(
+    name: str, made: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+) -> None:
+    """To the bit, in what is returned and in what is written in place."""
+    torch.manual_seed(0)
+    args, kwargs = calls()[name]() if name in calls() else made[name]
+    first = dict(dispatch._operations[name].signature.bind(*args, **kwargs).arguments)
+    other, op = other_inputs(name, first), getattr(torch.ops.dsv4lab, name).default
+    written = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+
+    def fresh(given: dict[str, Any]) -> dict[str, Any]:
+        return {n: v.clone() if isinstance(v, torch.Tensor) and n not in CONSTANT else v for n, v in given.items()}
+
+    def bits(output: Any, given: dict[str, Any]) -> list[torch.Tensor]:
+        found = _tensors((output, tuple(given[n] for n in written)))
+        return [t.reshape(-1).view(torch.uint8).clone() for t in found]
+
+    def called(given: dict[str, Any]) -> list[torch.Tensor]:
+        given = fresh(given)
+        return bits(op(**given), given)
+
+    with dsv4lab.backend("kernel"):
+        before, want, held = called(first), called(other), fresh(first)  # compiled, and weights are in order
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = op(**held)
+    for n, value in other.items():
+        if isinstance(value, torch.Tensor) and n not in CONSTANT:
+            held[n].copy_(value)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(t, w) for t, w in zip(bits(output, held), want, strict=True))
+    assert not all(torch.equal(b, w) for b, w in zip(before, want, strict=True)), "the other inputs change nothing"
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
