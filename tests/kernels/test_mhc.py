@@ -173,11 +173,12 @@ def test_head(tokens: int) -> None:
     ],
 )
 def test_pre_by_clusters(columns: int, tokens: int, how: dict) -> None:
-    """`fn` as three BF16, and where a warp has more than two blocks as two FP16; in registers, and in shared memory."""
-    args, config = (
-        material(tokens, columns),
-        replace(TOGETHER, columns=columns, scaled=columns == 3072, buffers=columns // 1024 % 2 + 1),
-    )
+    """`fn` as three BF16, and of 3072 columns as two FP16, where half of the warps have a block fewer; in registers, and in
+    shared memory.
+    """
+    args, config = material(tokens, columns), replace(TOGETHER, columns=columns, buffers=columns // 1024 % 2 + 1)
+    if columns == 3072:
+        config = replace(config, scaled=True, warps=8)
     assert check_mix(args, *simulate("sm_90a", api.mhc_pre, *args, config=config, how=how, **HOW)) < BOUND / 2
 
 
@@ -186,11 +187,20 @@ def test_pre_by_clusters_of_blackwell() -> None:
     assert check_mix(args, *simulate("sm_100a", api.mhc_pre, *args, config=TOGETHER, **HOW)) < BOUND / 2
 
 
-@pytest.mark.parametrize(("tokens", "how"), [(130, dict(schedule="random", seed=1)), (20, dict(schedule="lazy", **RACES))])
-def test_post_pre_by_clusters(tokens: int, how: dict) -> None:
-    args, before = material(tokens, 1024, weight=F32), written(tokens, 1024)
+@pytest.mark.parametrize(
+    ("columns", "tokens", "how"),
+    [
+        (1024, 130, dict(schedule="random", seed=1)),
+        (1024, 20, dict(schedule="lazy", **RACES)),
+        (3072, 20, dict(schedule="random", seed=2, **RACES)),  # two FP16, and warps with a block fewer
+    ],
+)
+def test_post_pre_by_clusters(columns: int, tokens: int, how: dict) -> None:
+    args, before = material(tokens, columns, weight=F32), written(tokens, columns)
     y, post, comb = before
     config, many = TOGETHER_POST, dict(multiprocessors=32)  # two clusters
+    if columns == 3072:
+        config = replace(config, columns=columns, scaled=True, warps=8, stages=2)
     new, *found = simulate("sm_90a", api.mhc_post_pre, y, args[0], post, comb, *args[1:], config=config, how=how, **many, **HOW)
     assert torch.equal(new, simulate("sm_90a", api.mhc_post, y, args[0], post, comb))  # in every bit
     check_mix((new, *args[1:]), *found)
