@@ -33,12 +33,10 @@ def load(
     numerics: str | Numerics | None = None,
     progress: bool = False,
 ) -> Model:
-    """Load a checkpoint directory; see `dsv4lab.model.loading.load`. dtype None is torch.float32."""
-    import torch  # takes a second: `dsv4lab --help` should not
+    """Load a checkpoint directory; see `dsv4lab.model.loading.load`. dtype None is bfloat16 on a GPU, float32 on the CPU."""
+    from dsv4lab.model.loading import load as load_model  # imports torch, a second: `dsv4lab --help` should not
 
-    from dsv4lab.model.loading import load as load_model
-
-    return load_model(path, device=device, dtype=dtype or torch.float32, numerics=numerics, progress=progress)
+    return load_model(path, device=device, dtype=dtype, numerics=numerics, progress=progress)
 
 
 def backend(name: str, **settings: Any) -> AbstractContextManager[Backend]:

@@ -122,7 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--drafts", type=int, default=0, metavar="N", help="tokens the MTP block drafts ahead (default 0)")
     generate.add_argument("--numerics", choices=("exact", "official", "w4a4"), help="by default what the checkpoint calls for")
     generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations")
+    generate.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of activations; by default bfloat16 on a GPU, which its kernels take, and float32 on the CPU",
+    )
     generate.add_argument("--stats", action="store_true", help="print counts and rates on stderr")
 
     quantize = command("quantize", _quantize, "convert a checkpoint to another layout")
@@ -219,7 +223,8 @@ def _generate(options: argparse.Namespace) -> int:
 
     device = resolve_device(options.device)
     path = options.checkpoint or dsv4lab.nano()
-    model = dsv4lab.load(path, device, getattr(torch, options.dtype), numerics=options.numerics, progress=sys.stderr.isatty())
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    model = dsv4lab.load(path, device, dtype, numerics=options.numerics, progress=sys.stderr.isatty())
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise CommandError(f"{path} has no tokenizer.json")

@@ -59,6 +59,12 @@ class Call:
     inputs: dict[str, Any]
     output: Any
 
+    def missing(self, arch: str) -> Optional[str]:
+        """Why no kernel of that architecture ("sm_90a") takes these inputs; None where one does."""
+        operation = _operations[self.name]
+        bound = operation.signature.bind(**self.inputs)
+        return operation.missing(arch, *bound.args, **bound.kwargs)
+
 
 @dataclass(frozen=True)
 class _Kernel:
@@ -71,6 +77,7 @@ class _Operation:
     name: str
     reference: Callable[..., Any]
     signature: inspect.Signature
+    preparation: bool = False  # of weights, before a model runs: the reference is all there is to be
     kernels: dict[str, _Kernel] = field(default_factory=dict)  # by architecture, "sm_90a"
     warned: set[str] = field(default_factory=set)
 
@@ -103,7 +110,7 @@ class _Operation:
             return partial(self._simulate, function, arch, backend) if backend.name == "sim" else function
         if backend.name != "auto":
             raise MissingKernel(missing)
-        if self.kernels and missing not in self.warned:
+        if not self.preparation and missing not in self.warned:
             self.warned.add(missing)
             warnings.warn(f"{missing}; its reference runs instead, far slower", stacklevel=4)
         return self.reference
@@ -224,16 +231,17 @@ def references() -> Iterator[set[str]]:
 
 
 def operator(
-    *, mutates: tuple[str, ...] = (), fake: Optional[Callable[..., Any]] = None
+    *, mutates: tuple[str, ...] = (), fake: Optional[Callable[..., Any]] = None, preparation: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function of plain tensors and scalars as `dsv4lab::<name>`; it is itself the reference implementation.
 
     `fake` computes output shapes on meta tensors; without it the reference itself does, which must then not look at values.
+    `preparation`: no part of a model's step, so that its reference on a GPU is nothing to warn of.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__.lstrip("_")
-        operation = _Operation(name, function, inspect.signature(function))
+        operation = _Operation(name, function, inspect.signature(function), preparation)
         _operations[name] = operation
 
         schema = torch.library.infer_schema(function, mutates_args=mutates)

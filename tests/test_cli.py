@@ -16,7 +16,7 @@ import torch
 import dsv4lab
 from dsv4lab import cli
 from dsv4lab.formats import NVFP4
-from dsv4lab.lab import runner
+from dsv4lab.lab import machine, runner
 from dsv4lab.lab.pairing import render_notebook
 from dsv4lab.model.checkpoint import open_checkpoint
 
@@ -82,13 +82,27 @@ def test_generate_streams_what_the_model_gives(tiny_checkpoint: Path, capsys: py
     assert model.tokenizer is not None
     prompt = [model.tokenizer.bos_id, *model.tokenizer.encode("def ")]
     wanted = model.tokenizer.decode(model.generate(prompt, max_new_tokens=12).tolist(), skip_special=True)
-    plain = ["generate", "def ", "--checkpoint", str(tiny_checkpoint), "--max-new-tokens", "12"]
+    plain = ["generate", "def ", "--checkpoint", str(tiny_checkpoint), "--max-new-tokens", "12", "--device", "cpu"]
     assert cli.main(plain) == cli.OK
     assert capsys.readouterr().out == f"def {wanted}\n"
     assert cli.main([*plain, "--drafts", "1", "--stats"]) == cli.OK
     shown = capsys.readouterr()
     assert shown.out == f"def {wanted}\n"
     assert "5 prompt tokens, 12 new in" in shown.err and "draft 1:" in shown.err
+
+
+def test_generate_leaves_the_dtype_to_the_device(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, torch.dtype | None]] = []
+
+    def load(path: Path, device: torch.device, dtype: torch.dtype | None, **how: object) -> object:
+        asked.append((device.type, dtype))
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(dsv4lab, "load", load)
+    monkeypatch.setattr(machine, "resolve_device", lambda device: torch.device("cuda"))
+    for extra in ([], ["--dtype", "float32"]):
+        assert cli.main(["generate", "x", "--checkpoint", str(tiny_checkpoint), *extra]) == cli.USAGE
+    assert asked == [("cuda", None), ("cuda", torch.float32)]  # None: see `model.loading.default_dtype`
 
 
 def test_sampling_follows_its_seed(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +119,8 @@ def test_sampling_follows_its_seed(tiny_checkpoint: Path, capsys: pytest.Capture
             seed,
             "--numerics",
             "exact",
+            "--device",
+            "cpu",
         ]
         assert cli.main([*argv, "--max-new-tokens", "8"]) == cli.OK
         texts.append(capsys.readouterr().out)
@@ -124,7 +140,8 @@ def test_quantize_writes_calibrated_nvfp4_that_loads(tiny_checkpoint: Path, tmp_
         assert any(part in name for name in scales), part
     assert any(name.startswith("mtp.0.") for name in scales)
     assert len(set(scales.values())) > len(scales) // 2  # measured a matrix, not one constant
-    assert cli.main(["generate", "x", "--checkpoint", str(target), "--max-new-tokens", "2", "--numerics", "w4a4"]) == cli.OK
+    generate = ["generate", "x", "--checkpoint", str(target), "--max-new-tokens", "2", "--numerics", "w4a4", "--device", "cpu"]
+    assert cli.main(generate) == cli.OK
     assert cli.main(["quantize", str(tiny_checkpoint), str(target), "--calibrate", str(text)]) == cli.USAGE
 
 

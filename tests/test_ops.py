@@ -334,12 +334,13 @@ def test_missing_kernels_name_the_operation(operation: Any) -> None:
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0)])
 def test_choice_by_architecture(operation: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    """auto: this architecture's kernel, else the reference, with a warning where another architecture has one."""
+    """auto: this architecture's kernel, else the reference with a warning, whether other architectures have one or not."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(operation, "warned", set())
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
     here = f"sm_{capability[0]}{capability[1]}a"
-    assert operation.select(cuda) is operation.reference
+    with pytest.warns(UserWarning, match=f"rmsnorm has no kernel for {here} .has: none.; its reference runs instead"):
+        assert operation.select(cuda) is operation.reference
     with ops.backend("kernel"), missing(f"rmsnorm has no kernel for {here} (has: none)"):
         operation.select(cuda)
     with ops.backend("sim"), missing("rmsnorm: backend 'sim' needs CPU tensors, got device cuda:0"):
@@ -360,6 +361,17 @@ def test_choice_by_architecture(operation: Any, monkeypatch: pytest.MonkeyPatch,
         with ops.backend(backend):
             assert operation.select(cuda) is sevens
     assert ops.implementations()["rmsnorm"] == ("reference", *sorted(("sm_80a", here)))
+
+
+def test_what_has_no_kernel_is_preparation_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All else warns where its reference runs on a GPU; these have nothing else to run."""
+    without = {name for name, op in dispatch._operations.items() if "sm_90a" not in op.kernels}
+    assert without == {name for name, op in dispatch._operations.items() if op.preparation}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for operation in (dispatch._operations[name] for name in sorted(without)):
+            assert operation.select(torch.device("cuda", 0)) is operation.reference
 
 
 def test_backends_nest_and_come_back_after_an_error(operation: Any) -> None:

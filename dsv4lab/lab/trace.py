@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 
+from dsv4lab.dispatch import Call
+from dsv4lab.kernels.entry import Entry
+from dsv4lab.kernels.registry import KERNELS
+
 _OURS = re.compile(r"^kernel_cutlass_(?P<method>\w+?)_dsv4labkernels(?P<module>[a-z0-9]*?)(?P<cls>[A-Z]\w*?)_object_at")
 # Of torch, what moves values and computes none: a conversion of the dtype is a copy. Functors' names stand inside the kernel's.
 _COPIES = (
@@ -69,8 +73,11 @@ def is_copy(name: str) -> bool:
 
 def foreign(found: Any) -> list[str]:
     """Names of kernels that are neither ours nor copies, each once: of a finished profile, or of names. Empty is good."""
-    names: Iterable[str] = (kernel.name for kernel in kernels_of(found)) if hasattr(found, "events") else found
-    return sorted({name for name in names if not is_ours(name) and not is_copy(name)})
+    return sorted({name for name in _names(found) if not is_ours(name) and not is_copy(name)})
+
+
+def _names(found: Any) -> Iterable[str]:
+    return (kernel.name for kernel in kernels_of(found)) if hasattr(found, "events") else found
 
 
 def short(name: str) -> str:
@@ -80,6 +87,38 @@ def short(name: str) -> str:
     if is_copy(name):
         return next(label for part, label in _COPY_LABELS.items() if part in name)
     return name if len(name) <= _SHORT else f"{name[: _SHORT - 3]}..."
+
+
+def rooms(found: Any) -> set[str]:
+    """Where our kernels come from: folders of `dsv4lab.kernels`, such as "attention". found: as for `foreign`."""
+    known = {_room(entry) for entry in KERNELS}
+    modules = [match["module"] for name in _names(found) if (match := _OURS.match(name))]
+    return {room for room in known if any(module.startswith(room) for module in modules)}
+
+
+def rooms_called(calls: Iterable[Call], arch: str) -> set[str]:
+    """Where the kernels of observed operations are, for an architecture such as "sm_90a"."""
+    called = {call.name for call in calls}
+    return {_room(entry) for entry in KERNELS if entry.arch == arch and entry.operation in called}
+
+
+def _room(entry: Entry) -> str:
+    return str(entry.function.__module__).split(".")[2]  # dsv4lab.kernels.<room>
+
+
+def graph_replays(profile: Any) -> int:
+    """How many CUDA graphs the host launched."""
+    return sum(event.name.startswith("cudaGraphLaunch") for event in profile.events())
+
+
+def by_name(profile: Any) -> list[dict[str, Any]]:
+    """What ran, as rows of a table: ours first, then copies, then all else, each by the time it took in all."""
+    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for kernel in kernels_of(profile):
+        whose = "ours" if is_ours(kernel.name) else "copies" if is_copy(kernel.name) else "others"
+        groups[whose, short(kernel.name)].append(kernel.us)
+    order = sorted(groups, key=lambda key: (("ours", "copies", "others").index(key[0]), -sum(groups[key]), key[1]))
+    return [{"whose": key[0], "kernel": key[1], "count": len(us := groups[key]), "us": round(sum(us), 1)} for key in order]
 
 
 _COPY_LABELS = {

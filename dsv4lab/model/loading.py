@@ -15,21 +15,30 @@ from dsv4lab.model.tokenizer import Tokenizer
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """Of activations: bfloat16 on a GPU, since that is what kernels take; float32 elsewhere, where the reference runs."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
 def load(
     path: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     numerics: str | Numerics | None = None,
     progress: bool = False,
 ) -> Model:
     """Load a checkpoint of any known layout.
 
     path: directory with config.json and safetensors; dtype: of activations and residual streams, float32 or bfloat16 (the
-    model's own), weights keep their stored bytes; numerics: "exact", "official" or "w4a4", by default exact for plain
-    checkpoints and official for quantised ones; progress: a bar over the tensors. The tokenizer is read where there is one.
+    model's own), by default `default_dtype`'s, weights keep their stored bytes; numerics: "exact", "official" or "w4a4", by
+    default exact for plain checkpoints and official for quantised ones; progress: a bar over the tensors. The tokenizer is read
+    where there is one. On a GPU kernels take all of a bfloat16 model's step. Of a float32 one attention, index scores and
+    hyper-connections run as their reference, with a warning, or MissingKernel in `backend("kernel")`; other kernels have torch
+    split float32 rows in three and add up.
     Raises CheckpointError or ConfigError listing every problem, TypeError on another dtype.
     """
+    dtype = default_dtype(device) if dtype is None else dtype
     if dtype not in _DTYPES:
         raise TypeError(f"dtype must be one of {_DTYPES}, got {dtype}")
     checkpoint = open_checkpoint(path)

@@ -4,8 +4,9 @@
 operation, with a shape function for meta tensors. What runs is decided by the active backend and the device:
 
 - "auto" (default): a CUDA tensor goes to the kernel registered for its architecture. Where there is none for the operation or
-  its arguments, the float32 reference runs, with a warning once if other architectures have one; `implementations()` says
-  which have. A CPU tensor goes to the reference.
+  its arguments, the float32 reference runs, and a warning says so, once for each reason: float32 activations, say, of which
+  many kernels take none. `dequantize` and `quantize_fp8_blocks`, which prepare weights, have no kernel and warn of nothing.
+  A CPU tensor goes to the reference. `implementations()` says what there is.
 - "reference": the float32 reference, on any device.
 - "kernel": the kernel on the GPU; "sim": the same kernel, of the architecture named, in the simulator on CPU tensors.
   MissingKernel where there is none.

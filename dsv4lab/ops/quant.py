@@ -30,13 +30,13 @@ def quantize_fp8_rows(x: Tensor, *, group: int) -> tuple[Tensor, Tensor]:
     return _quant.quantize_fp8_rows(x, group=group)
 
 
-@operator()
+@operator(preparation=True)
 def quantize_fp8_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.quant.quantize_fp8_blocks`."""
     return _quant.quantize_fp8_blocks(w)
 
 
-@operator()
+@operator(preparation=True)
 def _dequantize(
     fmt: str, codes: Tensor, scale: Optional[Tensor], global_scale: Optional[Tensor], input_scale: Optional[Tensor]
 ) -> Tensor:

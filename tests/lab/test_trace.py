@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dsv4lab.dispatch import Call
 from dsv4lab.lab import trace
 from dsv4lab.lab.trace import Kernel, Launch
 
@@ -50,6 +51,36 @@ FOREIGN = (
     "triton_poi_fused_copy_0",
     "kernel_cutlass_kernel_quackrmsnormRMSNorm_object_at__tensorptrbf16gmemalign16odiv8i64div81_0",
 )
+
+
+def test_rooms_of_kernels_and_of_operations() -> None:
+    names = [OURS, SAMPLE, *COPIES, *FOREIGN]
+    assert trace.rooms(names) == {"moe", "head"} and trace.rooms(FOREIGN) == set()
+    assert trace.rooms(profile(event(OURS, 0, 1), event(SAMPLE, 0, 1, device="CPU"))) == {"moe"}
+    calls = [Call(name, "", {}, None) for name in ("sample", "rmsnorm", "dequantize", "attention")]
+    assert trace.rooms_called(calls, "sm_90a") == {"head", "quant", "attention"}
+    assert trace.rooms_called(calls, "sm_100a") == {"head", "quant"}
+
+
+def test_a_table_of_what_ran_and_the_graphs_among_it() -> None:
+    copy, other = next(iter(COPIES)), FOREIGN[0]
+    found = profile(
+        event("cudaGraphLaunch", 0, 9, device="CPU"),
+        event("cudaLaunchKernel", 0, 9, device="CPU"),
+        event(copy, 0, 50),
+        event(OURS, 60, 62),
+        event(OURS, 70, 73),
+        event(SAMPLE, 80, 90),
+        event(other, 90, 91),
+        event("cudaGraphLaunch_v10000", 0, 9, device="CPU"),
+    )
+    assert trace.graph_replays(found) == 2
+    assert [tuple(row.values()) for row in trace.by_name(found)] == [
+        ("ours", "Sampler.sample", 1, 10.0),
+        ("ours", "DirectLogits", 2, 5.0),
+        ("copies", "memcpy", 1, 50.0),
+        ("others", other, 1, 1.0),
+    ]
 
 
 def profile(*events: SimpleNamespace) -> SimpleNamespace:

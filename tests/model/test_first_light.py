@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import dsv4lab
-from dsv4lab import dispatch, ops
-from dsv4lab.lab import trace
+from dsv4lab import cli, ops
+from dsv4lab.lab import partings, trace
+from dsv4lab.lab.partings import difference, logits
 from dsv4lab.lab.perplexity import held_out_files, held_out_windows, log_probabilities, perplexity, token_losses
 from dsv4lab.model.checkpoint import quantize_checkpoint
 from dsv4lab.model.model import Model
@@ -21,6 +22,8 @@ from dsv4lab.model.model import Model
 NEW, PROMPTS = 100, 10
 WAYS = {"official": ("official", None), "nvfp4": ("nvfp4", None), "w4a4": ("nvfp4", "w4a4")}
 KNOBS = {"plain": {}, "drafts": dict(num_drafts=2), "sampled": dict(num_drafts=2, temperature=0.8, top_p=0.9)}
+RUNS = [(way, "plain") for way in WAYS] + [("nvfp4", knobs) for knobs in KNOBS if knobs != "plain"]
+OURS = ("AttentionSm90", "MixedLinearSm90", "IndexScoresSm90", "IndexTopk", "Compress", "WriteKeys", "TurnHeads", "Post", "Plan")
 
 
 def checkpoint(layout: str, folder: Path) -> Path:
@@ -38,50 +41,40 @@ def prompts(model: Model, count: int = PROMPTS) -> list[list[int]]:
     return [[model.tokenizer.bos_id, *model.tokenizer.encode(t)][: 30 + 61 * i] for i, t in enumerate(texts[:count])]
 
 
-@pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS)
-def test_every_operation_of_a_generation_has_a_kernel_that_takes_it(knobs: dict[str, float]) -> None:
-    model = dsv4lab.load(dsv4lab.nano(), dtype=torch.bfloat16)
-    with ops.observe() as calls:
-        model.complete(prompts(model, 2), max_new_tokens=4, **knobs)  # type: ignore[arg-type]
-    for call in calls:
-        operation = dispatch._operations[call.name]
-        bound = operation.signature.bind(**call.inputs)
-        assert operation.missing("sm_90a", *bound.args, **bound.kwargs) is None
-    assert {"attention", "moe_layer", "lm_head_greedy" if "temperature" not in knobs else "sample"} <= {c.name for c in calls}
-
-
-# ---- GPU ---------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("layouts")
 
 
+@pytest.mark.parametrize(("way", "knobs"), RUNS)
+def test_every_operation_of_a_generation_has_a_kernel_that_takes_it(way: str, knobs: str, folder: Path) -> None:
+    layout, numerics = WAYS[way]
+    model = dsv4lab.load(checkpoint(layout, folder), dtype=torch.bfloat16, numerics=numerics)
+    with ops.observe() as calls:
+        model.complete(prompts(model, 5)[::4], max_new_tokens=4, **KNOBS[knobs])  # type: ignore[arg-type]
+    assert {call.name: why for call in calls if (why := call.missing("sm_90a"))} == {}
+    wanted = {"attention", "index_scores", "moe_layer", "sample" if knobs == "sampled" else "lm_head_greedy"}
+    assert wanted <= {call.name for call in calls}
+
+
+def test_float32_on_a_gpu_is_refused_where_kernels_take_bfloat16_alone() -> None:
+    """Why the default there is bfloat16: this is what a float32 model's step would leave to the reference."""
+    model = dsv4lab.load(dsv4lab.nano())
+    with ops.observe() as calls:
+        model.complete(prompts(model, 1), max_new_tokens=2)
+    refused = {call.name: why for call in calls if (why := call.missing("sm_90a"))}
+    assert {"attention", "mhc_pre", "mhc_post", "mhc_post_pre", "mhc_head"} <= set(refused)
+    assert all("must be bfloat16" in why for why in refused.values())
+
+
+# ---- GPU ---------------------------------------------------------------------------------------------------------------
 def on_gpu(way: str, folder: Path) -> Model:
     layout, numerics = WAYS[way]
     return dsv4lab.load(checkpoint(layout, folder), device="cuda", dtype=torch.bfloat16, numerics=numerics)
 
 
-def logits(model: Model, ids: list[int], backend: str) -> torch.Tensor:
-    with dsv4lab.backend(backend):
-        return model.logits(ids)[0]
-
-
-def difference(kernel: torch.Tensor, plain: torch.Tensor, way: str) -> torch.Tensor:
-    """The largest, of kernels' and reference's logits, at each of a text's places; with four-bit activations the largest of the
-    text: a code that rounding turns is rare, and decode need not turn those that prefill does."""
-    error = (kernel - plain).abs().amax(-1)
-    return error.max().expand_as(error) if way == "w4a4" else error
-
-
 def parted_by_rounding(model: Model, way: str, prompt: list[int], a: list[int], b: list[int]) -> bool:
-    """Whether two greedy texts are the same up to a place where kernels and reference differ by more than the two tokens do."""
-    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    if at is None:
-        return a == b
-    kernel, plain = (logits(model, [*prompt, *a[:at]], backend)[len(prompt) - 1 :] for backend in ("kernel", "reference"))
-    error, plain = float(difference(kernel, plain, way)[-1]), plain[-1]
-    gap = float((plain[a[at]] - plain[b[at]]).abs())
-    return gap <= 2 * error + 1e-3 * float(plain.std()) and bool(plain[[a[at], b[at]]].min() >= plain.max() - 2 * error - gap)
+    return partings.parted_by_rounding(model, prompt, a, b, of_text=way == "w4a4")
 
 
 @pytest.mark.gpu
@@ -101,7 +94,7 @@ def test_greedy_texts_are_the_reference_s(way: str, folder: Path) -> None:
         assert len(text) == len(drafted) == NEW
         ids = [*prompt, *text]
         kernel, plain = (logits(model, ids, backend)[len(prompt) - 1 : -1] for backend in ("kernel", "reference"))
-        error = difference(kernel, plain, way)
+        error = difference(kernel, plain, of_text=way == "w4a4")
         chosen = torch.tensor(text, device="cuda")
         for values in (kernel, plain):  # decode equals prefill, and the reference
             gap = values.amax(-1) - values.gather(-1, chosen[:, None])[:, 0]
@@ -128,17 +121,35 @@ def test_perplexity_is_the_reference_s(way: str, folder: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS)
-def test_nothing_but_our_kernels_and_copies_runs(knobs: dict[str, float], folder: Path) -> None:
-    """In prefill, in the first steps and in a graph's replays, once everything is compiled and prepared."""
-    model = on_gpu("nvfp4", folder)
-    given = prompts(model, 3)
+@pytest.mark.parametrize(("way", "knobs"), RUNS)
+def test_nothing_but_our_kernels_and_copies_runs(way: str, knobs: str, folder: Path) -> None:
+    """In prefill, in the first steps and in a graph's replays, once everything is compiled and prepared; and the profile has seen
+    them, those of every operation's room."""
+    model = on_gpu(way, folder)
+    given, how = prompts(model, 9)[::4], KNOBS[knobs]
     with dsv4lab.backend("kernel"):
-        model.complete(given, max_new_tokens=8, stop_ids=(), **knobs)  # type: ignore[arg-type]
+        with ops.observe() as calls:
+            model.complete(given, max_new_tokens=8, stop_ids=(), **how)  # type: ignore[arg-type]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            model.complete(given, max_new_tokens=8, stop_ids=(), **knobs)  # type: ignore[arg-type]
+            model.complete(given, max_new_tokens=8, stop_ids=(), **how)  # type: ignore[arg-type]
     found = trace.foreign(profile)
     assert not found, "\n".join(found)
+    seen = {trace.short(kernel.name) for kernel in trace.kernels_of(profile)}
+    assert set(OURS) - seen == set(), seen
+    assert trace.rooms_called(calls, "sm_90a") <= trace.rooms(profile)
+    assert trace.graph_replays(profile) >= 1
+
+
+@pytest.mark.gpu
+def test_the_command_line_generates_on_our_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    """By default: in BF16, where a missing kernel would be an error."""
+    model = dsv4lab.load(dsv4lab.nano(), device="cuda")
+    assert model.dtype == torch.bfloat16 and model.tokenizer is not None
+    ids = [model.tokenizer.bos_id, *model.tokenizer.encode("def ")]
+    with dsv4lab.backend("kernel"):
+        assert cli.main(["generate", "def ", "--device", "cuda", "--max-new-tokens", "12", "--drafts", "1"]) == cli.OK
+        wanted = model.generate(ids, 12, num_drafts=1).tolist()
+    assert capsys.readouterr().out == f"def {model.tokenizer.decode(wanted, skip_special=True)}\n"
 
 
 @pytest.mark.gpu

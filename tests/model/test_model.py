@@ -12,7 +12,7 @@ import torch
 import dsv4lab
 from dsv4lab.config import CSA, HASH, HCA, SCORE, SWA, ModelConfig
 from dsv4lab.model.checkpoint import quantize_checkpoint, random_items, write_checkpoint
-from dsv4lab.model.loading import load
+from dsv4lab.model.loading import default_dtype, load
 from dsv4lab.model.model import Model
 from dsv4lab.model.numerics import EXACT, OFFICIAL, W4A4
 
@@ -166,6 +166,8 @@ def test_stop_ids_end_a_sequence_and_are_part_of_it(checkpoints: dict[str, Path]
 def test_load_defaults(checkpoints: dict[str, Path]) -> None:
     plain, official = dsv4lab.load(checkpoints["f32"]), dsv4lab.load(checkpoints["official"], "cpu", torch.bfloat16)
     assert (plain.numerics, plain.dtype) == (EXACT, torch.float32)
+    assert default_dtype("cpu") == default_dtype(torch.device("cpu")) == torch.float32
+    assert default_dtype("cuda") == default_dtype(torch.device("cuda", 1)) == torch.bfloat16
     assert (official.numerics, official.dtype) == (OFFICIAL, torch.bfloat16)
     assert load(checkpoints["nvfp4"], numerics="w4a4").numerics is W4A4
     logits = official.logits([1, 2, 3])
