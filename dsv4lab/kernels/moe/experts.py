@@ -122,8 +122,9 @@ def _rows(
     tokens, _ = grouped_tokens(rows, num_experts)
     # A calibrated scale belongs to an expert, so rows are quantised when it is known whose they are.
     static = act == "nvfp4" and w1.input_scale is not None
+    given = _of_matrices(w2.input_scale) if act == "nvfp4" else None
     ids = expert_idx.contiguous()
-    alone = rows == top_k and not static and tokens <= FEW
+    alone = rows == top_k and not static and given is None and tokens <= FEW
     order = None if alone else permute(ids, num_experts=num_experts, tile_tokens=tokens)
     tiles = Tiles.of_rows(ids.view(-1), tokens) if order is None else Tiles(order.tiles, order.num_tiles, tokens)
     slots = Slots(None if order is None else order.slots, weights.contiguous(), top_k)
@@ -132,7 +133,7 @@ def _rows(
     if not gather and order is not None:
         values = gather_rows(values, order.slots, top_k=top_k)
     if static:
-        values, _ = activations(values, act, _of_rows(w1.input_scale, expert_idx, slots.slots))
+        values, _ = activations(values, act, _of_rows(w1.input_scale, ids, slots.slots))
         factor = _of_matrices(w1.input_scale)
     requant = _requant(x, act, w2.input_scale, tokens)
     h = grouped(
@@ -149,10 +150,9 @@ def _rows(
         requant=requant,
         beside=more[0],
     )
-    given = _of_matrices(w2.input_scale) if act == "nvfp4" else None
     factor = given
     if requant is None:
-        h, of_rows = activations(h, act, _of_rows(given, expert_idx, slots.slots))
+        h, of_rows = activations(h, act, _of_rows(given, ids, slots.slots))
         factor = of_rows if given is None else given
     of = factor_of(given)
     return grouped(h, down, tiles, rows=rows, out_dtype=x.dtype, factor=factor, factor_of=of, beside=more[1]), order
@@ -163,12 +163,9 @@ def _of_matrices(input_scale: torch.Tensor | None) -> torch.Tensor | None:
     return None if input_scale is None else input_scale.float().reshape(-1).contiguous()
 
 
-def _of_rows(input_scale: torch.Tensor | None, expert_idx: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor | None:
-    """Each row's scale, from one an expert; slots: of sorted rows."""
-    if input_scale is None:
-        return None
-    ids = expert_idx.flatten()  # which may name no expert, but in sorted rows
-    return input_scale.float()[ids.clamp(0, len(input_scale) - 1) if slots is None else ids[slots.long()]]
+def _of_rows(input_scale: torch.Tensor | None, ids: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor | None:
+    """Each sorted row's scale, from one an expert, by gathers alone. Rows that no launch has sorted have no such scale."""
+    return None if input_scale is None or slots is None else input_scale.float()[ids.view(-1)[slots.long()]]
 
 
 def _requant(x: torch.Tensor, act: str, input_scale: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
