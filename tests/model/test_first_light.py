@@ -23,7 +23,7 @@ NEW, PROMPTS = 100, 10
 WAYS = {"official": ("official", None), "nvfp4": ("nvfp4", None), "w4a4": ("nvfp4", "w4a4")}
 KNOBS = {"plain": {}, "drafts": dict(num_drafts=2), "sampled": dict(num_drafts=2, temperature=0.8, top_p=0.9)}
 RUNS = [(way, "plain") for way in WAYS] + [("nvfp4", knobs) for knobs in KNOBS if knobs != "plain"]
-OURS = ("AttentionSm90", "MixedLinearSm90", "IndexScoresSm90", "IndexTopk", "Compress", "WriteKeys", "TurnHeads", "Post", "Plan")
+OURS = "AttentionSm90 MixedLinearSm90 IndexScoresSm90 IndexTopk Compress WriteKeys TurnHeads Post Plan".split()
 
 
 def checkpoint(layout: str, folder: Path) -> Path:
@@ -123,7 +123,7 @@ def test_perplexity_is_the_reference_s(way: str, folder: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("way", "knobs"), RUNS)
 def test_nothing_but_our_kernels_and_copies_runs(way: str, knobs: str, folder: Path) -> None:
-    """In prefill, in the first steps and in a graph's replays, once everything is compiled and prepared; and the profile has seen
+    """In prefill, in the first steps and in a graph's replays, once all is compiled and prepared; and the profile has seen
     them, those of every operation's room."""
     model = on_gpu(way, folder)
     given, how = prompts(model, 9)[::4], KNOBS[knobs]
