@@ -30,7 +30,8 @@ from dsv4lab.reference.indexer import index_key_read
 from dsv4lab.reference.mhc import sinkhorn
 
 target = lab.setup(seed, device)
-model = dsv4lab.load(checkpoint or dsv4lab.nano(), device=target)
+# float32, as the formulas below are checked: on a GPU some operations run as their reference then, and a warning says which.
+model = dsv4lab.load(checkpoint or dsv4lab.nano(), target, torch.float32)
 config, tokenizer = model.config, model.tokenizer
 
 # %%

@@ -30,7 +30,7 @@ from dsv4lab.model.checkpoint.quantize import mxfp4_to_nvfp4
 from dsv4lab.reference import quant
 
 target = lab.setup(seed, device)
-model = dsv4lab.load(checkpoint or dsv4lab.nano(), device=target)
+model = dsv4lab.load(checkpoint or dsv4lab.nano(), target, torch.float32)
 layers = dict(zip(model.config.layer_kinds, model.layers, strict=True))
 formats = {"NVFP4": NVFP4, "MXFP4": MXFP4, "FP8 rows": FP8_ROW, "FP8 blocks": FP8_BLOCK}
 results = {}

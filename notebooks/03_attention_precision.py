@@ -34,7 +34,7 @@ from dsv4lab.lab import score_precision as sp
 
 target = lab.setup(seed, device)
 # "exact": weights as stored, activations and cache not quantised. The scores are then the only thing that a format touches.
-model = dsv4lab.load(checkpoint or dsv4lab.nano(), device=target, numerics="exact")
+model = dsv4lab.load(checkpoint or dsv4lab.nano(), target, torch.float32, numerics="exact")
 config = model.config
 roundings = sp.operand_roundings(config.qk_rope_head_dim)
 results = {}

@@ -18,6 +18,7 @@ nvfp4_bar = 0.03  # the same for full NVFP4
 seed = 3
 
 # %%
+import functools
 import importlib.util
 import math
 import tempfile
@@ -33,6 +34,8 @@ from dsv4lab.lab.calibrate import measure_input_amax
 from dsv4lab.model.checkpoint import inventory, mxfp4_to_nvfp4, open_checkpoint, parameters, quantize_checkpoint
 
 target = lab.setup(seed, device)
+# float32 activations, so that formats alone differ: on a GPU some operations run as their reference then, and a warning says which.
+load = functools.partial(dsv4lab.load, device=target, dtype=torch.float32)
 source = Path(checkpoint) if checkpoint else dsv4lab.nano()
 scratch = tempfile.TemporaryDirectory()
 work = Path(scratch.name)
@@ -51,10 +54,10 @@ lab.environment(target)
 
 # %%
 official = open_checkpoint(source)
-tokenizer = dsv4lab.load(source, target).tokenizer
+tokenizer = load(source).tokenizer
 windows = perplexity.held_out_windows(tokenizer, count=num_windows + 1, length=window_tokens)
 scored, calibration = windows[:-1], windows[-1].tolist()
-amax = measure_input_amax(dsv4lab.load(source, target, numerics="exact"), calibration, layout="nvfp4")
+amax = measure_input_amax(load(source, numerics="exact"), calibration, layout="nvfp4")
 quantize_checkpoint(source, work / "nvfp4", layout="nvfp4", progress=False, input_amax=amax)
 quantize_checkpoint(source, work / "bf16", layout="bf16", progress=False)
 folders = {"bf16": work / "bf16", "official": source, "nvfp4": work / "nvfp4"}
@@ -99,7 +102,7 @@ lab.record("bytes that no layout quantises", rest, "B")
 # scale exactly as long as the exponents of a matrix span no more than E4M3's, so the values must not change at all.
 
 # %%
-model = dsv4lab.load(source, target)
+model = load(source)
 on_disk, in_model = weights.stored_bytes(official.files), weights.model_bytes(model)
 lab.check_that("tensors that only the file has", len(on_disk.keys() - in_model.keys()), "==", 0)
 lab.check_that("tensors that only the model has", len(in_model.keys() - on_disk.keys()), "==", 0)
@@ -131,8 +134,8 @@ variants = {
     "nvfp4": ("nvfp4", "official"),
     "nvfp4, w4a4": ("nvfp4", "w4a4"),
 }
-models = {"bf16": dsv4lab.load(folders["bf16"], target, numerics="exact")}
-models |= {name: dsv4lab.load(folders[f], target, numerics=n) for name, (f, n) in variants.items()}
+models = {"bf16": load(folders["bf16"], numerics="exact")}
+models |= {name: load(folders[f], numerics=n) for name, (f, n) in variants.items()}
 streams = {name: observed.streams_through_depth(m, [scored[0, :-1].tolist()]) for name, m in models.items()}
 reference = streams.pop("bf16")
 cosines = {name: observed.row_cosines(got, reference) for name, got in streams.items()}

@@ -23,7 +23,7 @@ NEW, PROMPTS = 100, 10
 WAYS = {"official": ("official", None), "nvfp4": ("nvfp4", None), "w4a4": ("nvfp4", "w4a4")}
 KNOBS = {"plain": {}, "drafts": dict(num_drafts=2), "sampled": dict(num_drafts=2, temperature=0.8, top_p=0.9)}
 RUNS = [(way, "plain") for way in WAYS] + [("nvfp4", knobs) for knobs in KNOBS if knobs != "plain"]
-OURS = "AttentionSm90 MixedLinearSm90 IndexScoresSm90 IndexTopk Compress WriteKeys TurnHeads Post Plan".split()
+OURS = {"AttentionSm90", "MixedLinearSm90", "IndexScoresSm90", "IndexTopk", "Compress", "WriteKeys", "TurnHeads", "Plan"}
 
 
 def checkpoint(layout: str, folder: Path) -> Path:
@@ -135,7 +135,7 @@ def test_nothing_but_our_kernels_and_copies_runs(way: str, knobs: str, folder: P
     found = trace.foreign(profile)
     assert not found, "\n".join(found)
     seen = {trace.short(kernel.name) for kernel in trace.kernels_of(profile)}
-    assert set(OURS) - seen == set(), seen
+    assert seen >= OURS, OURS - seen
     assert trace.rooms_called(calls, "sm_90a") <= trace.rooms(profile)
     assert trace.graph_replays(profile) >= 1
 
