@@ -126,7 +126,7 @@ def test_nothing_but_our_kernels_and_copies_runs(way: str, knobs: str, folder: P
     """In prefill, in the first steps and in a graph's replays, once all is compiled and prepared; and the profile has seen
     them, those of every operation's room."""
     model = on_gpu(way, folder)
-    given, how = prompts(model, 9)[::4], KNOBS[knobs]
+    given, how = prompts(model, 8)[1::3], KNOBS[knobs]
     with dsv4lab.backend("kernel"):
         with ops.observe() as calls:
             model.complete(given, max_new_tokens=8, stop_ids=(), **how)  # type: ignore[arg-type]
