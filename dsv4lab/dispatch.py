@@ -143,6 +143,12 @@ def implementations() -> dict[str, tuple[str, ...]]:
     return {name: ("reference", *sorted(op.kernels)) for name, op in sorted(_operations.items())}
 
 
+def kernel_rooms() -> dict[str, str]:
+    """Of each operation that has kernels the folder of `dsv4lab.kernels` that they are in, such as "attention"."""
+    modules = {name: fn.function.__module__ for name, op in _operations.items() for fn in op.kernels.values()}
+    return {name: module.split(".")[2] for name, module in modules.items() if module.startswith("dsv4lab.kernels.")}
+
+
 def register_kernel(
     name: str,
     arch: str,

@@ -306,7 +306,7 @@ if on_gpu:
         done = half.complete(ids[-2:], **short)  # once more: all is compiled and prepared
     print(hopper.table(trace.by_name(profile)))
     lab.check_that("kernels that are neither ours nor copies", len(trace.foreign(profile)), "==", 0)
-    unseen = trace.rooms_called(calls, hopper.ARCH) - trace.rooms(profile)
+    unseen = trace.rooms_called(calls) - trace.rooms(profile)
     lab.check_that("folders of our kernels that were called and not seen", len(unseen), "==", 0)
     steps = max(c.steps for c in done)
     lab.check_that("decode steps that were a graph's replay", trace.graph_replays(profile), ">=", 1, f"of {steps}")

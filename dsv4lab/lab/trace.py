@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from dsv4lab.dispatch import Call
-from dsv4lab.kernels.entry import Entry
-from dsv4lab.kernels.registry import KERNELS
+from dsv4lab.dispatch import kernel_rooms
+from dsv4lab.ops import Call
 
 _OURS = re.compile(r"^kernel_cutlass_(?P<method>\w+?)_dsv4labkernels(?P<module>[a-z0-9]*?)(?P<cls>[A-Z]\w*?)_object_at")
 # Of torch, what moves values and computes none: a conversion of the dtype is a copy. Functors' names stand inside the kernel's.
@@ -91,19 +90,14 @@ def short(name: str) -> str:
 
 def rooms(found: Any) -> set[str]:
     """Where our kernels come from: folders of `dsv4lab.kernels`, such as "attention". found: as for `foreign`."""
-    known = {_room(entry) for entry in KERNELS}
     modules = [match["module"] for name in _names(found) if (match := _OURS.match(name))]
-    return {room for room in known if any(module.startswith(room) for module in modules)}
+    return {room for room in kernel_rooms().values() if any(module.startswith(room) for module in modules)}
 
 
-def rooms_called(calls: Iterable[Call], arch: str) -> set[str]:
-    """Where the kernels of observed operations are, for an architecture such as "sm_90a"."""
-    called = {call.name for call in calls}
-    return {_room(entry) for entry in KERNELS if entry.arch == arch and entry.operation in called}
-
-
-def _room(entry: Entry) -> str:
-    return str(entry.function.__module__).split(".")[2]  # dsv4lab.kernels.<room>
+def rooms_called(calls: Iterable[Call]) -> set[str]:
+    """The same of the kernels that observed operations have."""
+    known = kernel_rooms()
+    return {known[call.name] for call in calls if call.name in known}
 
 
 def graph_replays(profile: Any) -> int:
