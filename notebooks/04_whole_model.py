@@ -34,13 +34,13 @@ from dsv4lab.lab.calibrate import measure_input_amax
 from dsv4lab.model.checkpoint import inventory, mxfp4_to_nvfp4, open_checkpoint, parameters, quantize_checkpoint
 
 target = lab.setup(seed, device)
-# float32, so that formats alone differ: on a GPU some operations run as their reference then, and a warning says which.
-load = functools.partial(dsv4lab.load, device=target, dtype=torch.float32)
 source = Path(checkpoint) if checkpoint else dsv4lab.nano()
 scratch = tempfile.TemporaryDirectory()
 work = Path(scratch.name)
 
 # %%
+# float32, so that formats alone differ: on a GPU some operations run as their reference then, and a warning says which.
+load = functools.partial(dsv4lab.load, device=target, dtype=torch.float32)
 lab.environment(target)
 
 # %% [markdown]

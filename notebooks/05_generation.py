@@ -38,13 +38,13 @@ from dsv4lab.records import index_record, kv_record
 target = lab.setup(seed, device)
 load = functools.partial(dsv4lab.load, checkpoint or dsv4lab.nano(), target)
 model = load()  # float32 on the CPU, BF16 on a GPU
-on_gpu, reference = target.type == "cuda", functools.partial(dsv4lab.backend, "reference")
-ours = functools.partial(dsv4lab.backend, "kernel") if on_gpu else reference
 config, tokenizer = model.config, model.tokenizer
 held_out = perplexity.held_out_ids(tokenizer)
 ids = [tokenizer.encode(text) for text in prompts] + [held_out[-long_prompt_tokens:]]
 
 # %%
+on_gpu, reference = target.type == "cuda", functools.partial(dsv4lab.backend, "reference")
+ours = functools.partial(dsv4lab.backend, "kernel") if on_gpu else reference
 lab.environment(target)
 
 # %% [markdown]
