@@ -16,6 +16,7 @@ import math
 import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -478,15 +479,35 @@ def line_of(row: Mapping[str, Any]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions and date, as every row has them."""
+    """Device, versions, commit and time, as every row has them."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": version_of("triton"),
         "cutlass_dsl": version_of("nvidia-cutlass-dsl"),
-        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def commit() -> str | None:
+    """What is measured: DSV4LAB_COMMIT where it is set, for copies that git does not know, else the commit of this tree.
+
+    "+" at its end: tracked files differ, the rows themselves left aside, which change as suites end. None outside of git.
+    """
+    if given := os.environ.get("DSV4LAB_COMMIT"):
+        return given
+    try:
+        head = _git("rev-parse", "--short=9", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/baselines")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{head}+" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
 
 def ceiling_fields(ceilings: Ceilings) -> dict[str, float]:

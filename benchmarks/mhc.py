@@ -1,8 +1,9 @@
 """Hyper-connections and the embedding: time, percent of copy bandwidth, peers, and how exact `comb` is.
 
 Bound: the streams (and y) once, what comes out once, `fn` once, over copy bandwidth. Peers: the same in float32 of torch
-(`mhc_*` below), torch.compile of it at 8,192 tokens, and Triton's pre and post (`triton_mhc`). comb_error: largest relative
-error against float64; comb_sums: by how much rows and columns of `comb` miss 1. Random streams and weights.
+(`mhc_*` below), torch.compile of it for Flash at 8,192 tokens and of its post_pre at one, other shapes saying so, and Triton's
+pre and post (`triton_mhc`). comb_error: largest relative error against float64; comb_sums: by how much rows and columns of
+`comb` miss 1. Random streams and weights. Bars: 85 % of the bound at 8,192 tokens, 8 us for up to 8.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from benchmarks.common import Bench, Call, Failure
 from benchmarks.operations import EPS, FLASH, PRO, Args
 from dsv4lab.reference import mhc as reference
 
-TOKENS = (8192, 64, 8, 1)
+TOKENS = (8192, 64, 8, 4, 1)
 QUICK_TOKENS = (8192, 1)
+QUICK_FEW = (8, 4)  # of post_pre, whose bar is for 1 to 8 tokens
+FEW = 8
 BAR_PERCENT, BAR_US = 85.0, 8.0
 S = FLASH.hc_mult
 HOW = dict(eps=EPS, hc_eps=FLASH.hc_eps, sinkhorn_iters=FLASH.hc_sinkhorn_iters)
@@ -117,9 +120,12 @@ def cases(*, quick: bool) -> Iterator[tuple[Case]]:
 
 
 def _cases(quick: bool) -> Iterator[Case]:
-    for m in QUICK_TOKENS if quick else TOKENS:
+    for m in (*QUICK_TOKENS, *QUICK_FEW) if quick else TOKENS:
         for config, size in ((FLASH, "flash"), (PRO, "pro")):
             d = config.hidden_size
+            if quick and m in QUICK_FEW:
+                yield Case(f"{size} post_pre", "mhc_post_pre", d, m, 2 * S + 2, mhc_post_pre)
+                continue
             yield Case(f"{size} pre", "mhc_pre", d, m, S + 1, mhc_pre)
             yield Case(f"{size} post", "mhc_post", d, m, 2 * S + 1, mhc_post)
             yield Case(f"{size} post_pre", "mhc_post_pre", d, m, 2 * S + 2, mhc_post_pre)
@@ -150,18 +156,21 @@ def run(bench: Bench) -> None:
 
 def measure(bench: Bench, case: Case, device: str = "cuda") -> None:
     fields: dict[str, Any] = {"m": case.m, "format": "", "operation": case.operation}
-    fields |= {"bar_percent": BAR_PERCENT} if case.m == max(TOKENS) else {"bar_us": BAR_US}
+    if case.m == max(TOKENS):
+        fields["bar_percent"] = BAR_PERCENT
+    elif case.m <= FEW:
+        fields["bar_us"] = BAR_US
     first = case.args(device)
     sets = [first, *(case.args(device) for _ in range(common.num_copies(case.nbytes) - 1))]
     sets = [((*a[:-4], *first[0][-4:]) if case.outputs else a, named) for a, named in sets]  # one fn, prepared once
     ours = operations.checked(fields, case.operation, sets, partial(compared, case))
     candidates: dict[str, Sequence[Call] | Failure] = {"ours": ours, "torch": operations.calls_of(case.peer, sets)}
-    many = case.m == max(TOKENS) and case.name.startswith("flash") and not bench.quick
-    if many:
+    many, one = case.m == max(TOKENS), case.m == 1 and case.operation == "mhc_post_pre"
+    if case.name.startswith("flash") and (many or one):
         compiled = eager.compiled(case.peer, *first[0], **first[1])
         candidates["torch.compile"] = compiled if isinstance(compiled, Failure) else operations.calls_of(compiled, sets)
     else:
-        candidates["torch.compile"] = Failure(f"of Flash at {max(TOKENS)} tokens and whole runs only, to save time")
+        candidates["torch.compile"] = Failure(f"of Flash at {max(TOKENS)} tokens, of its post_pre at one, to save time")
     peers: dict[str, Callable[..., Any]] = {"mhc_pre": triton_mhc.mhc_pre, "mhc_post": triton_mhc.mhc_post}
     peer = peers.get(case.operation)
     if peer is not None:

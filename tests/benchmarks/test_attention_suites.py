@@ -67,6 +67,9 @@ def test_attention_bounds() -> None:
     assert flash.flops == 4 * 64 * 512 * 4096 * 640 and pro.flops == 4 * 128 * 512 * 4096 * 1152
     assert (flash.bar, pro.bar, flash.ring, flash.page) == (("tflops", 480.0), ("tflops", 540.0), 4224, 32)
     dense = shapes["flash hca prefill 64k"]
+    at_8k = shapes["flash hca prefill"]
+    assert at_8k.bar == dense.bar == ("tflops", 480.0)
+    assert at_8k.attended == sum(128 + (t + 1) // 128 for t in range(4096, 8192))
     assert dense.attended == sum(128 + (t + 1) // 128 for t in range(61440, 65536)) and dense.page == 1
     step = shapes["pro csa decode 128"]
     assert step.flops == 4 * 128 * 512 * 128 * 1152 and (step.ring, step.bar) == (192, ("us", 105.0))

@@ -22,6 +22,22 @@ def test_every_case_has_kernels(suite: Any) -> None:
     assert jobs and not failures
 
 
+def test_quick_measures_what_the_bars_are_for() -> None:
+    quick = {(case.name, case.m) for (case,) in mhc.cases(quick=True)}
+    assert {(f"{size} post_pre", m) for size in ("flash", "pro") for m in (1, 4, 8, 8192)} <= quick
+    assert quick <= {(case.name, case.m) for (case,) in mhc.cases(quick=False)}
+
+
+def test_bars_are_for_few_tokens_or_many(tmp_path: Path, on_reference: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(mhc, "TOKENS", (9, 8))
+    place = bench(tmp_path / "rows.jsonl", "mhc")
+    (case,) = next(c for c in mhc.cases(quick=True) if c[0].operation == "embed_streams")
+    for m in (8, 9, 10):
+        mhc.measure(place, replace(case, name="pro embed", width=96, m=m), "cpu")
+    few, many, neither = rows_of(place)
+    assert (few["bar_us"], many["bar_percent"]) == (8.0, 85.0) and "percent_of_bar" not in neither
+
+
 def tensors(value: Any) -> tuple[torch.Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
@@ -105,6 +121,20 @@ def test_the_head_on_the_reference(
     assert ("torch" in row["peers"]) == (case.operation != "accept_drafts")
     if "torch" in row["peers"]:
         assert row["peers"]["torch"]["us"] == 2.0
+
+
+def test_integers_that_differ_are_seen() -> None:
+    """In what comes out, and in what is changed in place."""
+    for name, (make, oracle, _) in head.INTEGERS.items():
+        args, named = make(5, "cpu")
+        got = oracle(*args, **named)
+        assert head.integer_figures(oracle, (args, named), got) == {"equal": 1.0}, name
+        tensors(got)[0].flatten()[-1] += 1
+        assert head.integer_figures(oracle, (args, named), got) == {"equal": 0.0}, name
+    args, named = head.advance_args(5, "cpu")
+    got = head.decoding.advance_decode(*args, **named)
+    args[1][3] += 1
+    assert head.integer_figures(head.decoding.advance_decode, (args, named), got) == {"equal": 0.0}
 
 
 @pytest.mark.parametrize("kind", list(head.KINDS))
