@@ -1,11 +1,14 @@
-"""The MoE layer with NVFP4 experts at Flash's and Pro's shapes: the whole of it, then its parts, each in a graph of its own.
+"""The MoE layer at Flash's and Pro's shapes, NVFP4 experts: the whole of it, then its parts, each in a graph of its own.
 
     layer            router_topk, moe_layer: all experts and their sum
     experts          without router and shared expert
-    router, permute, gather (many tokens), product 1 (with SwiGLU), product 2, combine, shared
+    router, router_hash (by token id), permute, gather (many tokens), product 1 (with SwiGLU), product 2, combine, shared
     moe_combine      by itself: the layer adds all in one launch
 
 A token's shared expert is one more matrix of both products, otherwise it runs beside them, in launches of its own.
+Then layer and experts alone with weights in MXFP4 and FP8 blocks, and "w4a4": NVFP4 weights with both products' activations
+quantised to NVFP4, whose launches count and whose errors are against unquantised activations.
+
 Bound of layer and experts: packed bytes of the experts that are hit, and of the shared one, over copy bandwidth, or
 6 M top_k D I flops (and 6 M D I of the shared one) over the BF16 rate, whichever is longer. Inputs take turns: each hits
 experts of its own. Peers multiply decoded BF16 weights:
@@ -22,7 +25,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -32,6 +35,7 @@ import torch
 from benchmarks import common, work
 from benchmarks.common import Bench, Call, Failure, attempt
 from benchmarks.linear import LIMIT, prepared_shape, random_weight
+from benchmarks.operations import FLASH as FLASH_MODEL
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels._common.aside import starting
 from dsv4lab.kernels._common.launch import runtime_of
@@ -40,11 +44,13 @@ from dsv4lab.kernels.gemm.mixed.prepared import prepared
 from dsv4lab.kernels.moe import experts as experts_module
 from dsv4lab.kernels.moe.combine.api import moe_combine
 from dsv4lab.kernels.moe.experts import experts, shared_expert
-from dsv4lab.kernels.moe.router.api import router_topk
+from dsv4lab.kernels.moe.router.api import router_hash, router_topk
+from dsv4lab.reference import moe as reference
 from dsv4lab.reference import quant
 
 ROUTE_SCALE = 1.5
-FORMAT = "nvfp4"
+SCALES = {"nvfp4": 1 / 2 + 1 / 16, "mxfp4": 1 / 2 + 1 / 32, "fp8_block": 1 + 1 / 128**2}  # bytes of a weight, with its scale's
+_VOCAB = FLASH_MODEL.vocab_size  # rows of the table of `router_hash`
 # what `kernels.moe.experts` calls, and the name of that part here
 _CALLED = {"permute": "permute", "gather_rows": "gather", "grouped": "product", "combine": "combine"}
 _UP_SCALE = 0.7  # of up's global scale against gate's: the kernel has to take both
@@ -56,7 +62,10 @@ _ORACLE_TOKENS = 8
 
 @dataclass(frozen=True)
 class Model:
-    """experts of d x inner, top_k of them a token; tokens: how many are measured."""
+    """experts of d x inner, top_k of them a token; tokens: how many are measured; fmt: of weights; act: of activations.
+
+    parts: whether they have rows of their own.
+    """
 
     name: str
     experts: int
@@ -64,11 +73,14 @@ class Model:
     inner: int
     tokens: tuple[int, ...]
     top_k: int = 6
+    fmt: str = "nvfp4"
+    act: str = "none"
+    parts: bool = True
 
     @property
     def expert_bytes(self) -> float:
         """Packed, with block scales."""
-        return 3 * self.d * self.inner * (1 / 2 + 1 / 16)
+        return 3 * self.d * self.inner * SCALES[self.fmt]
 
     @property
     def dense_bytes(self) -> float:
@@ -76,9 +88,13 @@ class Model:
         return 6.0 * self.d * self.inner
 
 
-FLASH = Model("flash", 256, 4096, 2048, (1, 3, 8, 16, 64, 1024, 8192))
-PRO = Model("pro", 384, 7168, 3072, (1, 64, 8192))
-MODELS = (FLASH, PRO)
+FLASH = Model("flash", 256, 4096, 2048, (1, 3, 8, 16, 64, 129, 1024, 4097, 8192))
+PRO = Model("pro", 384, 7168, 3072, (1, 64, 129, 4097, 8192))
+OTHERS = tuple(
+    replace(FLASH, name=f"flash {name}", tokens=(1, 64, 8192), fmt=fmt, act=act, parts=False)
+    for name, fmt, act in (("w4a4", "nvfp4", "nvfp4"), ("mxfp4", "mxfp4", "none"), ("fp8_block", "fp8_block", "none"))
+)
+MODELS = (FLASH, PRO, *OTHERS)
 QUICK_TOKENS = (1, 64, 8192)
 
 
@@ -99,9 +115,9 @@ class Layer:
         d, inner = model.d, model.inner
 
         def three(*stack: int) -> tuple[PackedWeight, PackedWeight, PackedWeight]:
-            w1, w3, w2 = (random_weight(FORMAT, n, k, device, *stack) for n, k in ((inner, d), (inner, d), (d, inner)))
-            assert w3.global_scale is not None
-            w3.global_scale = w3.global_scale * _UP_SCALE
+            w1, w3, w2 = (random_weight(model.fmt, n, k, device, *stack) for n, k in ((inner, d), (inner, d), (d, inner)))
+            if w3.global_scale is not None:
+                w3.global_scale = w3.global_scale * _UP_SCALE
             return w1, w3, w2
 
         gate = (torch.randn(model.experts, d, device=device) * d**-0.5).bfloat16()
@@ -121,24 +137,28 @@ class Layer:
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return router_topk(x, self.gate_weight, self.bias, top_k=self.model.top_k, route_scale=ROUTE_SCALE)
 
+    def hashed(self, x: torch.Tensor, table: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return router_hash(x, self.gate_weight, table, token_ids, route_scale=ROUTE_SCALE)
+
     @property
     def three(self) -> tuple[PackedWeight, PackedWeight, PackedWeight]:
         """Of the routed experts."""
         return self.w1, self.w3, self.w2
 
     def routed(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return experts(x, weights, ids, *self.three, limit=LIMIT, act="none")
+        return experts(x, weights, ids, *self.three, limit=LIMIT, act=self.model.act)
 
     def all(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, copy: int = 0) -> torch.Tensor:
-        shared = self.shared[copy % len(self.shared)]
-        return experts_module.layer(x, weights, ids, self.three, shared, limit=LIMIT, act="none", shared_act="none")
+        shared, act = self.shared[copy % len(self.shared)], self.model.act
+        return experts_module.layer(x, weights, ids, self.three, shared, limit=LIMIT, act=act, shared_act=act)
 
     def together(self, x: torch.Tensor, ids: torch.Tensor) -> bool:
         """Whether products are those of the shared expert, too."""
-        return experts_module.together(x, ids, self.three, self.shared[0], act="none", shared_act="none")
+        act = self.model.act
+        return experts_module.together(x, ids, self.three, self.shared[0], act=act, shared_act=act)
 
     def share(self, x: torch.Tensor, copy: int = 0) -> torch.Tensor:
-        return shared_expert(x, *self.shared[copy % len(self.shared)], limit=LIMIT, act="none")
+        return shared_expert(x, *self.shared[copy % len(self.shared)], limit=LIMIT, act=self.model.act)
 
     def __call__(self, x: torch.Tensor, copy: int = 0) -> torch.Tensor:
         """What is measured: the whole layer, the shared expert beside the rest, as `dsv4lab.model.moe` runs it."""
@@ -208,7 +228,17 @@ def touch(model: Model, m: int) -> None:
     """The layer on tensors without memory: asks for the kernels that the measurement will."""
     layer = Layer.make(model, "meta", copies=1)
     with mock.patch.object(prepared_weights, "prepare", prepared_shape):
-        layer(torch.empty(m, model.d, dtype=torch.bfloat16, device="meta"))
+        x = torch.empty(m, model.d, dtype=torch.bfloat16, device="meta")
+        layer(x)
+        if model.parts:
+            layer.hashed(x, *hash_table(model, m, "meta"))
+
+
+def hash_table(model: Model, m: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(V, top_k) i64, of each row experts that differ, and m token ids."""
+    first = torch.randint(model.experts, (_VOCAB, 1))
+    table = (first + torch.arange(model.top_k) * (model.experts // model.top_k)) % model.experts
+    return table.to(device), torch.randint(_VOCAB, (m,)).to(device)
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------------
@@ -224,7 +254,7 @@ def run(bench: Bench) -> None:
             torch.cuda.empty_cache()
             dense = attempt_dense(layer)
         except Exception as error:
-            bench.failed(f"{model.name} layer", {"format": FORMAT}, error)
+            bench.failed(f"{model.name} layer", {"format": model.fmt}, error)
             continue
         for m in tokens:
             measure(bench, layer, dense, m)
@@ -237,7 +267,8 @@ def measure(bench: Bench, layer: Layer, dense: Dense | Failure, m: int, device: 
     """The rows of one number of tokens."""
     model = layer.model
     base: dict[str, Any] = {
-        "format": FORMAT,
+        "format": model.fmt,
+        "act": model.act,
         "m": m,
         "n": model.inner,
         "k": model.d,
@@ -267,7 +298,9 @@ def measure(bench: Bench, layer: Layer, dense: Dense | Failure, m: int, device: 
     routed: list[Call] = [lambda s=s: layer.routed(s.x, s.weights, s.ids) for s in steps]  # type: ignore[misc]
     guarded(bench, name, fields, {"ours": layers, **peers}, **whole)
     guarded(bench, f"{model.name} experts", base, {"ours": routed, **peers}, **alone)
-    measure_parts(bench, layer, steps, base, alone)
+    if model.parts:
+        measure_parts(bench, layer, steps, base, alone)
+        measure_hash(bench, layer, steps, base)
 
 
 def guarded(
@@ -317,6 +350,35 @@ def measure_parts(bench: Bench, layer: Layer, steps: list[Step], base: dict[str,
             bench.measure(f"{model.name} {name}", fields, {"ours": calls}, nbytes=nbytes, flops=computed)
         except Exception as error:
             bench.failed(f"{model.name} {name}", fields, error)
+
+
+def measure_hash(bench: Bench, layer: Layer, steps: list[Step], base: dict[str, Any]) -> None:
+    """The row of routing by token id. Bytes: the gate's rows of experts that are hit, tokens and their ids, results."""
+    model, m, fields = layer.model, base["m"], base | {"operation": "router_hash"}
+    try:
+        table, token_ids = hash_table(model, m, str(steps[0].x.device))
+        with common.seeing(steps[0].x) as names:
+            weights, ids = layer.hashed(steps[0].x, table, token_ids)
+        fields |= common.kernel_fields(common.kernels_of(names, runtime_of(steps[0].x).arch))
+        rows = common.sampled(m)
+        some = (steps[0].x[rows], layer.gate_weight, table, token_ids[rows])
+        want = reference.router_hash(*some, route_scale=ROUTE_SCALE)
+        fields |= {"equal": float((ids[rows] == want[1]).float().mean())}
+        fields |= common.accuracy_fields(weights[rows], want[0], None)
+        nbytes = int(ids.unique().numel()) * 2.0 * model.d + m * (2.0 * model.d + 8.0 + 20.0 * model.top_k)
+        ours: list[Call] = [partial(layer.hashed, s.x, table, token_ids) for s in steps]
+        torch_: list[Call] = [partial(torch_hash, s.x, layer.gate_weight, table, token_ids) for s in steps]
+        flops = 2.0 * m * model.top_k * model.d
+        bench.measure(f"{model.name} router_hash", fields, {"ours": ours, "torch": torch_}, nbytes=nbytes, flops=flops)
+    except Exception as error:
+        bench.failed(f"{model.name} router_hash", fields, error)
+
+
+def torch_hash(x: Any, gate: Any, table: Any, token_ids: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A peer: all scores, then those of the table's experts."""
+    ids = table[token_ids]
+    scores = torch.nn.functional.softplus((x @ gate.t()).float()).sqrt().gather(1, ids)
+    return scores / scores.sum(-1, keepdim=True) * ROUTE_SCALE, ids
 
 
 # ---- accuracy ----------------------------------------------------------------------------------------------------------

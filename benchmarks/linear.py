@@ -6,6 +6,9 @@ Bound: bytes of the packed weights over copy bandwidth, or 2 m n k flops over th
     scaled_mm_fp8    torch._scaled_mm, one scale a tensor; both operands quantised beforehand
     triton_nvfp4     `triton_nvfp4.py`, for NVFP4 weights; its tile chosen for every shape on the spot
 
+Shapes named "w4a4" or "official" quantise their activations first, to NVFP4 or to FP8 rows of 128: the time is that of all
+launches, the errors are against unquantised activations. Of "two_linears" both weights share one quantisation.
+
 Peers of a pair compute both products and leave SwiGLU out, which is to their advantage; the one of groups is torch's bmm.
 """
 
@@ -14,19 +17,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 
-from benchmarks import common
+from benchmarks import common, operations
 from benchmarks.common import Bench, Call, Failure, attempt
 from dsv4lab.formats import BF16, PackedWeight, get_format
 from dsv4lab.kernels._common.launch import runtime_of
+from dsv4lab.kernels.gemm.mixed import prepared as prepared_weights
 from dsv4lab.kernels.gemm.mixed.api import linear
 from dsv4lab.kernels.gemm.mixed.layout import K_PAD, SLAB, TILE, PreparedWeight, prepare, record_words
+from dsv4lab.ops.weights import flat, pack_all
 from dsv4lab.reference import quant
 
 TOKENS = (1, 3, 8, 16, 64, 129, 1024, 4097, 8192)
-FEWER_TOKENS = (1, 16, 1024, 4097)
+FEWER_TOKENS = (1, 16, 64, 1024, 4097)
+QUANTISED_TOKENS = (1, 64, 4097)  # of shapes with an act
 QUICK_TOKENS = (1, 16, 4097)
 LIMIT = 10.0  # of SwiGLU, as in the model
 FORMATS = ("nvfp4", "mxfp4", "fp8_block", "bf16")
@@ -36,7 +43,10 @@ _RMS = {"nvfp4": 8.1, "mxfp4": 2.93 * 2.5, "fp8_block": 1.0, "bf16": 1.0}  # of 
 
 @dataclass(frozen=True)
 class Shape:
-    """y (m, n) = x (m, k) W^T. groups: matrices of n / groups rows, each for its own x. paired: two matrices of n rows."""
+    """y (m, n) = x (m, k) W^T. groups: matrices of n / groups rows, each for its own x. paired: two matrices of n rows.
+
+    act: what x is quantised to by the call. beside: rows of a second matrix for the same x, quantised once for both.
+    """
 
     name: str
     n: int
@@ -45,11 +55,23 @@ class Shape:
     paired: bool = False
     formats: tuple[str, ...] = FORMATS
     out: torch.dtype = torch.bfloat16
+    act: str = "none"
+    beside: int = 0
 
     @property
     def rows(self) -> int:
         """Of all matrices."""
-        return self.n * (2 if self.paired else 1)
+        return sum(self.parts)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Rows of each matrix."""
+        return (self.n, self.n) if self.paired else (self.n, self.beside) if self.beside else (self.n,)
+
+    @property
+    def operation(self) -> str:
+        """The name of what is called, where its own is not that of a linear."""
+        return "two_linears" if self.beside else "grouped_linear" if self.groups > 1 else "linear"
 
     def x_shape(self, m: int) -> tuple[int, ...]:
         return (m, self.k) if self.groups == 1 else (m, self.groups, self.k)
@@ -72,7 +94,13 @@ def _model(name: str, d: int, q_rank: int, heads: int, groups: int, inner: int) 
     )
 
 
-SHAPES = (*_model("flash", 4096, 1024, 32768, 8, 2048), *_model("pro", 7168, 1536, 65536, 16, 3072))
+QUANTISED = (
+    Shape("flash wq_b w4a4", 32768, 1024, formats=("nvfp4",), act="nvfp4"),
+    Shape("flash wo_b w4a4", 4096, 8192, formats=("nvfp4",), act="nvfp4"),
+    Shape("flash wq_a+wkv two_linears w4a4", 1024, 4096, formats=("nvfp4",), act="nvfp4", beside=512),
+    Shape("flash wq_a+wkv two_linears official", 1024, 4096, formats=("fp8_block",), act="fp8", beside=512),
+)
+SHAPES = (*_model("flash", 4096, 1024, 32768, 8, 2048), *_model("pro", 7168, 1536, 65536, 16, 3072), *QUANTISED)
 
 
 # ---- operands ----------------------------------------------------------------------------------------------------------
@@ -109,29 +137,39 @@ class Weights:
 
     @classmethod
     def make(cls, shape: Shape, fmt: str, device: str) -> Weights:
-        return cls(shape, fmt, tuple(random_weight(fmt, shape.n, shape.k, device) for _ in range(2 if shape.paired else 1)))
+        return cls(shape, fmt, tuple(random_weight(fmt, rows, shape.k, device) for rows in shape.parts))
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    def prepared(self) -> PreparedWeight:
-        return prepare(*self.parts)
+    def prepared(self) -> Ready:
+        """What the call takes: of an operation with an act the weights as they are stored, which it prepares once."""
+        return prepare(*self.parts) if self.shape.act == "none" else self.parts
 
     def dense(self) -> torch.Tensor:
         """(rows, k) bf16: exact but for NVFP4's global scale, which the peers' operands have rounded in; see `oracle`."""
         return torch.cat([quant.dequantize(part).bfloat16() for part in self.parts])
 
 
-def call_linear(shape: Shape, weight: PreparedWeight, x: torch.Tensor) -> torch.Tensor:
+Ready = PreparedWeight | tuple[PackedWeight, ...]
+
+
+def call_linear(shape: Shape, weight: Ready, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """What is measured."""
+    if isinstance(weight, tuple):
+        if shape.beside:
+            return operations.call("two_linears", x, *pack_all(*weight), act=shape.act)  # type: ignore[no-any-return]
+        return operations.call("linear", x, *flat(weight[0]), shape.act, shape.out)  # type: ignore[no-any-return]
     return linear(x, weight, out_dtype=shape.out, limit=LIMIT if shape.paired else None)
 
 
 def touch(shape: Shape, fmt: str, m: int) -> None:
     """The call on tensors without memory: asks for the kernels that the measurement will."""
     x = torch.empty(shape.x_shape(m), dtype=torch.bfloat16, device="meta")
-    call_linear(shape, prepared_shape(*Weights.make(shape, fmt, "meta").parts), x)
+    parts = Weights.make(shape, fmt, "meta").parts
+    with mock.patch.object(prepared_weights, "prepare", prepared_shape):
+        call_linear(shape, prepared_shape(*parts) if shape.act == "none" else parts, x)
 
 
 def prepared_shape(weight: PackedWeight, up: PackedWeight | None = None) -> PreparedWeight:
@@ -165,6 +203,8 @@ def finish(shape: Shape, y: torch.Tensor) -> torch.Tensor:
 
 # ---- rows --------------------------------------------------------------------------------------------------------------
 def tokens_of(shape: Shape, fmt: str, *, quick: bool) -> tuple[int, ...]:
+    if shape.act != "none":
+        return QUANTISED_TOKENS
     if quick:
         return QUICK_TOKENS
     return TOKENS if fmt == "nvfp4" else FEWER_TOKENS
@@ -174,7 +214,7 @@ def cases(*, quick: bool) -> Iterator[tuple[Shape, str, int]]:
     """All that is measured: format after format, the first one first."""
     for fmt in FORMATS[:1] if quick else FORMATS:
         for shape in SHAPES:
-            if fmt in shape.formats:
+            if fmt in shape.formats and not (quick and shape.act != "none"):
                 for m in tokens_of(shape, fmt, quick=quick):
                     yield shape, fmt, m
 
@@ -202,18 +242,19 @@ def measure(bench: Bench, shape: Shape, fmt: str, tokens: Sequence[int], device:
     """The rows of one shape and format."""
     weights = Weights.make(shape, fmt, device)
     ready = weights.prepared()
-    packed = [ready, *(_clone(ready) for _ in range(common.num_copies(ready.nbytes) - 1))]
+    packed = [ready, *(_clone(ready) for _ in range(common.num_copies(weights.nbytes) - 1))]
     dense = weights.dense()
     plain = [dense, *(dense.clone() for _ in range(common.num_copies(dense.nbytes) - 1))]
     fp8 = attempt_fp8(shape, dense)
     stored = _stored(weights)
     for m in tokens:
         fields = {"format": fmt, "m": m, "n": shape.n, "k": shape.k, "groups": shape.groups, "paired": shape.paired}
+        fields |= {} if shape.act == "none" else {"act": shape.act, "operation": shape.operation}
         try:
             x = torch.randn(shape.x_shape(m), device=device).bfloat16()
             with common.seeing(x) as names:
                 y = call_linear(shape, ready, x)
-            fields |= accuracy(shape, weights, dense, x, y)
+            fields |= accuracy(shape, weights, dense, x, torch.cat(y, dim=-1) if isinstance(y, tuple) else y)
             fields |= common.kernel_fields(common.kernels_of(names, runtime_of(x).arch))
             del y
             candidates: dict[str, Sequence[Call] | Failure] = {
@@ -228,7 +269,9 @@ def measure(bench: Bench, shape: Shape, fmt: str, tokens: Sequence[int], device:
             bench.failed(shape.name, fields, error)
 
 
-def _clone(weight: PreparedWeight) -> PreparedWeight:
+def _clone(weight: Ready) -> Ready:
+    if isinstance(weight, tuple):
+        return tuple(replace(part, codes=part.codes.clone()) for part in weight)
     return replace(weight, records=weight.records.clone(), alpha=weight.alpha.clone())
 
 

@@ -1,4 +1,4 @@
-"""The row quantisers, alone and after RMSNorm or SwiGLU: time, percent of copy bandwidth, peers.
+"""The row quantisers, alone and after RMSNorm or SwiGLU, and these two without: time, percent of copy bandwidth, peers.
 
 Bound: the bytes that must be read and written, over copy bandwidth. A global scale computed over a whole matrix needs the
 matrix twice. Peers: the composition of torch operations that a user would write, and torch.compile of it, at one shape to save
@@ -126,6 +126,20 @@ OPERATIONS = (
         lambda x, _, s: api.activation_values(x, "nvfp4"),
         lambda x, _, s: gemm.quantize_activation(x, "nvfp4"),
         lambda x, _, s: eager.nvfp4_values(x),
+    ),
+    Operation(
+        "rmsnorm",
+        "weight",
+        lambda x, w, s: api.rmsnorm(x, w, eps=EPS),
+        lambda x, w, s: norm.rmsnorm(x, w, eps=EPS),
+        lambda x, w, s: eager.rmsnorm(x, w),
+    ),
+    Operation(
+        "swiglu",
+        "up",
+        lambda x, u, s: api.swiglu(x, u, None, limit=LIMIT),
+        lambda x, u, s: moe.swiglu(x, u, limit=LIMIT),
+        lambda x, u, s: eager.swiglu(x, u),
     ),
 )
 
