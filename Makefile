@@ -59,6 +59,7 @@ lint: $(STAMP)
 	$(BIN)/python -m mypy
 	$(BIN)/python -m dsv4lab.lab.pairing --check
 	$(BIN)/python -m dsv4lab.lab.operator_map --check
+	$(BIN)/python -m dsv4lab.lab.layer_table --check
 
 # JupyterLab refuses to start as root unless told to, and containers are root.
 lab: $(STAMP)
