@@ -28,7 +28,7 @@ import torch
 import dsv4lab
 from dsv4lab import lab, ops, viz
 from dsv4lab.config import CSA, HCA, SWA, ModelConfig
-from dsv4lab.lab import baselines, hopper, keys, observed, perplexity, roofline, sections
+from dsv4lab.lab import baselines, hopper, keys, layer_table, observed, perplexity, roofline, sections
 from dsv4lab.model.cache import Batch
 
 target = lab.setup(seed, device)
@@ -59,6 +59,18 @@ for i, name in enumerate(names):
     print(name, ", ".join(f"{c.name} {s}" for c, s in zip(made, shapes, strict=True)), sep=": ")
     missing = {c.name for c in made if hopper.ARCH not in ops.implementations()[c.name]}
     lab.check_that(f"{name}: operations without a kernel", len(missing), "==", 0)
+
+# %% [markdown]
+# The first two products, `wq_a` and `wkv`, read the same rows: `two_linears` quantises them once, for both.
+
+# %%
+attn, few = model.layers[1].attn, inputs["1 CSA"][:tokens]
+act = attn.wq_a.numerics.act(attn.wq_a.format)
+with hopper.running(target):
+    both = ops.two_linears(few, attn.wq_a.weight, attn.wkv.weight, act=act)
+    alone = [ops.linear(few, one.weight, act=act) for one in (attn.wq_a, attn.wkv)]
+for part, got, want in zip(("wq_a", "wkv"), both, alone, strict=True):
+    lab.check(f"{part}: x quantised for both, and for one", got, want, max_abs=0)
 
 
 # %% [markdown]
@@ -274,6 +286,18 @@ if time:
 for row in (row for name in work for row in base.where(shape=name, format="nvfp4")):
     parts = row.get("parts", [])
     print(row["shape"], ", ".join(f"{part['part']} {part['us']}" for part in parts), sep=": ")
+
+# %% [markdown]
+# Whole layers, hyper-connections and experts included: every kernel of a decode step of one token, with its part's percent of
+# bound. Prefill and 64 sequences are in [docs/layers.md](../docs/layers.md).
+
+# %%
+whole = baselines.newest("layers", measured)
+print(whole)
+for shape in (layer_table.shape_of(kind, "decode 1") for kind in (SWA, CSA, HCA)):
+    for row in whole.where(shape=shape, format=layer_table.FORMAT):
+        print(f"\n{shape}: {row['us']} us, {row['percent_of_bound']} % of its parts' bounds")
+        print(hopper.table(layer_table.kernels_of(row)))
 
 # %% [markdown]
 # ## Findings

@@ -122,6 +122,19 @@ for what, chosen in {"alone": turned[:1], "a third": turned[::3], "turned round"
         again = ops.sample(z[chosen], **{n: v[chosen] for n, v in (how | which).items()})
     lab.check(f"{what}: tokens", again, tokens[chosen], max_abs=0)
 
+# %% [markdown]
+# Where no filter asks for the whole row, logits need not be written: `lm_head_greedy` keeps the largest of each tile of the head,
+# `lm_head_sample` the largest of $z / T + g$, and a small launch finds the best tile.
+
+# %%
+ones = torch.ones(rows, device=target)
+with hopper.running(target, schedule):
+    greedy = ops.lm_head_greedy(hidden, weight)
+    drawn = ops.lm_head_sample(hidden, weight, ones, which["seed"], which["position"])
+    own = ops.lm_head(hidden, weight)
+lab.check("greedy tokens without logits", greedy, own.argmax(-1), max_abs=0)
+lab.check("draws without logits", drawn, sampling.sample(own, temperature=ones, **which), max_abs=0)
+
 
 # %% [markdown]
 # ## 3. Distributions
@@ -250,6 +263,23 @@ for t in (0.0, 1.0):
     lab.check_that(f"T {t:g}: first drafts that stand", kept[0] / tried[0], ">", 0.5)
     steps = sum(one.steps for one in done)
     lab.record(f"T {t:g}: tokens a step of the backbone", len(prompts) * (new_tokens - 1) / steps)
+
+# %% [markdown]
+# **Between steps** there are integers, on the device as well, so that a graph may hold steps, drafts and rewinding:
+# `decode_plan` says where a step's tokens go, `match_drafts` counts the drafts that greedy choices confirm, `advance_decode` adds
+# them to what is known. By hand: 7 is known, 8 and 9 are drafts; the model chooses 8, 5, 6, so that 8 stands and 5 comes next.
+
+# %%
+known, place, step_ids, choices = (torch.tensor(v, device=target) for v in ([40], [2], [[7, 8, 9]], [[8, 5, 6]]))
+with hopper.running(target, schedule):
+    plan = ops.decode_plan(known, place, tokens=3, offset=-1, ring_len=192, ratios=[4, 128])
+    count, token = ops.match_drafts(choices, step_ids)
+    new, last = ops.advance_decode(step_ids, known, known + 9, count, token)
+at = [39, 40, 41]
+lab.check("positions, places, window slots", plan[:3], [at, [2] * 3, [2 * 192 + p for p in at]], max_abs=0)
+lab.check("last positions, entries of 4 and of 128", plan[3:], [[41] * 3, [(p + 1) // 4 for p in at], [0] * 3], max_abs=0)
+lab.check("drafts that stand, new tokens", torch.cat([count, new[0, :2]]), [1, 8, 5], max_abs=0)
+lab.check("known tokens, the next step's first", torch.cat([known, step_ids[0, :1]]), [42, 5], max_abs=0)
 
 # %% [markdown]
 # ## 5. What it uses
