@@ -7,6 +7,7 @@ are, so the oracle is computed once, for most tokens, and fewer tokens are the f
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import multiprocessing
 import os
@@ -56,12 +57,15 @@ def test_the_shapes_take_every_way_that_was_measured() -> None:
 
 @pytest.fixture(scope="module")
 def compiled(kernel_cache: Path) -> None:
-    """Kernels of these tests, compiled by all cores as for the benchmarks, whose cases they are."""
-    jobs = plan()
-    workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    """Kernels of these tests, compiled by all cores as for the benchmarks, whose cases they are: by one of xdist's workers, for
+    which the others wait, and find them."""
     how: dict[str, Any] = dict(mp_context=multiprocessing.get_context("spawn"), initializer=keep_in, initargs=(kernel_cache,))
-    with ProcessPoolExecutor(min(workers, len(jobs)), **how) as pool:
-        assert not [why for why in pool.map(compiling.compile_one, jobs) if why]
+    kernel_cache.mkdir(parents=True, exist_ok=True)
+    with open(kernel_cache / "model_shapes.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        jobs = plan()
+        with ProcessPoolExecutor(max(1, min(len(os.sched_getaffinity(0)), len(jobs))), **how) as pool:
+            assert not [why for why in pool.map(compiling.compile_one, jobs) if why]
 
 
 def keep_in(folder: Path) -> None:
