@@ -9,14 +9,13 @@ What has not been measured is named.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv4lab.lab import pages
 from dsv4lab.lab.baselines import FOLDER, Row, rows_of
-from dsv4lab.lab.files import write_atomically
 from dsv4lab.lab.machine import ROOT
 
 PAGE = ROOT / "docs" / "layers.md"
@@ -156,20 +155,7 @@ def _place(key: tuple[str, str], shapes: Sequence[str]) -> tuple[bool, int, str]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line above; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dsv4lab.lab.layer_table", description="Write docs/layers.md.")
-    parser.add_argument("--check", action="store_true", help="change nothing, say whether the page is out of step")
-    parser.add_argument("--page", type=Path, default=PAGE, help="where the page is (default docs/layers.md)")
-    options = parser.parse_args(argv)
-    wanted = render()
-    found = options.page.read_text(encoding="utf-8") if options.page.exists() else None
-    if found == wanted:
-        return 0
-    if options.check:
-        print(f"{options.page} is out of step; `python -m dsv4lab.lab.layer_table` writes it", file=sys.stderr)
-        return 1
-    write_atomically(options.page, wanted)
-    print(f"wrote {options.page}")
-    return 0
+    return pages.keep("dsv4lab.lab.layer_table", PAGE, render, argv)
 
 
 if __name__ == "__main__":

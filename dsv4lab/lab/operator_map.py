@@ -10,7 +10,6 @@ name the operation in code most often; measurements are rows of `benchmarks/base
 
 from __future__ import annotations
 
-import argparse
 import ast
 import inspect
 import json
@@ -25,8 +24,8 @@ from types import ModuleType
 from typing import Any
 
 from dsv4lab import dispatch, ops
+from dsv4lab.lab import pages
 from dsv4lab.lab.baselines import lines_of
-from dsv4lab.lab.files import write_atomically
 from dsv4lab.lab.machine import ROOT
 
 PAGE = ROOT / "docs" / "operators.md"
@@ -313,20 +312,7 @@ def render() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line above; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dsv4lab.lab.operator_map", description="Write docs/operators.md.")
-    parser.add_argument("--check", action="store_true", help="change nothing, say whether the page is out of step")
-    parser.add_argument("--page", type=Path, default=PAGE, help="where the page is (default docs/operators.md)")
-    options = parser.parse_args(argv)
-    wanted = render()
-    found = options.page.read_text(encoding="utf-8") if options.page.exists() else None
-    if found == wanted:
-        return 0
-    if options.check:
-        print(f"{options.page} is out of step; `python -m dsv4lab.lab.operator_map` writes it", file=sys.stderr)
-        return 1
-    write_atomically(options.page, wanted)
-    print(f"wrote {options.page}")
-    return 0
+    return pages.keep("dsv4lab.lab.operator_map", PAGE, render, argv)
 
 
 if __name__ == "__main__":

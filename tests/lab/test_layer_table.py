@@ -76,7 +76,7 @@ def test_nine_steps_and_three_more_fit(tmp_path: Path) -> None:
     """Were the longest of the baseline's rows that of each."""
     longest = max(layer_table.newest(baselines.rows_of(layer_table.BASELINE)).values(), key=lambda one: len(one["parts"]))
     shapes = [layer_table.shape_of(kind, step) for kind in layer_table.KINDS for step in layer_table.STEPS]
-    rows = [longest | {"shape": shape} for shape in shapes]
+    rows = [longest | {"shape": shape, "format": layer_table.FORMAT} for shape in shapes]
     rows += [one | {"format": "official"} for one in rows[3:6]]
     page = layer_table.render(written(tmp_path / "rows.jsonl", *rows))
     assert "Not measured" not in page and len(page.encode()) < 12_000
