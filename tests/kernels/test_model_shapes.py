@@ -21,7 +21,7 @@ import torch
 
 import dsv4lab
 from benchmarks import compiling, experts, linear
-from benchmarks.linear import SHAPES, TOKENS, Shape, Weights
+from benchmarks.linear import QUANTISED, SHAPES, TOKENS, Shape, Weights
 from dsv4lab import ops
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels._common import cache
@@ -32,8 +32,10 @@ from dsv4lab.reference import quant
 from tests.kernels.mixed import BF16_BOUND, GPU_BOUND, worst
 
 NVFP4, FP8 = "nvfp4", "fp8_block"
-LINEARS = [shape for shape in SHAPES if NVFP4 in shape.formats]
-HEADS, HEAD_TOKENS = [shape for shape in SHAPES if NVFP4 not in shape.formats], (1, 16, 1024)
+PLAIN = [shape for shape in SHAPES if shape not in QUANTISED]  # activations as they are
+LINEARS = [shape for shape in PLAIN if NVFP4 in shape.formats]
+HEADS, HEAD_TOKENS = [shape for shape in PLAIN if NVFP4 not in shape.formats], (1, 16, 1024)
+MODELS = (experts.FLASH, experts.PRO)
 FEW = (1, 16)  # tokens that the second format is tested with
 SECOND = [(shape, FP8) for shape in LINEARS if shape.name.startswith("flash")]
 MOE_TOKENS = (1, 3, 16, 64, 129, 8192)
@@ -89,8 +91,12 @@ def plan() -> list[compiling.Job]:
 def wanted(suite: str, what: list[Any], m: int) -> bool:
     """Whether a benchmark's case is one of these tests."""
     if suite == "experts":
-        return m in MOE_TOKENS
-    return what[1] == NVFP4 or (tuple(what) in SECOND and m in FEW) or (what[0] in HEADS and m in HEAD_TOKENS)
+        return what[0] in MODELS and m in MOE_TOKENS
+    return (
+        (what[0] in LINEARS and what[1] == NVFP4)
+        or (tuple(what) in SECOND and m in FEW)
+        or (what[0] in HEADS and m in HEAD_TOKENS)
+    )
 
 
 def judge(y: torch.Tensor, want: torch.Tensor, cublas: torch.Tensor, bound: float) -> None:
@@ -177,7 +183,7 @@ def check_head(shape: Shape, tokens: tuple[int, ...], seed: int, device: str) ->
 # ---- experts -----------------------------------------------------------------------------------------------------------
 @pytest.mark.gpu
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("model", experts.MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_the_experts_of_the_models(model: experts.Model) -> None:
     """All of them, and the router's choice: Pro's are 14 GB, and as much again in the kernels' order, so one test has three
     seeds; 8,192 tokens, which hit every expert, have one.
