@@ -16,7 +16,6 @@ import math
 import os
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ import torch
 
 from dsv4lab import sim
 from dsv4lab.kernels._common import cache, launch
+from dsv4lab.lab.machine import revision
 
 ROOT = Path(__file__).resolve().parents[1]
 COLD_BYTES = 300e6  # several times the L2, 50 or 60 MB
@@ -498,16 +498,8 @@ def commit() -> str | None:
     """
     if given := os.environ.get("DSV4LAB_COMMIT"):
         return given
-    try:
-        head = _git("rev-parse", "--short=9", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/baselines")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"{head}+" if changed else head
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    found = revision(9, apart_from="benchmarks/baselines")
+    return None if found is None else f"{found[0]}{'+' * found[1]}"
 
 
 def ceiling_fields(ceilings: Ceilings) -> dict[str, float]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks import (
@@ -99,13 +100,19 @@ def _nothing(*_: Any) -> None:
     """Stands for host code."""
 
 
-def plan(suites: Sequence[str], *, quick: bool, match: str = "") -> tuple[list[Job], list[str]]:
-    """Every kernel once, and cases that fail already without a GPU. match: part of the cases' labels."""
+def _every(suite: str, case: Sequence[Any]) -> bool:
+    return True
+
+
+def plan(
+    suites: Sequence[str], *, quick: bool, match: str = "", wanted: Callable[[str, Sequence[Any]], bool] = _every
+) -> tuple[list[Job], list[str]]:
+    """Every kernel once, and cases that fail already without a GPU. match: part of the cases' labels; wanted: which cases."""
     jobs: dict[launch.Name, Job] = {}
     failures = []
     for suite in suites:
         for number, case in enumerate(SUITES[suite].cases(quick=quick)):
-            if match not in SUITES[suite].label(*case):
+            if match not in SUITES[suite].label(*case) or not wanted(suite, case):
                 continue
             with asking(lambda name: False) as asked:
                 try:
@@ -117,13 +124,21 @@ def plan(suites: Sequence[str], *, quick: bool, match: str = "") -> tuple[list[J
     return list(jobs.values()), failures
 
 
-def compile_all(suites: Sequence[str], *, quick: bool, match: str = "", processes: int | None = None) -> list[str]:
-    """Compile; returns what failed, which does not stop the rest."""
+def compile_all(
+    suites: Sequence[str],
+    *,
+    quick: bool,
+    match: str = "",
+    wanted: Callable[[str, Sequence[Any]], bool] = _every,
+    processes: int | None = None,
+) -> list[str]:
+    """Compile into `cache.folder()`; returns what failed, which does not stop the rest."""
     start = time.monotonic()
-    jobs, failures = plan(suites, quick=quick, match=match)
+    jobs, failures = plan(suites, quick=quick, match=match, wanted=wanted)
     print(f"{len(jobs)} kernels to compile or to find in {cache.folder()}", flush=True)
     workers = min(processes or len(os.sched_getaffinity(0)), len(jobs)) or 1
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, _keep_in, (cache.folder(),)) as pool:
         for job, failure in zip(jobs, pool.map(compile_one, jobs), strict=True):
             if failure:
                 failures.append(f"{job.name}: {failure}")
@@ -131,6 +146,11 @@ def compile_all(suites: Sequence[str], *, quick: bool, match: str = "", processe
         print(f"  {failure}", flush=True)
     print(f"{len(jobs)} kernels, {len(failures)} failures, {time.monotonic() - start:.0f} s", flush=True)
     return failures
+
+
+def _keep_in(folder: Path) -> None:
+    """Another process finds and leaves kernels where this one does."""
+    cache.folder = lambda: folder
 
 
 def compile_one(job: Job) -> str:

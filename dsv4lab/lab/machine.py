@@ -54,12 +54,18 @@ def setup(seed: int, device: str = "auto") -> torch.device:
 
 def commit() -> str:
     """The commit of this checkout, marked when tracked files differ from it; `unknown` outside a git checkout."""
+    found = revision(12)
+    return "unknown" if found is None else f"{found[0]} with local changes" if found[1] else found[0]
+
+
+def revision(digits: int, *, apart_from: str = "") -> tuple[str, bool] | None:
+    """The commit of this checkout, and whether tracked files differ from it, a folder left aside; None outside of git."""
+    aside = ("--", ".", f":(exclude){apart_from}") if apart_from else ()
     try:
-        head = _git("rev-parse", "--short=12", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no")
+        head = _git("rev-parse", f"--short={digits}", "HEAD")
+        return head, bool(_git("status", "--porcelain", "--untracked-files=no", *aside))
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return f"{head} with local changes" if changed else head
+        return None
 
 
 def _git(*arguments: str) -> str:

@@ -18,6 +18,7 @@ from dsv4lab.dispatch import implementations
 from dsv4lab.formats import BF16, FORMATS, PackedWeight
 from dsv4lab.kernels._common import cache, launch
 from dsv4lab.kernels.gemm.mixed.layout import prepare
+from dsv4lab.lab import machine
 from dsv4lab.reference import quant
 
 CEILINGS = Ceilings(copy=4e12, bf16=8e14)
@@ -164,7 +165,7 @@ def test_rows_say_when_and_of_which_commit(monkeypatch: pytest.MonkeyPatch, tmp_
     """Of git, with a "+" where files differ; what is set counts; neither is no error."""
     monkeypatch.delenv("DSV4LAB_COMMIT", raising=False)
     answers = {"rev-parse": "0123456ab", "status": ""}
-    monkeypatch.setattr(common, "_git", lambda command, *_: answers[command])
+    monkeypatch.setattr(machine, "_git", lambda command, *_: answers[command])
     assert common.commit() == "0123456ab"
     answers["status"] = " M benchmarks/common.py"
     assert common.environment()["commit"] == "0123456ab+"
@@ -173,7 +174,7 @@ def test_rows_say_when_and_of_which_commit(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.delenv("DSV4LAB_COMMIT")
     monkeypatch.undo()
     monkeypatch.delenv("DSV4LAB_COMMIT", raising=False)
-    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert common.commit() is None
     assert common.environment()["date"] > "2026-11-28T00:00:00Z" > "2026-11-28", "newer than a row with its day alone"

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import fcntl
 import gc
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from benchmarks.linear import QUANTISED, SHAPES, TOKENS, Shape, Weights
 from dsv4lab import ops
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels._common import cache
-from dsv4lab.kernels._common.launch import Name
 from dsv4lab.kernels.gemm.mixed.config import choose
 from dsv4lab.kernels.gemm.mixed.layout import K_PAD
 from dsv4lab.reference import quant
@@ -37,7 +35,7 @@ LINEARS = [shape for shape in PLAIN if NVFP4 in shape.formats]
 HEADS, HEAD_TOKENS = [shape for shape in PLAIN if NVFP4 not in shape.formats], (1, 16, 1024)
 MODELS = (experts.FLASH, experts.PRO)
 FEW = (1, 16)  # tokens that the second format is tested with
-SECOND = [(shape, FP8) for shape in LINEARS if shape.name.startswith("flash")]
+SECOND = [shape for shape in LINEARS if shape.name.startswith("flash")]
 MOE_TOKENS = (1, 3, 16, 64, 129, 8192)
 
 
@@ -61,42 +59,20 @@ def test_the_shapes_take_every_way_that_was_measured() -> None:
 def compiled(kernel_cache: Path) -> None:
     """Kernels of these tests, compiled by all cores as for the benchmarks, whose cases they are: by one of xdist's workers, for
     which the others wait, and find them."""
-    how: dict[str, Any] = dict(mp_context=multiprocessing.get_context("spawn"), initializer=keep_in, initargs=(kernel_cache,))
     kernel_cache.mkdir(parents=True, exist_ok=True)
-    with open(kernel_cache / "model_shapes.lock", "w") as lock:
+    with open(kernel_cache / "model_shapes.lock", "w") as lock, mock.patch.object(cache, "folder", lambda: kernel_cache):
         fcntl.flock(lock, fcntl.LOCK_EX)
-        jobs = plan()
-        with ProcessPoolExecutor(max(1, min(len(os.sched_getaffinity(0)), len(jobs))), **how) as pool:
-            assert not [why for why in pool.map(compiling.compile_one, jobs) if why]
+        assert not compiling.compile_all(["linear", "experts"], quick=False, wanted=wanted)
 
 
-def keep_in(folder: Path) -> None:
-    """Where another process finds and leaves kernels."""
-    cache.folder = lambda: folder
-
-
-def plan() -> list[compiling.Job]:
-    """Every kernel once."""
-    jobs: dict[Name, compiling.Job] = {}
-    for suite in ("linear", "experts"):
-        for number, (*what, m) in enumerate(compiling.SUITES[suite].cases(quick=False)):
-            if wanted(suite, what, m):
-                with compiling.asking(lambda name: False) as asked:
-                    compiling.SUITES[suite].touch(*what, m)
-                for name in asked:
-                    jobs.setdefault(name, compiling.Job(suite, False, number, name))
-    return list(jobs.values())
-
-
-def wanted(suite: str, what: list[Any], m: int) -> bool:
+def wanted(suite: str, case: Sequence[Any]) -> bool:
     """Whether a benchmark's case is one of these tests."""
+    *what, m = case
     if suite == "experts":
         return what[0] in MODELS and m in MOE_TOKENS
-    return (
-        (what[0] in LINEARS and what[1] == NVFP4)
-        or (tuple(what) in SECOND and m in FEW)
-        or (what[0] in HEADS and m in HEAD_TOKENS)
-    )
+    shape, fmt = what
+    few = fmt == FP8 and shape in SECOND and m in FEW
+    return (shape in LINEARS and fmt == NVFP4) or few or (shape in HEADS and m in HEAD_TOKENS)
 
 
 def judge(y: torch.Tensor, want: torch.Tensor, cublas: torch.Tensor, bound: float) -> None:
@@ -129,7 +105,7 @@ def in_bf16(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     ("shape", "fmt", "tokens", "seed"),
     [
         *(pytest.param(shape, NVFP4, TOKENS, seed, id=f"{shape.name} {seed}") for shape in LINEARS for seed in range(3)),
-        *(pytest.param(shape, FP8, FEW, 0, id=f"{shape.name} {FP8}") for shape, _ in SECOND),
+        *(pytest.param(shape, FP8, FEW, 0, id=f"{shape.name} {FP8}") for shape in SECOND),
     ],
 )
 def test_linears_of_the_models(shape: Shape, fmt: str, tokens: tuple[int, ...], seed: int) -> None:

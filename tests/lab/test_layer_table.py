@@ -80,12 +80,3 @@ def test_nine_steps_and_three_more_fit(tmp_path: Path) -> None:
     rows += [one | {"format": "official"} for one in rows[3:6]]
     page = layer_table.render(written(tmp_path / "rows.jsonl", *rows))
     assert "Not measured" not in page and len(page.encode()) < 12_000
-
-
-def test_check_says_when_the_page_is_stale(tmp_path: Path) -> None:
-    page = tmp_path / "layers.md"
-    assert layer_table.main(["--check", "--page", str(page)]) == 1
-    assert layer_table.main(["--page", str(page)]) == 0
-    assert layer_table.main(["--check", "--page", str(page)]) == 0
-    page.write_text(page.read_text() + "more")
-    assert layer_table.main(["--check", "--page", str(page)]) == 1

@@ -110,12 +110,3 @@ def test_the_newest_row_of_a_shape_counts(tmp_path: Path) -> None:
     (found,) = operator_map.measured(path, NAMES).values()
     assert operator_map.best(found) == "40 % (flash wq_a nvfp4, 1), 1.50x b; lowest of 2: 30 %"
     assert operator_map.best([]) == operator_map.NONE
-
-
-def test_check_says_when_the_page_is_stale(tmp_path: Path) -> None:
-    page = tmp_path / "operators.md"
-    assert operator_map.main(["--check", "--page", str(page)]) == 1
-    assert operator_map.main(["--page", str(page)]) == 0
-    assert operator_map.main(["--check", "--page", str(page)]) == 0
-    page.write_text(page.read_text() + "more")
-    assert operator_map.main(["--check", "--page", str(page)]) == 1

@@ -310,7 +310,7 @@ class Together:
         first, step, mine = self._mine(place, new_post.shape[0] if self.whole else Int32(0))
         places = [output, 4 * (plan.vectors - STREAMS) + lane % LOGITS]
         items = sending.items()
-        at, phase = mixer + 0, Int32(0)
+        at, phase = mixer, Int32(0)
         for i in cutlass.range(mixer, place.count, MIXERS, unroll=1):
             sending.send(items, i, at, mixer)
             mail.wait(SUMS, at, phase)

@@ -119,8 +119,7 @@ class Projecting(Warp):
         stage, phase, seen = Int32(0), Int32(0), Uint32(0)
         for i in cutlass.range(self.place.count, unroll=1):
             self.until(seen, self.ring.barriers + stage, phase)
-            following, then = following_turn(stage, phase, plan.stages)
-            following = (following, then)
+            following = following_turn(stage, phase, plan.stages)
             turn = (i & (plan.buffers - 1)) * (plan.warps * TILE * plan.pitch * 4)
             places = ([address + turn for address in sums], summed, i)
             seen = self.project(held, rows, pairs, places, stage, following, tokens - self.place.tile(i) * TILE)
