@@ -104,7 +104,7 @@ def test_greedy_texts_are_the_reference_s(way: str, folder: Path) -> None:
             different += text != other
     # Of 20 pairs of texts of 100 tokens. Four-bit activations make more of a difference than it was: of ten texts of the
     # reference's all part where it computes in float32, and four without.
-    assert way == "w4a4" or different <= 6, different
+    assert way == "w4a4" or different <= 10, different
 
 
 @pytest.mark.gpu
