@@ -19,7 +19,7 @@ from dsv4lab.kernels.mhc.config import BATCH, STREAMS, WARP
 from dsv4lab.kernels.quant.rows import encode as enc
 
 LOGITS = STREAMS * STREAMS
-_READY, _FREE = 2, 4  # barriers of two batches of logits each; of the second for each mixer
+_READY, _FREE = 2, 4  # barriers of two batches of logits each
 _FIRST_LOGIT = 2 * STREAMS  # output with the first entry of comb
 
 
@@ -41,7 +41,7 @@ class Coefficients:
         """post, and the logits of comb to the warp that makes comb of them. By one warp; lanes 8 to 23 have comb."""
         batch, at = i // BATCH % 2, i % BATCH
         if at < self.mixers and i >= 2 * BATCH:
-            cute.arch.barrier(barrier_id=_FREE + batch + 2 * at, number_of_threads=2 * WARP)
+            cute.arch.barrier(barrier_id=_FREE + batch, number_of_threads=self.threads)
         if lane >= STREAMS and lane < _FIRST_LOGIT:
             new_post[token, lane - STREAMS] = gate + gate
         if lane >= _FIRST_LOGIT and lane < _FIRST_LOGIT + LOGITS:
@@ -55,7 +55,7 @@ class Coefficients:
         last = (count - 1) // BATCH
         if count > 0 and mixer >= count - last * BATCH:
             if last >= 2:
-                cute.arch.barrier(barrier_id=_FREE + last % 2 + 2 * mixer, number_of_threads=2 * WARP)
+                cute.arch.barrier(barrier_id=_FREE + last % 2, number_of_threads=self.threads)
             cute.arch.barrier_arrive(barrier_id=_READY + last % 2, number_of_threads=self.threads)
 
     @cute.jit
@@ -77,8 +77,7 @@ class Coefficients:
                 for i in cutlass.range_constexpr(STREAMS):
                     a[STREAMS * j + i] = enc.fma(power[i], by, hc_eps)
             if first + 2 * BATCH < count:
-                for mixer in cutlass.range_constexpr(self.mixers):  # of their own, so that none waits for another
-                    cute.arch.barrier_arrive(barrier_id=_FREE + batch + 2 * mixer, number_of_threads=2 * WARP)
+                cute.arch.barrier_arrive(barrier_id=_FREE + batch, number_of_threads=self.threads)
             _divide(a, hc_eps, STREAMS, 1)
             for _ in cutlass.range(iters - 1, unroll=1):
                 _divide(a, hc_eps, 1, STREAMS)

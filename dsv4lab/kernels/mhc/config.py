@@ -21,8 +21,7 @@ MAX_WARPS = 8  # of a projecting CTA; each has 72 registers a thread of `fn`
 FEW_FINISH, MANY_FINISH = 11, 7  # warps of a finishing CTA, with one more that fills its last quarter
 SHARED_BYTES = 227 * 1024  # that a CTA may have
 _FINISH_BYTES = 192 * 1024  # of a finishing CTA, so that a projecting one, of 30 kB, fits beside it
-_HELD_REGISTERS = 144  # of a thread of `together` that projects, for `fn`
-_HELD_WITH_POST = {False: 128, True: 116}  # likewise, by `scaled`
+_HELD_REGISTERS, _HELD_WITH_POST = 144, 128  # of a thread of `together` that projects, for `fn`
 _OTHER_REGISTERS = (56, 40)  # of one that collapses, of one that neither does nor projects
 _MORE_REGISTERS = (72, 48)  # likewise, where `fn` leaves them: with fewer the head's kernels spill
 _MANY_WARPS = 132 * 16  # as for the gather of experts' rows
@@ -308,8 +307,7 @@ class TogetherConfig:
             return None
         one = cls(columns, outputs, post, weight, min(8, -(-blocks // 4) * 4), 1, 4, 1)
         one = replace(one, scaled=one.per_warp * one.block_words > _HELD_REGISTERS)  # three BF16 have no room
-        most = _HELD_WITH_POST[one.scaled] if post else _HELD_REGISTERS
-        one = replace(one, held=min(one.per_warp * one.block_words, most))
+        one = replace(one, held=min(one.per_warp * one.block_words, _HELD_WITH_POST if post else _HELD_REGISTERS))
         choices = [replace(one, buffers=buffers) for buffers in (MIXERS, 1)]
         for least in (4, 3, 2):  # a second place for sums is worth a fifth or later stage, not the fourth (H200)
             for choice in choices:

@@ -44,18 +44,7 @@ from dsv4lab.kernels._common.rings import Ring
 from dsv4lab.kernels.mhc import values as val
 from dsv4lab.kernels.mhc.coefficients import LOGITS, Coefficients
 from dsv4lab.kernels.mhc.config import BATCH, BOX, COEFFICIENTS, MIXERS, RANKS, STREAMS, TILE, WARP, TogetherConfig
-from dsv4lab.kernels.mhc.together_streams import (
-    BOX_BYTES,
-    GATES,
-    SUMS,
-    Collapsing,
-    Mail,
-    Memory,
-    Place,
-    Projecting,
-    Sending,
-    following_turn,
-)
+from dsv4lab.kernels.mhc.together_streams import BOX_BYTES, GATES, SUMS, Collapsing, Mail, Memory, Place, Projecting, Sending
 from dsv4lab.kernels.quant.rows import encode as enc
 
 _BOX_WORDS = BOX // 2
@@ -212,11 +201,7 @@ class Together:
         room = Memory(*at, sums, held_weight)
         if warp < plan.warps:
             cute.arch.setmaxregister_increase(project_registers)
-            # those with a block fewer have code of their own, without branches
-            if warp < plan.last_warps:
-                Projecting(plan, place, mail, room, ring, made, warp, mine=plan.per_warp).run(fn, summed, out.shape[0])
-            elif cutlass.const_expr(plan.last_warps < plan.warps):
-                Projecting(plan, place, mail, room, ring, made, warp, mine=plan.per_warp - 1).run(fn, summed, out.shape[0])
+            Projecting(plan, place, mail, room, ring, made, warp).run(fn, summed, out.shape[0])
         elif warp < others:
             cute.arch.setmaxregister_decrease(collapse_registers)
             Collapsing(plan, place, mail, room, ring, made, warp - plan.warps).run(out, store_x, x, new)
@@ -309,14 +294,12 @@ class Together:
         factor, offset = enc.mul(scale[cutlass.min(output // STREAMS, 2)], unit[output]), base[output]
         first, step, mine = self._mine(place, new_post.shape[0] if self.whole else Int32(0))
         places = [output, 4 * (plan.vectors - STREAMS) + lane % LOGITS]
-        items = sending.items()
-        at, phase = mixer, Int32(0)
         for i in cutlass.range(mixer, place.count, MIXERS, unroll=1):
-            sending.send(items, i, at, mixer)
-            mail.wait(SUMS, at, phase)
-            total, product = (enc.tree(enc.add, [mail.sums[n, r, at] for r in range(RANKS)]) for n in places)
+            sending.send(i)
+            mail.wait(SUMS, i)
+            total, product = (enc.tree(enc.add, [mail.sums[n, r, mail.turn(i)] for r in range(RANKS)]) for n in places)
             if lane == 0 and i + mail.count < place.count:
-                mail.expect(SUMS, at)
+                mail.expect(SUMS, i)
             square = enc.tree(enc.add, [cute.arch.shuffle_sync(product, (STREAMS + 1) * j) for j in range(STREAMS)])
             mean = enc.fma(square, Float32(1.0 / (STREAMS * plan.columns)), eps)
             z = enc.fma(enc.mul(total, val.rsqrt32(mean)), factor, offset)
@@ -328,12 +311,11 @@ class Together:
             whole = cute.arch.fmax(whole, Float32(0.0), nan=True)
             inverse = val.rsqrt(enc.fma(whole, Float32(1.0 / plan.columns), eps))
             if lane < RANKS:
-                barrier = mail.barrier(GATES, at).toint()
-                val.send_four(mail.gates[None, place.rank, at].iterator.toint(), barrier, lane, pre)
-                val.send_one(mail.inverses.iterator.toint() + (at * TILE + place.rank) * 4, barrier, lane, inverse)
+                barrier = mail.barrier(GATES, i).toint()
+                val.send_four(mail.gates[None, place.rank, mail.turn(i)].iterator.toint(), barrier, lane, pre)
+                val.send_one(mail.inverses.iterator.toint() + (mail.turn(i) * TILE + place.rank) * 4, barrier, lane, inverse)
             if cutlass.const_expr(self.whole) and i < mine:
                 self.coefficients.hand_over(z.to(Float64), gate, logits, new_post, first + i * step, i, mine, lane)
-            at, phase = following_turn(at, phase, plan.stages, MIXERS)
         if cutlass.const_expr(self.whole):
             self.coefficients.leave(mixer, mine)
 

@@ -20,7 +20,6 @@ from dsv4lab.kernels.quant.rows import encode as enc
 
 SUMS, GATES = range(2)  # what is sent
 _ROW = BOX * 2  # bytes of a row of a box
-AHEAD = 3  # fragments of streams loaded before their products
 BOX_BYTES = TILE * _ROW
 
 
@@ -51,21 +50,18 @@ class Mail:
     bytes: tuple[int, int]  # of a tile
     count: int
 
-    def barrier(self, kind: int, at: Any) -> Any:
-        return self.barriers + kind * self.count + at
+    def barrier(self, kind: int, i: Any) -> Any:
+        return self.barriers + kind * self.count + i % self.count
 
-    def wait(self, kind: int, at: Any, phase: Any) -> None:
-        cute.arch.mbarrier_wait(self.barrier(kind, at), phase)
+    def wait(self, kind: int, i: Any) -> None:
+        cute.arch.mbarrier_wait(self.barrier(kind, i), i // self.count % 2)
 
-    def expect(self, kind: int, at: Any) -> None:
+    def turn(self, i: Any) -> Any:
+        return i % self.count
+
+    def expect(self, kind: int, i: Any) -> None:
         """By one thread, once for each use."""
-        cute.arch.mbarrier_arrive_and_expect_tx(self.barrier(kind, at), self.bytes[kind])
-
-
-def following_turn(at: Any, phase: Any, count: int, by: int = 1) -> tuple[Any, Any]:
-    """A ring's place and its phase, `by` steps later, at most `count`."""
-    at = at + by
-    return cutlass.select_(at >= count, at - count, at), cutlass.select_(at >= count, phase ^ 1, phase)
+        cute.arch.mbarrier_arrive_and_expect_tx(self.barrier(kind, i), self.bytes[kind])
 
 
 @dataclass(frozen=True)
@@ -91,61 +87,42 @@ class Warp:
 
 
 class Projecting(Warp):
-    """`project`: from streams to sums. `mine`: how many blocks this warp has, every `warps`-th from its number on.
+    """`project`: from streams to sums."""
 
-    Addresses, stages and phases are kept from tile to tile, fragments come some products before they are multiplied, and
-    mbarriers are asked long before their answers are needed: nothing else of these warps' time is as short of instructions.
-    """
-
-    def __init__(self, *args: Any, mine: int) -> None:
-        super().__init__(*args)
-        self.mine = mine
-        self.group, self.quad = self.lane // 4, self.lane % 4
+    def every(self, k: int) -> bool:
+        """Whether all warps have a k-th block."""
+        return (k + 1) * self.plan.warps <= self.plan.blocks
 
     @cute.jit
     def run(self, fn: Any, summed: Ring, tokens: Any) -> None:
         """All tiles."""
-        plan = self.plan
-        held = cute.make_rmem_tensor((plan.held,), Uint32)
+        held = cute.make_rmem_tensor((self.plan.held,), Uint32)
         self.take(fn, held)
-        rows = [self.row(self.lane % 16, j) for j in range(STREAMS)]
-        pairs = [self.row(4 * half + self.lane % 16 // STREAMS, self.lane % STREAMS) for half in range(2)]
-        sums = self.memory.sums.iterator.toint() + self.warp * (TILE * plan.pitch * 4)
-        of_square = sums + self.group // STREAMS * (plan.pitch * 4) + plan.tiles * 32
-        of_square += (self.group % STREAMS * STREAMS + self.quad % 2 * 2) * 4
-        of_total = sums + self.group * (plan.pitch * 4) + self.quad * 8
-        # a register each, which the compiler would else make anew from the lane's number in every tile
-        sums = [cute.arch.shuffle_sync(address, self.lane) for address in (of_total, of_square)]
-        stage, phase, seen = Int32(0), Int32(0), Uint32(0)
+        rows = cute.make_rmem_tensor((STREAMS,), Int32)
+        for j in cutlass.range_constexpr(STREAMS):
+            rows[j] = self.row(self.lane % 16, j)
+        pairs = cute.make_rmem_tensor((2,), Int32)
+        for half in cutlass.range_constexpr(2):
+            pairs[half] = self.row(4 * half + self.lane % 16 // STREAMS, self.lane % STREAMS)
         for i in cutlass.range(self.place.count, unroll=1):
-            self.until(seen, self.ring.barriers + stage, phase)
-            following = following_turn(stage, phase, plan.stages)
-            turn = (i & (plan.buffers - 1)) * (plan.warps * TILE * plan.pitch * 4)
-            places = ([address + turn for address in sums], summed, i)
-            seen = self.project(held, rows, pairs, places, stage, following, tokens - self.place.tile(i) * TILE)
-            stage, phase = following
-
-    @cute.jit
-    def until(self, seen: Any, barrier: Any, phase: Any) -> None:
-        """Waits for a phase that had not been seen to be over."""
-        if seen == 0:
-            cute.arch.mbarrier_wait(barrier, phase)
+            self.ring.wait_full(i)
+            self.project(held, rows, pairs, summed, i, tokens - self.place.tile(i) * TILE)
 
     @cute.jit
     def take(self, fn: Any, held: Any) -> None:
-        """A warp's blocks of `fn`, for good: as many words as there is room for in registers, others where only it will read
-        them.
+        """A warp's blocks of `fn`, for good: every `warps`-th, as many words as there is room for in registers, others where
+        only it will read them.
         """
         plan, warp, lane = self.plan, self.warp, self.lane
-        for k in cutlass.range_constexpr(self.mine):
+        for k in cutlass.range_constexpr(plan.per_warp):
+            block = cutlass.min(warp + k * plan.warps, plan.blocks - 1)
             for v in cutlass.range_constexpr(plan.block_words // 4):
-                block = self.place.rank * plan.blocks + warp + k * plan.warps
-                words = val.load_four(fn[block, v, lane, None].iterator)
+                words = val.load_four(fn[self.place.rank * plan.blocks + block, v, lane, None].iterator)
                 first = k * plan.block_words + 4 * v
                 if cutlass.const_expr(first < plan.held):
                     for e in cutlass.range_constexpr(4):
                         held[first + e] = words[e]
-                else:
+                elif warp + k * plan.warps < plan.blocks:
                     store_words(self.kept(first), words)
         cute.arch.sync_warp()
 
@@ -165,85 +142,102 @@ class Projecting(Warp):
         ]
         return [word for four in found for word in four][first % 4 :][:count]
 
-    def project(self, held: Any, rows: Any, pairs: Any, places: Any, stage: Any, following: Any, tokens: Any) -> Any:
-        """A warp's part of a tile's sums, to shared memory. With `post` new streams take their places first. -> whether the
-        following stage was full.
-
-        places: of a lane's sums, of both kinds; their ring, and the tile's number. following: stage, phase.
-        """
-        plan, memory = self.plan, self.memory
-        sums, summed, i = places
-        tile = memory.streams + stage * plan.tile_bytes
-        turn = i + (MIXERS - plan.buffers)  # of the sums that were in this place
-        taken, phase = summed.barriers + MIXERS + (turn & 1), (turn >> 1 & 1) ^ 1
-        free = val.over(taken, phase)
-        total = [Float32(0.0)] * (4 * plan.tiles)
-        squares = Squares(self, tile, pairs, sums[1], lambda: self.until(free, taken, phase))
-        exponents: list[Any] = []
-        up: list[Any] = []
-        if plan.post:
-            tops = []
-            for k in range(self.mine):
-                a = self.renew(tile, rows, stage, tokens, k)
-                tops.append([self.top(a, r) for r in range(2)])
-            cute.arch.fence_view_async_shared()
-            cute.arch.sync_warp()
-            self.report(self.made + stage)
-            if plan.scaled and self.mine:
-                largest = [enc.tree(val.larger_pair, list(top)) for top in zip(*tops, strict=True)]
-                exponents, up = self.scale(largest, [], total)
-        squares.prefetch(0 if plan.scaled else 1)  # as far as registers go
-        steps = [(k, j) for k in range(self.mine) for j in range(STREAMS)]
-        ahead = (2 if plan.post else STREAMS) if plan.scaled else AHEAD
-        found = [self.load(tile, rows, *at) for at in steps[:ahead]]
-        for s, (k, j) in enumerate(steps):
-            if plan.scaled and not plan.post and j == 0:
-                exponents, up = self.scale([self.top(found[s:], r) for r in range(2)], exponents, total)
-            a = self.scaled(found[s], up) if plan.scaled else found[s]
-            found += [self.load(tile, rows, *at) for at in steps[s + ahead : s + ahead + 1]]
-            self.multiply(held, total, a, k, j, squares.next(1))
-        seen = val.over(self.ring.barriers + following[0], following[1])
-        squares.finish()
-        for r in range(2):
-            for n in range(plan.tiles):
-                pair = total[4 * n + 2 * r : 4 * n + 2 * r + 2]
-                if exponents:
-                    pair = [enc.mul(value, ((Uint32(254) - exponents[r]) << 23).bitcast(Float32)) for value in pair]
-                val.store_two_shared(sums[0] + (8 * r * plan.pitch + 8 * n) * 4, pair)
+    @cute.jit
+    def project(self, held: Any, rows: Any, pairs: Any, summed: Ring, i: Any, tokens: Any) -> None:
+        """A warp's part of a tile's sums, to shared memory. With `post` new streams take their places first."""
+        plan, memory, warp, lane = self.plan, self.memory, self.warp, self.lane
+        group, quad, stage = lane // 4, lane % 4, self.ring.stage(i)
+        up, down = [Float32(1.0)] * 2, [Float32(1.0)] * 2
+        if cutlass.const_expr(plan.post or plan.scaled):
+            top = cute.make_rmem_tensor((2,), Uint32)
+            top.fill(0)
+            for k in cutlass.range_constexpr(plan.per_warp):
+                block = warp + k * plan.warps
+                if cutlass.const_expr(self.every(k)) or block < plan.blocks:
+                    self.meet(top, rows, stage, k, tokens)
+            if cutlass.const_expr(plan.post):
+                cute.arch.fence_view_async_shared()
+                cute.arch.sync_warp()
+                if lane == 0:
+                    cute.arch.mbarrier_arrive(self.made + stage)
+            if cutlass.const_expr(plan.scaled):
+                for r in cutlass.range_constexpr(2):
+                    largest = enc.max_u32(top[r] & Uint32(0x7FFF), (top[r] >> 16) & Uint32(0x7FFF))
+                    largest = val.over_lanes(largest, (1, 2), enc.max_u32)
+                    # The exponent that brings the largest to 2^14 .. 2^15, which FP16 has
+                    exponent = enc.min_u32(Uint32(254 + 14) - (largest >> 7), Uint32(253))
+                    up[r] = (exponent << 23).bitcast(Float32)
+                    down[r] = ((Uint32(254) - exponent) << 23).bitcast(Float32)
+        summed.wait_empty(i + MIXERS - plan.buffers)  # of the sums that were in this place
+        turn = i % plan.buffers
+        total = cute.make_rmem_tensor((4 * plan.tiles,), Float32)
+        total.fill(0.0)
+        gram = cute.make_rmem_tensor((4, 2), Float32)
+        # Both kinds of products in turn, for those of one kind wait for each other
+        for step in cutlass.range_constexpr(STREAMS * plan.per_warp):
+            self.multiply(held, rows, up, total, stage, step // STREAMS, step % STREAMS)
+            self.square(pairs, gram, stage, turn, step // plan.per_warp, step % plan.per_warp)
+        for r in cutlass.range_constexpr(2):
+            for n in cutlass.range_constexpr(plan.tiles):
+                pair = [
+                    enc.mul(total[4 * n + 2 * r + e], down[r]) if plan.scaled else total[4 * n + 2 * r + e] for e in range(2)
+                ]
+                place = memory.sums[None, group + 8 * r, warp, turn].iterator.toint() + (8 * n + 2 * quad) * 4
+                val.store_two_shared(place, pair)
         # of all loads of streams something is in these, or has been stored
-        arrive_with(self.ring.barriers + plan.stages + stage, self.lane, [total[0], *squares.last])
-        self.report(summed.barriers + (i & 1))
-        return seen
+        arrive_with(self.ring.empty(i), lane, [total[0], gram[0, 0], gram[2, 1]])
+        if lane == 0:
+            cute.arch.mbarrier_arrive(summed.full(i))
 
     @cute.jit
-    def report(self, barrier: Any) -> None:
-        """The warp's arrival, once it has come here."""
-        if self.lane == 0:
-            cute.arch.mbarrier_arrive(barrier)
-
-    @cute.jit
-    def keep(self, to: Any, gram: Any) -> None:
-        """Two products of streams, in the lanes where both are of the same token."""
-        if self.group // STREAMS == self.quad // 2:
-            for r in cutlass.range_constexpr(2):
-                pair = [gram[r][2 * r], gram[r][2 * r + 1]]
-                val.store_two_shared(to + 2 * r * (self.plan.pitch * 4), pair)
-
-    def multiply(self, held: Any, total: Any, a: Any, k: int, stream: int, between: Any) -> None:
-        """total += a stream of a warp's k-th block, scaled, times block of `fn`; products of other kinds in between, for those
-        of one sum wait for each other.
-        """
+    def multiply(
+        self,
+        held: Any,
+        rows: Any,
+        up: Any,
+        total: Any,
+        stage: Any,
+        k: cutlass.Constexpr,
+        stream: cutlass.Constexpr,
+    ) -> None:
+        """total += a stream of a warp's k-th block, scaled, times block of `fn`."""
         plan = self.plan
-        width = plan.parts * plan.tiles * 2
-        b = self.words(held, (k * STREAMS + stream) * width, width)
-        for part in range(plan.parts - 1, -1, -1):  # the smaller first
-            for n in range(plan.tiles):
-                at = (part * plan.tiles + n) * 2
-                val.mma(total, 4 * n, a, b[at : at + 2], "f16" if plan.scaled else "bf16")
-            if between:
-                between.pop(0)()
-        for other in between:
-            other()
+        block = self.warp + k * plan.warps
+        if cutlass.const_expr(self.every(k)) or block < plan.blocks:
+            a = list(load_matrices(self.at(rows, stage, k, stream)))
+            if cutlass.const_expr(plan.scaled):
+                for i in cutlass.range_constexpr(4):
+                    a[i] = val.pack_f16(*(enc.mul(half, up[i % 2]) for half in val.halves(a[i])))
+            width = plan.parts * plan.tiles * 2
+            b = self.words(held, (k * STREAMS + stream) * width, width)
+            for part in cutlass.range_constexpr(plan.parts - 1, -1, -1):  # the smaller first
+                for n in cutlass.range_constexpr(plan.tiles):
+                    at = (part * plan.tiles + n) * 2
+                    val.mma(total, 4 * n, a, b[at : at + 2], "f16" if plan.scaled else "bf16")
+
+    @cute.jit
+    def square(self, pairs: Any, gram: Any, stage: Any, turn: Any, four: cutlass.Constexpr, k: cutlass.Constexpr) -> None:
+        """Products of the streams of four tokens with each other in a warp's k-th block; after the last, sums to shared memory.
+
+        Rows of both operands are (token, stream), two tokens in eight; of a product's 16 x 8 results those count where the
+        tokens are the same: of the first product the first two tokens', of the second the others'.
+        """
+        plan, lane = self.plan, self.lane
+        if cutlass.const_expr(k == 0):
+            gram.fill(0.0)
+        if cutlass.const_expr(self.every(k)) or self.warp + k * plan.warps < plan.blocks:
+            base = self.memory.streams + stage * plan.tile_bytes + four // 2 * (8 * _ROW) + k * self.step
+            a = load_matrices(base + pairs[four % 2])
+            val.mma(gram[None, 0], 0, a, [a[0], a[2]])
+            val.mma(gram[None, 1], 0, a, [a[1], a[3]])
+        if cutlass.const_expr(k == plan.per_warp - 1):
+            group, quad = lane // 4, lane % 4
+            if group // STREAMS == quad // 2:
+                for r in cutlass.range_constexpr(2):
+                    token = 4 * four + 2 * r + group // STREAMS
+                    to = self.memory.sums[None, token, self.warp, turn].iterator.toint() + plan.tiles * (8 * 4)
+                    to += (group % STREAMS * STREAMS + quad % 2 * 2) * 4
+                    val.store_two_shared(to, [gram[2 * r, r], gram[2 * r + 1, r]])
 
     def row(self, token: Any, stream: Any) -> Any:
         """Where in a tile the row of a warp's first block is that a lane gives to `ldmatrix`, in the swizzle of 128 bytes. The
@@ -257,109 +251,36 @@ class Projecting(Warp):
     def step(self) -> int:
         return self.plan.warps // (BOX // BLOCK) * BOX_BYTES
 
-    def load(self, tile: Any, rows: Any, k: int, stream: int) -> list[Any]:
-        """A stream of a warp's k-th block."""
-        return list(load_matrices(tile + rows[stream] + k * self.step))
+    def at(self, rows: Any, stage: Any, k: int, stream: int) -> Any:
+        """The row's address in a stream of a warp's k-th block."""
+        return self.memory.streams + stage * self.plan.tile_bytes + rows[stream] + k * self.step
 
-    def renew(self, tile: Any, rows: Any, stage: Any, tokens: Any, k: int) -> list[list[Any]]:
-        """A block's new streams, which take the places of the old."""
-        a = [self.load(tile, rows, k, j) for j in range(STREAMS)]
-        added = load_matrices(self.memory.added + stage * (self.plan.boxes * BOX_BYTES) + rows[0] + k * self.step)
-        first = self.memory.given + stage * (TILE * COEFFICIENTS * 4)
-        for r in range(2):
-            row = cutlass.min(self.group + 8 * r, tokens - 1)  # past the last token: streams are zeros there, and not stored
-            post = [w.bitcast(Float32) for w in load_words(first + row * (STREAMS * 4))]
-            spot = first + TILE * STREAMS * 4 + row * (LOGITS * 4)
-            comb = [w.bitcast(Float32) for i in range(LOGITS // 4) for w in load_words(spot + 16 * i)]
-            for i in range(r, 4, 2):  # words of a token: every other one
-                words = val.new_words(added[i], [a[j][i] for j in range(STREAMS)], post, comb)
-                for j in range(STREAMS):
-                    a[j][i] = words[j]
-        for j in range(STREAMS):
-            store_matrices(tile + rows[j] + k * self.step, a[j])
-        return a
-
-    def top(self, a: list[list[Any]], r: int) -> Any:
-        """The largest magnitudes of a lane's r-th token in a block (two BF16 a word; signs mean nothing)."""
-        return enc.tree(val.larger_pair, [a[j][i] for j in range(STREAMS) for i in (r, r + 2)])
-
-    def scale(self, tops: list[Any], before: list[Any], total: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Exponents of what streams are multiplied by to be FP16, for each of a lane's two tokens, and the powers of two
-        themselves. No exponent is larger than `before`; `total`, of products with those, is scaled down likewise.
+    @cute.jit
+    def meet(self, top: Any, rows: Any, stage: Any, k: cutlass.Constexpr, tokens: Any) -> None:
+        """With `post` a block's new streams, in their places. Scaled, the largest magnitudes of a lane's two tokens in it (two
+        BF16 a word; signs mean nothing).
         """
-        exponents, up = [], []
-        # the larger of each word's halves, of both tokens in one word
-        low, high = enc.prmt(tops[0], tops[1], 0x5410), enc.prmt(tops[0], tops[1], 0x7632)
-        both = val.over_lanes(val.larger_pair(low, high), (1, 2), val.larger_pair)
-        for r in range(2):
-            largest = both >> (7 + 16 * r) & Uint32(0xFF)
-            # The exponent that brings the largest to 2^14 .. 2^15, which FP16 has
-            exponent = enc.min_u32(Uint32(254 + 14) - largest, Uint32(253))
-            if before:
-                exponent = enc.min_u32(exponent, before[r])
-                ratio = (enc.max_u32(exponent + Uint32(127), before[r]) - before[r] << 23).bitcast(Float32)
-                for n in range(self.plan.tiles):
-                    for e in range(2):
-                        total[4 * n + 2 * r + e] = enc.mul(total[4 * n + 2 * r + e], ratio)
-            exponents.append(exponent)
-            up.append((exponent << 23).bitcast(Float32))
-        return exponents, up
-
-    def scaled(self, words: list[Any], up: list[Any]) -> list[Any]:
-        """A fragment's BF16 times powers of two, as FP16."""
-        return [val.pack_f16(*(enc.mul(half, up[i % 2]) for half in val.halves(words[i]))) for i in range(4)]
-
-
-class Squares:
-    """Products of a tile's streams with each other in a warp's blocks, four tokens after each other, to shared memory.
-
-    Rows of both operands are (token, stream), two tokens in eight; of a product's 16 x 8 results those count where the
-    tokens are the same: of the first product the first two tokens', of the second the others'.
-    """
-
-    def __init__(self, warp: Projecting, tile: Any, pairs: Any, to: Any, until: Any) -> None:
-        self.warp, self.tile, self.pairs, self.to, self.until = warp, tile, pairs, to, until
-        self.steps = [(four, k) for four in range(TILE // STREAMS) for k in range(warp.mine)]
-        self.found: list[Any] = []  # loaded, not yet multiplied
-        self.waiting: list[Any] = []  # multiplied, not yet stored
-        self.gram: list[list[Any]] = []
-        self.last: list[Any] = []
-        self.loaded = self.made = 0
-
-    def prefetch(self, count: int) -> None:
-        for four, k in self.steps[self.loaded : self.loaded + count]:
-            base = self.tile + four // 2 * (8 * _ROW) + k * self.warp.step
-            self.found.append(load_matrices(base + self.pairs[four % 2]))
-            self.loaded += 1
-
-    def next(self, count: int) -> list[Any]:
-        """The next two products, as functions; what will be multiplied after them is loaded now."""
-        self.prefetch(count)
-        if not self.found:
-            return []
-        self.store()
-        four, k = self.steps[self.made]
-        self.made += 1
-        if k == 0:
-            self.gram = [[Float32(0.0)] * 4 for _ in range(2)]
-        a, gram = self.found.pop(0), self.gram
-        if k == self.warp.mine - 1:
-            self.waiting.append((four, gram))
-        return [lambda: val.mma(gram[0], 0, a, [a[0], a[2]]), lambda: val.mma(gram[1], 0, a, [a[1], a[3]])]
-
-    def store(self) -> None:
-        """What was multiplied before."""
-        for four, gram in self.waiting:
-            if four == 0:
-                self.until()
-            self.warp.keep(self.to + 4 * four * (self.warp.plan.pitch * 4), gram)
-            self.last = [gram[0][0], gram[1][2]]
-        self.waiting = []
-
-    def finish(self) -> None:
-        if not self.steps:
-            self.waiting = [(four, [[Float32(0.0)] * 4] * 2) for four in range(TILE // STREAMS)]
-        self.store()
+        plan, memory, lane = self.plan, self.memory, self.lane
+        places = [self.at(rows, stage, k, j) for j in range(STREAMS)]
+        a = [list(load_matrices(place)) for place in places]
+        if cutlass.const_expr(plan.post):
+            added = load_matrices(memory.added + stage * (plan.boxes * BOX_BYTES) + rows[0] + k * self.step)
+            for r in cutlass.range_constexpr(2):
+                first = memory.given + stage * (TILE * COEFFICIENTS * 4)
+                row = cutlass.min(lane // 4 + 8 * r, tokens - 1)  # past the last token: streams are zeros there, and not stored
+                post = [w.bitcast(Float32) for w in load_words(first + row * (STREAMS * 4))]
+                spot = first + TILE * STREAMS * 4 + row * (LOGITS * 4)
+                comb = [w.bitcast(Float32) for i in range(LOGITS // 4) for w in load_words(spot + 16 * i)]
+                for i in cutlass.range_constexpr(r, 4, 2):  # words of a token: every other one
+                    words = val.new_words(added[i], [a[j][i] for j in range(STREAMS)], post, comb)
+                    for j in cutlass.range_constexpr(STREAMS):
+                        a[j][i] = words[j]
+            for j in cutlass.range_constexpr(STREAMS):
+                store_matrices(places[j], a[j])
+        if cutlass.const_expr(plan.scaled):
+            for j in cutlass.range_constexpr(STREAMS):
+                for i in cutlass.range_constexpr(4):
+                    top[i % 2] = val.larger_pair(top[i % 2], a[j][i])
 
 
 class Collapsing(Warp):
@@ -368,7 +289,7 @@ class Collapsing(Warp):
     @cute.jit
     def run(self, out: Any, store_x: Any, x: Any, new: Any) -> None:
         """All tiles. A lane's columns are the same in all of them, and so are their weights."""
-        plan, mail = self.plan, self.mail
+        plan = self.plan
         weight = cute.make_rmem_tensor((CHUNK, plan.passes), Float32)
         for p in cutlass.range_constexpr(plan.passes):
             for e in cutlass.range_constexpr(CHUNK):
@@ -381,44 +302,43 @@ class Collapsing(Warp):
             shared = cute.group_modes(x, 0, 3)
             made, to_new = cpasync.tma_partition(store_x, 0, cute.make_layout(1), shared, cute.group_modes(target, 0, 3))
         for i in cutlass.range(self.place.count, unroll=1):
-            stage, phase = i % plan.stages, i // plan.stages % 2
             if cutlass.const_expr(plan.post):
-                cute.arch.mbarrier_wait(self.made + stage, phase)
-                self.store(store_x, made, to_new, i, stage)
+                cute.arch.mbarrier_wait(self.made + self.ring.stage(i), i // plan.stages % 2)
+                self.store(store_x, made, to_new, i)
             else:
-                cute.arch.mbarrier_wait(self.ring.barriers + stage, phase)
-            mail.wait(GATES, stage, phase)
-            if self.warp == 0 and self.lane == 0 and i + mail.count < self.place.count:
-                mail.expect(GATES, stage)
-            self.collapse(weight, loaded, out, self.place.tile(i) * TILE, stage)
+                self.ring.wait_full(i)
+            self.collapse(weight, loaded, out, i)
             if cutlass.const_expr(plan.post) and self.lane == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-            arrive_with(self.ring.barriers + plan.stages + stage, self.lane, [loaded[0]])
+            arrive_with(self.ring.empty(i), self.lane, [loaded[0]])
         if cutlass.const_expr(plan.post) and self.lane == 0:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
 
     @cute.jit
-    def store(self, store_x: Any, made: Any, to_new: Any, i: Any, stage: Any) -> None:
+    def store(self, store_x: Any, made: Any, to_new: Any, i: Any) -> None:
         """New streams to memory, a stream a warp. One lane issues it, and later waits for what it has issued."""
         plan = self.plan
         if self.warp < STREAMS and self.lane == 0:
             for b in cutlass.range_constexpr(plan.boxes):
                 column = self.place.rank * plan.boxes + b
                 place = to_new[None, self.place.tile(i), self.warp, column]
-                cute.copy(store_x, made[None, self.warp, b, stage], place)
+                cute.copy(store_x, made[None, self.warp, b, self.ring.stage(i)], place)
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def collapse(self, weight: Any, loaded: Any, out: Any, first: Any, stage: Any) -> None:
+    def collapse(self, weight: Any, loaded: Any, out: Any, i: Any) -> None:
         """u = sum_j pre[j] X[j], rounded; x = u / rms * weight. Tokens of a warp one by one, 8 columns a lane."""
         plan, memory, mail, lane = self.plan, self.memory, self.mail, self.lane
-        tile = memory.streams + stage * plan.tile_bytes
+        tile = memory.streams + self.ring.stage(i) * plan.tile_bytes
+        mail.wait(GATES, i)
+        if self.warp == 0 and lane == 0 and i + mail.count < self.place.count:
+            mail.expect(GATES, i)
         loaded[0] = Uint32(0)
         for k in cutlass.range_constexpr(TILE // plan.collapse):
             token = self.warp + k * plan.collapse
-            row = first + token
-            pre = [w.bitcast(Float32) for w in load_words(mail.gates[None, token, stage].iterator.toint())]
-            inverse = mail.inverses[token, stage]
+            row = self.place.tile(i) * TILE + token
+            pre = [w.bitcast(Float32) for w in load_words(mail.gates[None, token, mail.turn(i)].iterator.toint())]
+            inverse = mail.inverses[token, mail.turn(i)]
             for p in cutlass.range_constexpr(plan.passes):
                 chunk = p * WARP + lane
                 if cutlass.const_expr((p + 1) * WARP * CHUNK <= plan.slice) or chunk * CHUNK < plan.slice:
@@ -451,39 +371,22 @@ class Sending:
     memory: Memory
     summed: Ring
 
-    def items(self) -> list[Any]:
-        """What a lane sends: of the n-th 32 messages the token and the vector, four bits each; four of them a word."""
-        vectors, lane = self.plan.vectors, Uint32(cute.arch.lane_idx())
-        words: list[Any] = []
-        for n in range(-(-TILE * vectors // WARP)):
-            item = lane + n * WARP
-            byte = (item // vectors & 15 | item % vectors << 4) << n % 4 * 8
-            words[n // 4 :] = [words[-1] | byte if n % 4 else byte]
-        return words
-
     @cute.jit
-    def send(self, items: Any, i: Any, at: Any, mixer: Any) -> None:
-        """Of every token, four numbers a lane at a time. `mixer`: this warp's number, the place of the tile's sums if there are
-        several; at: of the message.
-        """
+    def send(self, i: Any) -> None:
+        """Of every token, four numbers a lane at a time."""
         plan, mail, lane = self.plan, self.mail, cute.arch.lane_idx()
-        size = plan.warps * TILE * plan.pitch * 4
-        sums = self.memory.sums.iterator.toint() + (mixer * size if plan.buffers > 1 else 0)
-        target, barrier = mail.sums[None, self.place.rank, at].iterator.toint(), mail.barrier(SUMS, at).toint()
-        cute.arch.mbarrier_wait(self.summed.barriers + mixer, i >> 1 & 1)
-        for n in cutlass.range_constexpr(-(-TILE * plan.vectors // WARP)):
-            if cutlass.const_expr((n + 1) * WARP <= TILE * plan.vectors) or n * WARP + lane < TILE * plan.vectors:
-                item = items[n // 4] >> (n % 4 * 8)
-                token, v = Int32(item & 15), Int32(item >> 4 & 15)
-                place = sums + (n * WARP + lane) * 16
-                if cutlass.const_expr(plan.pitch != 4 * plan.vectors):  # the outputs are half of a product's
-                    at = cutlass.select_(v < plan.vectors - STREAMS, v, v + plan.pitch // 4 - plan.vectors)
-                    place = sums + token * (plan.pitch * 4) + at * 16
-                parts = [
-                    [w.bitcast(Float32) for w in load_words(place + w * (TILE * plan.pitch * 4))] for w in range(plan.warps)
-                ]
-                four = [enc.tree(enc.add, [part[e] for part in parts]) for e in range(4)]
-                val.send_four(target + v * 16, barrier, token, four)
+        sums = self.memory.sums[None, 0, 0, i % plan.buffers].iterator.toint()
+        target, barrier = mail.sums[None, self.place.rank, mail.turn(i)].iterator.toint(), mail.barrier(SUMS, i).toint()
+        self.summed.wait_full(i)
+        for item in cutlass.range(lane, TILE * plan.vectors, WARP, unroll=1):
+            token, v = item // plan.vectors, item % plan.vectors
+            place = sums + item * 16
+            if cutlass.const_expr(plan.pitch != 4 * plan.vectors):  # the outputs are half of a product's
+                at = v if v < plan.vectors - STREAMS else v + plan.pitch // 4 - plan.vectors
+                place = sums + token * (plan.pitch * 4) + at * 16
+            parts = [[w.bitcast(Float32) for w in load_words(place + w * (TILE * plan.pitch * 4))] for w in range(plan.warps)]
+            four = [enc.tree(enc.add, [part[e] for part in parts]) for e in range(4)]
+            val.send_four(target + v * 16, barrier, token, four)
         cute.arch.sync_warp()
         if lane == 0:
-            cute.arch.mbarrier_arrive(self.summed.barriers + MIXERS + mixer)
+            cute.arch.mbarrier_arrive(self.summed.empty(i))

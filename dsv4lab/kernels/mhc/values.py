@@ -62,12 +62,6 @@ def store_two_shared(address: Any, pair: list[Any]) -> None:
     cute.arch.inline_ptx("st.shared.v2.f32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, *pair])
 
 
-def over(barrier: Any, phase: Any) -> Any:
-    """1 if an mbarrier's phase of this parity is over, else 0, at once."""
-    code = "{ .reg .pred over; mbarrier.test_wait.parity.shared.b64 over, [{$r0}], {$r1}; selp.u32 {$w0}, 1, 0, over; }"
-    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[barrier.toint(), phase])
-
-
 def _send(form: str, values: str) -> str:
     """To the same place in CTA $r2's shared memory, counted by the mbarrier at $r1 there."""
     return (
