@@ -204,12 +204,16 @@ def test_a_matrix_beside_has_its_place() -> None:
     how: dict[str, Any] = dict(scaled="no", single=True, beside=True)
     for fmt in FORMATS:
         for k in (2048, 3072, 4096, 7168):
-            one, plan = (choose_grouped(fmt, "bf16", 6, 256, k, paired=p, slotted=p, gather=p, **how) for p in (True, False))
+            one, plan = (
+                choose_grouped(fmt, "bf16", 6, 256, 256, k, paired=p, slotted=p, gather=p, **how) for p in (True, False)
+            )
             for config, warps in ((one, 16), (plan, 8)):
                 config.check()
                 assert config.beside and config.warps == warps and config.early == (config is plan)
             if fmt == "nvfp4":
                 assert (one.resident, plan.resident) == (1, 2)
+                assert (one.slabs, one.splits, plan.slabs, plan.splits) == (8, 2, 8, 1)
+    assert choose_grouped("nvfp4", "bf16", 6, 384, 448, 3072, paired=False, slotted=False, gather=False, **how).slabs == 4
     for changed in (dict(requant=True), dict(single=False), dict(scaled="matrix")):
         with pytest.raises(ValueError, match="beside needs a single configuration"):
             replace(plan, **changed).check()
@@ -265,12 +269,12 @@ def test_choices_fit() -> None:
         for num_experts in (8, 256, 384):
             for fmt in ("nvfp4", "mxfp4", "fp8_block", "bf16"):
                 plan = choose_grouped(
-                    fmt, "bf16", rows, num_experts, 7168, paired=True, slotted=True, gather=False, scaled="no"
+                    fmt, "bf16", rows, num_experts, 384, 7168, paired=True, slotted=True, gather=False, scaled="no"
                 )
                 plan.check()
                 assert plan.shared_bytes <= SHARED_BYTES and (plan.tokens, plan.narrow) == grouped_tokens(rows, num_experts)
                 assert plan.room == plan.tokens
-    alone = choose_grouped("nvfp4", "bf16", 6, 256, 7168, paired=True, slotted=True, gather=True, scaled="no", single=True)
+    alone = choose_grouped("nvfp4", "bf16", 6, 256, 384, 7168, paired=True, slotted=True, gather=True, scaled="no", single=True)
     alone.check()
     assert alone.room == 1 and alone.token_bytes == alone.token_pitch  # a tile is one row
 

@@ -129,8 +129,8 @@ def test_few_tokens_take_what_was_measured() -> None:
     """(slabs, cluster) of NVFP4 matrices."""
     for m, n, k, want in (
         (1, 32768, 1024, (8, 1)),
-        (8, 32768, 1024, (8, 1)),
-        (16, 32768, 1024, (8, 1)),
+        (8, 32768, 1024, (16, 1)),
+        (16, 65536, 1536, (16, 1)),
         (1, 65536, 1536, (8, 1)),  # two tiles for a CTA
         (1, 7168, 16384, (2, 1)),
         (8, 7168, 16384, (16, 4)),
@@ -141,6 +141,7 @@ def test_few_tokens_take_what_was_measured() -> None:
         config = choose("nvfp4", "bf16", m, n, k)
         assert (config.slabs, config.cluster) == want
     assert choose("nvfp4", "bf16", 16, 4096, 8192).stages == 6
+    assert choose("nvfp4", "bf16", 4, 32768, 1024).stages == 8  # all of K
 
 
 def test_a_prepared_weight_is_remade_when_the_weight_changes() -> None:

@@ -144,7 +144,7 @@ def test_choices_of_few_tokens_can_quantise() -> None:
         for fmt in ("nvfp4", "mxfp4", "fp8_block", "bf16"):
             replace(choose(fmt, "bf16", rows, 2 * inner, hidden, paired=True), requant=True).check()
             how: dict[str, Any] = dict(paired=True, slotted=True, gather=False, scaled="matrix")
-            replace(choose_grouped(fmt, "bf16", rows * 6, 256, hidden, **how), requant=True).check()
+            replace(choose_grouped(fmt, "bf16", rows * 6, 256, inner // 8, hidden, **how), requant=True).check()
 
 
 def test_bad_input_is_refused() -> None:

@@ -201,6 +201,7 @@ def grouped(
             ELEMENT[out_dtype],
             rows,
             weight.shape[0],
+            weight.slabs,
             padded,
             paired=weight.paired,
             slotted=slots is not None,

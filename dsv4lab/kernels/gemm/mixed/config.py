@@ -317,13 +317,20 @@ def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, 
 def _measured(fmt: str, out: str, m: int, n: int, k: int, scaled: str) -> MixedConfig | None:
     """For one NVFP4 matrix of 6 MB or more, what a sweep on an H200 found better than the rules of `_few`; None elsewhere.
 
-    Few tiles and a long K, from 5 tokens on (Pro wo_b): four CTAs share 256 rows, so that a CTA reads a quarter of the tokens.
+    From 5 tokens on two of 16 slabs a warp, so that tokens are read and sums added up least: with few tiles and a long K (Pro
+    wo_b) four CTAs share them. Fewer tokens, and a tile a CTA: stages as short as still hold all of it (Flash wq_b).
     """
     tokens = 8 if m <= 8 else 16
     tiles = -(-n // (16 * SLAB))
-    chunks = chunks_for(k, 4)
+    wide = MixedConfig(fmt, out, tokens, 16, chunks_for(k, 4), 2, per_warp=2, scaled=scaled)
     if m > 4 and _ENOUGH <= 4 * tiles <= _MULTIPROCESSORS and k >= 128 * TILE:
-        return with_stages(MixedConfig(fmt, out, tokens, 16, chunks, 2, cluster=4, scaled=scaled), SHARED_BYTES)
+        return with_stages(replace(wide, cluster=4), SHARED_BYTES)
+    if tiles < _ENOUGH or k > 24 * TILE:
+        return None
+    if m > 4:
+        return with_stages(wide, SHARED_BYTES)
+    if tiles <= _MULTIPROCESSORS:
+        return with_stages(replace(wide, slabs=8, chunks=chunks_for(k, 2), per_warp=1), HALF_SHARED_BYTES)
     return None
 
 
@@ -365,6 +372,7 @@ def choose_grouped(
     out: str,
     rows: int,
     experts: int,
+    slabs: int,
     k: int,
     *,
     paired: bool,
@@ -374,26 +382,32 @@ def choose_grouped(
     single: bool = False,
     beside: bool = False,
 ) -> MixedConfig:
-    """The configuration of a grouped product of so many rows with as many matrices.
+    """The configuration of a grouped product of so many rows with as many matrices of so many slabs.
 
     slotted: the first product of an expert, which comes right after the list of its tiles. single: tiles are one token's rows;
     few as they are, one CTA of 16 warps on a multiprocessor is then a fifteenth faster for the layer than two of eight. With
-    a matrix beside, the second product has tiles enough for two of eight: the layer takes a twentieth less (H200).
+    a matrix beside, the second product has tiles enough for two of eight: the layer takes a twentieth less (H200). Its tiles
+    have eight slabs, and no sums over warps but of 16, where no CTA has more of them than in tiles of four.
     """
     tokens, narrow = grouped_tokens(rows, experts)
     few = tokens <= FEW
     chunks = chunks_for(k, 8 if few else _chunks(tokens))
     wide = single and (slotted or not beside)
+    of_tile, warps = 4 if few else 8, 16 if wide else 8
+    if single and fmt == "nvfp4":
+        places = _MULTIPROCESSORS * 16 // warps
+        of_tile = min((8, 4), key=lambda s: -(-(-(-slabs // s) * (rows + beside)) // places) * s)
+        chunks = chunks_for(k, warps // 2) if of_tile == 8 else chunks
     return with_stages(
         MixedConfig(
             fmt,
             out,
             tokens,
-            4 if few else 8,
+            of_tile,
             chunks,
             2,
             narrow,
-            splits=min(4 if wide else 2, chunks) if few else 1,
+            splits=min(warps // of_tile, chunks) if few else 1,
             grouped=True,
             single=single,
             beside=beside,
