@@ -5,7 +5,7 @@
 
 Every `--run` is an output folder of `training.train_nano`, in the order in which they were trained, each one resuming from
 the one before; the last one's weights are exported. Writes `dsv4lab/data/nano.tar.xz` (replaced in one step), and
-`training/record.json` with `training/curve.png`. `--shipped` exports the weights that are in the package again, and leaves
+`training/record.json.gz` with `training/curve.png`. `--shipped` exports the weights that are in the package again, and leaves
 record and curve.
 
 What stays in float32 or BF16 loses the last bits of its mantissas (`KEPT_BITS`), which are noise of the training: no compressor
@@ -15,6 +15,7 @@ makes them smaller, and they were a sixth of the archive. Names and dtypes are t
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import re
 import tempfile
@@ -50,7 +51,7 @@ KEPT_BITS = {
     r"^head\.weight$": 4,
 }
 _PATTERNS = {torch.float32: (torch.int32, 23), torch.bfloat16: (torch.int16, 7)}  # the integer of its width, mantissa bits
-RECORD = Path(__file__).with_name("record.json")
+RECORD = Path(__file__).with_name("record.json.gz")
 CURVE = Path(__file__).with_name("curve.png")
 
 
@@ -140,6 +141,17 @@ def training_record(runs: list[Path], data: Path) -> dict[str, Any]:
     }
 
 
+def read_record() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(gzip.decompress(RECORD.read_bytes()))
+    return found
+
+
+def write_record(record: dict[str, Any]) -> None:
+    """The same record gives the same bytes."""
+    text = json.dumps(record, separators=(",", ":"), ensure_ascii=False) + "\n"
+    RECORD.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
 def curve_points(record: dict[str, Any]) -> tuple[list[list[float]], list[list[float]]]:
     """([tokens, training loss] rows, [tokens, held-out loss in float32] rows) over all runs, tokens counted through."""
     training, held_out, seen = [], [], 0
@@ -187,7 +199,7 @@ def main() -> None:
         print(f"{args.out}: {args.out.stat().st_size} bytes, {size} unpacked")
         return
     record = training_record(args.run, args.data)
-    RECORD.write_text(json.dumps(record, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
+    write_record(record)
     draw_curve(record, CURVE)
     print(f"{args.out}: {args.out.stat().st_size} bytes, {size} unpacked")
     print(f"{RECORD}: {RECORD.stat().st_size} bytes; {CURVE}: {CURVE.stat().st_size} bytes")

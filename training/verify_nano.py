@@ -1,4 +1,4 @@
-"""Measure the shipped nano model through dsv4lab itself and add the figures to `training/record.json`.
+"""Measure the shipped nano model through dsv4lab itself and add the figures to `training/record.json.gz`.
 
     python -m training.verify_nano --run LAST_OUT
     python -m training.verify_nano --before ARCHIVE
@@ -34,7 +34,7 @@ from dsv4lab.lab.perplexity import (
 )
 from dsv4lab.model.checkpoint import convert_items, quantize_checkpoint, write_checkpoint
 from training.evaluate import PROMPTS
-from training.export_nano import RECORD
+from training.export_nano import read_record, write_record
 
 MAX_DRAFTS = 3
 CONTEXT = 64  # tokens of each held-out file that generation continues
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("held_out", "generation"), help="leave the other part of the record as it is")
     args = parser.parse_args()
     state = load_file(args.run / "state.safetensors") if args.run else None
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    record = read_record()
     measured = record.setdefault("measured_with_dsv4lab", {})
     if args.only != "generation":
         found = measure_formats(state, args.before, args.windows, args.length)
@@ -124,7 +124,7 @@ def main() -> None:
         measured["held_out"] = found
     if args.only != "held_out":
         measured["generation"] = measure_generation(args.new_tokens)
-    RECORD.write_text(json.dumps(record, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
+    write_record(record)
 
 
 if __name__ == "__main__":
