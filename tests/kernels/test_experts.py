@@ -119,16 +119,22 @@ def test_a_token_alone_and_none_at_all() -> None:
 
 
 # ---- with the shared expert --------------------------------------------------------------------------------------------
-def same_sums(*args: Any, **how: Any) -> MixedConfig:
-    """A linear's choice, but with sums in the order of a token's products with the shared expert."""
-    config = choose(*args, **how)
-    return replace(config, slabs=2, splits=min(4 if config.paired else 2, config.chunks), per_warp=1, cluster=1)
+def sums_beside(fmt: str, slabs: int, k: int, paired: bool) -> int:
+    """Warps that share K, which is what the order of sums depends on, in a token's products with the shared expert."""
+    how: dict[str, Any] = dict(paired=paired, slotted=paired, gather=paired, scaled="no", single=True, beside=True)
+    return choose_grouped(fmt, "bf16", 6, 16, slabs, k, **how).splits
 
 
-def same_grouped_sums(*args: Any, **how: Any) -> MixedConfig:
+def same_sums(fmt: str, out: str, m: int, n: int, k: int, **how: Any) -> MixedConfig:
+    """A linear's choice, but with those sums."""
+    config = choose(fmt, out, m, n, k, **how)
+    return replace(config, slabs=2, splits=sums_beside(fmt, -(-n // 16), k, config.paired), per_warp=1, cluster=1)
+
+
+def same_grouped_sums(fmt: str, out: str, rows: int, experts: int, slabs: int, k: int, **how: Any) -> MixedConfig:
     """Likewise a grouped product's, which is that of `beside` as it is."""
-    config = choose_grouped(*args, **how)
-    return replace(config, splits=min(4 if config.paired else 2, config.chunks))
+    config = choose_grouped(fmt, out, rows, experts, slabs, k, **how)
+    return replace(config, slabs=4, splits=sums_beside(fmt, slabs, k, config.paired))
 
 
 def first(stacks: Three) -> Three:
