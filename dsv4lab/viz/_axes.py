@@ -8,8 +8,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter
 
 from dsv4lab.viz._palette import INK, hue
 
@@ -121,3 +122,11 @@ def place_labels(
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
     """Shared area of two boxes (x0, y0, x1, y1)."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def label_log(axis: Axis, least: float, most: float) -> None:
+    """Ticks of a logarithmic axis that are labelled once each: 1, 2 and 5 of a decade where there are few decades."""
+    if most / least < 30:  # less than a decade and a half: one labelled tick would be too few
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda v, _: f"{v:g}")
+    axis.set_minor_formatter(NullFormatter())

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dsv4lab.viz._arrays import as_series, require_finite
-from dsv4lab.viz._axes import one_axes
+from dsv4lab.viz._axes import label_log, one_axes
 from dsv4lab.viz._palette import dash, hue
 
 _TAIL = 1e-3  # this share of the smallest errors goes into the first bin, so that one of them cannot stretch the axis
@@ -61,6 +61,7 @@ def plot_error_histogram(
             top_label = f"max {values.max():.2g}"
             ax.plot(values.max(), 0, marker="v", color=hue(i), clip_on=False, linestyle="none", label=top_label)
     ax.set_xscale("log")
+    label_log(ax.xaxis, edges[0], edges[-1])
     kind = "relative error (no unit)" if relative else f"absolute error ({unit or 'units of the value'})"
     ax.set(xlabel=kind, ylabel="share of values per bin (%)")
     ax.set_ylim(bottom=0)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from dsv4lab.viz._arrays import as_array, require_finite
-from dsv4lab.viz._axes import one_axes
+from dsv4lab.viz._axes import label_log, one_axes
 from dsv4lab.viz._palette import BLUE, INK, VERMILION
 
 
@@ -62,10 +61,7 @@ def plot_predicted(
     if log:
         ax.set_xscale("log")
         every = np.concatenate([want, got, np.array(list(limit.values()))])
-        if every.max() / every.min() < 30:  # less than a decade and a half: one labelled tick would be too few
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        label_log(ax.xaxis, every.min(), every.max())
         ax.margins(x=0.06)
     else:
         ax.set_xlim(left=0)
