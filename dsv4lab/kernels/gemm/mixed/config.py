@@ -386,8 +386,8 @@ def choose_grouped(
 
     slotted: the first product of an expert, which comes right after the list of its tiles. single: tiles are one token's rows;
     few as they are, one CTA of 16 warps on a multiprocessor is then a fifteenth faster for the layer than two of eight. With
-    a matrix beside, the second product has tiles enough for two of eight: the layer takes a twentieth less (H200). Its tiles
-    have eight slabs, and no sums over warps but of 16, where no CTA has more of them than in tiles of four.
+    a matrix beside, the second product has tiles enough for two of eight: the layer takes a twentieth less (H200). Tiles of
+    eight slabs have sums over half as many warps; they are taken where no CTA has more slabs then than in tiles of four.
     """
     tokens, narrow = grouped_tokens(rows, experts)
     few = tokens <= FEW
