@@ -11,7 +11,7 @@ from pathlib import Path
 from dsv4lab.lab.baselines import Row
 from dsv4lab.lab.files import write_atomically
 
-CASE = ("device", "benchmark", "shape", "format", "m")  # fields that say what a row measured
+CASE = ("device", "benchmark", "shape", "format", "m", "k")  # fields that say what a row measured
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

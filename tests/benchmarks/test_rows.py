@@ -68,10 +68,16 @@ def test_compressed_bytes_depend_on_the_rows_alone(tmp_path: Path, monkeypatch: 
 
 def test_the_newest_row_of_a_case_stands_where_the_first_stood() -> None:
     old = [row(m=1, us=9.0), row(m=3, us=8.0, date="2026-12-24"), row(m=5, us=7.0)]
-    new = [row(m=8, us=6.0), row(m=3, us=5.0, date="2026-12-23"), row(m=1, us=4.0, k=64), row(m=5, us=None, reason="failed")]
+    new = [row(m=8, us=6.0), row(m=3, us=5.0, date="2026-12-23"), row(m=1, us=4.0, n=64), row(m=5, us=None, reason="failed")]
     found = rows.merged(old, new)
     assert [(one["m"], one["us"]) for one in found] == [(1, 4.0), (3, 8.0), (5, None), (8, 6.0)]
-    for field, other in (("device", "NVIDIA H100"), ("benchmark", "experts"), ("shape", "pro wq_b"), ("format", "bf16")):
+    for field, other in (
+        ("device", "NVIDIA H100"),
+        ("benchmark", "experts"),
+        ("shape", "pro wq_b"),
+        ("format", "bf16"),
+        ("k", 7168),
+    ):
         assert len(rows.merged([row()], [row(**{"suite" if field == "benchmark" else field: other})])) == 2, field
 
 
