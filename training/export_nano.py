@@ -34,6 +34,7 @@ import dsv4lab
 from dsv4lab import shipped
 from dsv4lab.config import ModelConfig
 from dsv4lab.formats import PackedWeight
+from dsv4lab.lab.files import write_atomically
 from dsv4lab.model.checkpoint import convert_items, open_checkpoint, write_checkpoint
 from training.tokenizer import BOS, EOS, PAD
 
@@ -147,9 +148,9 @@ def read_record() -> dict[str, Any]:
 
 
 def write_record(record: dict[str, Any]) -> None:
-    """The same record gives the same bytes."""
+    """Whole or not at all; the same record gives the same bytes."""
     text = json.dumps(record, separators=(",", ":"), ensure_ascii=False) + "\n"
-    RECORD.write_bytes(gzip.compress(text.encode(), mtime=0))
+    write_atomically(RECORD, gzip.compress(text.encode(), mtime=0))
 
 
 def curve_points(record: dict[str, Any]) -> tuple[list[list[float]], list[list[float]]]:
