@@ -1,7 +1,7 @@
 """The gathering warps: keys of every block, found by index, made BF16 and laid out for the tensor cores.
 
-A stage holds a block: eight column tiles of 64 keys by 64 dims, rows of 128 bytes in the 128-byte swizzle, so that one tile is
-both the K-major operand of Q K^T and the MN-major operand of P V. It is filled by halves, four tiles each.
+A stage holds a block by halves of the dims, each half by groups of eight keys, a group as four tiles of 64 dims: eight rows of 128
+bytes in the 128-byte swizzle. So the same bytes are the K-major operand of Q K^T and the MN-major operand of P V.
 
 Packed records, where no pair of CTAs decodes them (`pair`): a warp has 8 keys of a block; four lanes have a key, each 16 dims
 of every tile. A whole block is in flight while the one before it is decoded: the left half and all scales by `cp.async` into
@@ -28,13 +28,22 @@ from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import GATHER_WARPS, HALVES, KEYS, TILE, TILES
 from dsv4lab.kernels.attention.core.decode import CODE_WORDS, SCALE_WORDS, decode, factors
 
-TILE_BYTES = KEYS * TILE * 2
-STAGE_BYTES = TILES * TILE_BYTES
+GROUP = 8  # keys that are next to each other in every tile
+ROW_BYTES = TILE * 2
+TILE_BYTES = GROUP * ROW_BYTES
+GROUP_BYTES = TILES // HALVES * TILE_BYTES  # of half the dims
+HALF_BYTES = KEYS // GROUP * GROUP_BYTES
+STAGE_BYTES = HALVES * HALF_BYTES
 _KEYS = KEYS // GATHER_WARPS  # of a block that a warp has: four lanes have one
 _HALF_TILES = TILES // HALVES
 _EARLY = 1  # tiles that are decoded before there is a place for them: 1-2 % faster than none; two spill
 _CODED = TILES - 1  # tiles of codes; the last one is rotary, in BF16
 _LANES = GATHER_WARPS * 32
+
+
+def row_place(row: Any) -> Any:
+    """Where the row of a key begins in the first tile of a half."""
+    return row // GROUP * GROUP_BYTES + row % GROUP * ROW_BYTES
 
 
 def packed_words(record: str) -> int:
@@ -105,12 +114,12 @@ class Gather:
         if lane < _KEYS:
             work.copy_finds(query, seq, near, place + 2 * KEYS, finds, KEYS * 4)
         cute.arch.cp_async_commit_group()
-        row_bytes = row * (TILE * 2)
+        begin = row_place(row)
         chunk = (2 * part ^ token) * 16  # of this lane's dims in a swizzled row; the next one's is 16 bytes away, by bit 4
         for j in cutlass.range(blocks, unroll=1):
             stage = j % 2
             free = (phases >> stage) & 1 ^ 1
-            target = self.stages + stage * STAGE_BYTES + row_bytes
+            target = self.stages + stage * STAGE_BYTES + begin
             bits = Uint32(cute.arch.vote_ballot_sync(there))
 
             cute.arch.cp_async_wait_group(0)
@@ -139,7 +148,7 @@ class Gather:
             cute.arch.cp_async_commit_group()
 
             cute.arch.mbarrier_wait(self.empty + 2 * stage + 1, free)
-            target = target + _HALF_TILES * TILE_BYTES
+            target = target + HALF_BYTES
             for t in cutlass.range_constexpr(_HALF_TILES - 1):
                 pairs = decode(record, [right[i, t] for i in range(codes)], gains[_HALF_TILES + t])
                 _store(target + t * TILE_BYTES, chunk, pairs)
@@ -192,12 +201,12 @@ class Gather:
             pages = [work.page(seq, index[s]) for s in range(sets)]
             for h in cutlass.range_constexpr(HALVES):
                 cute.arch.mbarrier_wait(self.empty + 2 * stage + h, free)
-                target = self.stages + stage * STAGE_BYTES + h * _HALF_TILES * TILE_BYTES
+                target = self.stages + stage * STAGE_BYTES + h * HALF_BYTES
                 for s in cutlass.range_constexpr(sets):
                     at = row + 4 * s
-                    swizzled = at * (TILE * 2) + (chunk ^ at % 8) * 16
+                    swizzled = row_place(at) + (chunk ^ at % GROUP) * 16
                     for t in cutlass.range_constexpr(_HALF_TILES):
-                        source = data[s] + (h * _HALF_TILES + t) * (TILE * 2) + chunk * 16
+                        source = data[s] + (h * _HALF_TILES + t) * ROW_BYTES + chunk * 16
                         copy_or_zeros(target + t * TILE_BYTES + swizzled, source, size[s], 16)
                 cute.arch.cp_async_mbarrier_arrive_noinc(self.full + 2 * stage + h)
                 if cutlass.const_expr(h == 0):

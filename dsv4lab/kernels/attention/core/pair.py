@@ -24,9 +24,18 @@ from cutlass import Int32, Uint32
 
 from dsv4lab.kernels._common.ptx import store_words
 from dsv4lab.kernels.attention.core import ptx
-from dsv4lab.kernels.attention.core.config import GATHER_WARPS, HALVES, KEYS, STAGES, TILE, TILES
+from dsv4lab.kernels.attention.core.config import GATHER_WARPS, HALVES, KEYS, STAGES, TILES
 from dsv4lab.kernels.attention.core.decode import CODE_WORDS, SCALE_WORDS, decode, factors
-from dsv4lab.kernels.attention.core.gather import STAGE_BYTES, TILE_BYTES, copy_codes, load_words_into, read_scales
+from dsv4lab.kernels.attention.core.gather import (
+    GROUP,
+    HALF_BYTES,
+    STAGE_BYTES,
+    TILE_BYTES,
+    copy_codes,
+    load_words_into,
+    read_scales,
+    row_place,
+)
 
 _ROWS = KEYS // 2  # of a block that a CTA decodes
 _KEYS = _ROWS // GATHER_WARPS  # of a warp: eight lanes have one
@@ -99,7 +108,7 @@ class PairGather:
             work.copy_finds(query, seq, near, place + 2 * KEYS, finds, 4)
         cute.arch.cp_async_commit_group()
         self._load_rotary(data, there, part, rotary)
-        target = self.stages + row * (TILE * 2) + (part ^ row % 8) * 16  # of this lane's dims in a swizzled row
+        target = self.stages + row_place(row) + (part ^ row % GROUP) * 16  # of this lane's dims in a swizzled row
         for j in cutlass.range(blocks, unroll=1):
             stage = j % 2
             free = (phases >> stage) & 1 ^ 1
@@ -124,9 +133,10 @@ class PairGather:
             for h in cutlass.range_constexpr(HALVES):
                 cute.arch.mbarrier_wait(self.empty + 2 * stage + h, free)
                 full = self.full + 2 * stage + h
-                for t in cutlass.range_constexpr(_HALF_TILES * h, _HALF_TILES * (h + 1)):
+                for i in cutlass.range_constexpr(_HALF_TILES):
+                    t = h * _HALF_TILES + i
                     words = ready[t] if t < _CODED else [rotary[i] for i in range(4)]
-                    at = target + stage * STAGE_BYTES + t * TILE_BYTES
+                    at = target + stage * STAGE_BYTES + h * HALF_BYTES + i * TILE_BYTES
                     ptx.send(at + self.peer, words, full.toint() + self.peer)
                     store_words(at, words)
                 if cutlass.const_expr(h == 0):

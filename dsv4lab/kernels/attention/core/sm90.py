@@ -55,7 +55,7 @@ from dsv4lab.kernels.attention.core.config import (
     AttentionConfig,
 )
 from dsv4lab.kernels.attention.core.consume import Consume
-from dsv4lab.kernels.attention.core.gather import Gather, packed_words
+from dsv4lab.kernels.attention.core.gather import GROUP, Gather, packed_words
 from dsv4lab.kernels.attention.core.pair import PairGather
 from dsv4lab.kernels.attention.core.pair import packed_words as pair_words
 from dsv4lab.kernels.attention.core.work import Work
@@ -168,17 +168,20 @@ class AttentionSm90:
         sums = memory.allocate_tensor(Float32, cute.make_layout((2, 2, ROWS), stride=(2 * ROWS, ROWS, 1)))
         tiles = [
             hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (ROWS, KEYS, TILE), BFloat16, count)
-            for count in (TILES, STAGES * TILES, STAGES)
+            for count in (TILES, STAGES)
         ]
-        shared_q, shared_k, shared_p = (
-            memory.allocate_tensor(BFloat16, tile.outer, byte_alignment=1024, swizzle=tile.inner) for tile in tiles
-        )
+        swizzle = tiles[0].inner
+        shared_q, shared_p = (memory.allocate_tensor(BFloat16, t.outer, byte_alignment=1024, swizzle=swizzle) for t in tiles)
+        # Keys as `gather` has them: (key, dim, tile of a half of a stage); the same with dims as the product's N.
+        group, half = TILE * GROUP * _HALF // TILE, KEYS * _HALF
+        shape_k = ((GROUP, KEYS // GROUP), (TILE, 1), (_HALF // TILE, STAGES * HALVES))
+        by_key = cute.make_layout(shape_k, stride=((TILE, group), (1, 0), (GROUP * TILE, half)))
+        shared_k = memory.allocate_tensor(BFloat16, by_key, byte_alignment=1024, swizzle=swizzle)
+        shape_v = ((TILE, _HALF // TILE), (GROUP, KEYS // GROUP), STAGES * HALVES)
+        by_dim = cute.make_layout(shape_v, stride=((1, GROUP * TILE), (TILE, group), half))
+        shared_v = cute.make_tensor(shared_k.iterator, by_dim)
         words = pair_words(plan.record) if plan.pair else packed_words(plan.record)
         packed = memory.allocate_array(Uint32, max(words, 1))
-        # The same keys with dims as the product's N: (dim, key, half of a stage), eight keys of 64 dims in 1024 bytes.
-        shape = ((TILE, _HALF // TILE), (8, KEYS // 8), STAGES * HALVES)
-        stride = ((1, KEYS * TILE), (TILE, 8 * TILE), KEYS * _HALF)
-        shared_v = cute.make_tensor(shared_k.iterator, cute.make_layout(shape, stride=stride))
 
         rank, peer = Int32(0), Int32(0)
         if cutlass.const_expr(plan.pair):
