@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.cache.plan import KeyPlan
-from dsv4lab.kernels.cache.unpack.api import unpack_keys
+from dsv4lab.kernels.cache.unpack.api import line_up_keys, unpack_keys
 from dsv4lab.kernels.cache.unpack.config import UnpackConfig
 from dsv4lab.records import allocate_kv_pages
 from dsv4lab.reference.cache import cache_read
@@ -48,8 +49,10 @@ def make_scene(
     )
     width = max(last + 1 for _, last in spans.values()) // how["ratio"] // how["entry_page"] + 2
     common = dict(dim=DIM, rope_dim=ROPE_DIM, dtype=BF16, device="cpu")
-    window = allocate_kv_pages(record, num_pages=rings * 3, page_size=4, **common).random_(0, 256, generator=g)
-    far = allocate_kv_pages(record, num_pages=rings * width + 1, page_size=3, **common).random_(0, 256, generator=g)
+    window = allocate_kv_pages(record, num_pages=rings * 3, page_size=4, **common)
+    far = allocate_kv_pages(record, num_pages=rings * width + 1, page_size=3, **common)
+    for pages in (window, far):
+        pages.view(torch.uint8).random_(0, 256, generator=g)
     table = torch.randperm(rings * width, generator=g).int().view(rings, width)
     table[:, :shared] = table[0, :shared]
     table[:, -1] = -1
@@ -63,12 +66,12 @@ def make_scene(
 
 
 def simulated(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, ctas: int = 2, **how: Any
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, ctas: int = 2, function: Callable[..., Any] = unpack_keys, **how: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     sim.enable("sm_90a", multiprocessors=ctas)
     with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")), monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", lambda *shape, **of: torch.full(shape, UNTOUCHED, **of))
-        return unpack_keys(*scene.args, **scene.how)
+        patch.setattr(torch, "empty", lambda *shape, dtype, **of: torch.full(shape, int(UNTOUCHED), dtype=dtype, **of))
+        return function(*scene.args, **scene.how)
 
 
 def expected(scene: Scene) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -109,6 +112,35 @@ def check(scene: Scene, found: tuple[torch.Tensor, torch.Tensor | None]) -> None
             assert not wrong, f"{len(wrong)} records differ, first at page and place {wrong[0]}"
 
 
+def check_line(scene: Scene, found: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Every sequence's tokens and entries, each followed by zeros, all rows of others as they were."""
+    rows, places = (t.cpu() for t in found)
+    window, far, table, positions, seq_idx = (None if a is None else a.cpu() for a in scene.args)
+    how = scene.how
+    ring_len, size = how["ring_len"], how["entry_page"]
+    read = dict(record=how["record"], dim=DIM, rope_dim=ROPE_DIM)
+    want, taken = torch.full_like(rows, UNTOUCHED), 0
+    for s in sorted(seq_idx.unique().tolist()):
+        at = positions[seq_idx == s]
+        last = int(at.max())
+        tokens = torch.arange(max(int(at.min()) - how["window"] + 1, last - ring_len + 1, 0), last + 1)
+        entries = torch.arange(0 if far is None else (last + 1) // how["ratio"])
+        far_row = taken + -(-(len(tokens) + 7) // 8) * 8
+        assert places[s].tolist() == [taken, int(tokens[0]), far_row, len(entries)]
+        end = far_row + -(-len(entries) // 8) * 8
+        want[taken:end] = 0
+        want[taken : taken + len(tokens)] = cache_read(window, s * ring_len + tokens % ring_len, page_size=4, **read).to(BF16)
+        if len(entries):
+            page = table[s, entries // size].long()
+            keys = cache_read(far, page.clamp(min=0) * size + entries % size, page_size=size, **read).to(BF16)
+            want[far_row : far_row + len(entries)] = torch.where(page[:, None] >= 0, keys, 0)
+        taken = end
+    assert taken <= rows.shape[0]
+    same = (rows.view(torch.int16) == want.view(torch.int16)) | (rows.isnan() & want.isnan())
+    wrong = (~same.all(-1)).nonzero().flatten().tolist()
+    assert not wrong, f"{len(wrong)} rows differ, first {wrong[0]}"
+
+
 # ---- in the simulator --------------------------------------------------------------------------------------------------
 SCENES = [
     # a sequence from its first token; one that goes round its ring; one without queries
@@ -128,6 +160,15 @@ def test_what_is_seen_is_unpacked_and_nothing_else(
     scene = make_scene(record, **what)
     found = simulated(scene, monkeypatch, schedule=schedule, checks=sim.Checks(races=True))
     check(scene, found)
+
+
+@pytest.mark.parametrize(("record", "what", "schedule"), [*SCENES, ("plain", SCENES[4][1], "lazy")])
+def test_keys_in_line(record: str, what: dict[str, Any], schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = make_scene(record, **what)
+    how: dict[str, Any] = dict(function=line_up_keys, schedule=schedule, checks=sim.Checks(races=True))
+    check_line(scene, simulated(scene, monkeypatch, **how))
+    scene.args[2][0, :2] = -1
+    check_line(scene, simulated(scene, monkeypatch, **how))
 
 
 def test_pages_that_are_none_are_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +236,7 @@ def test_unpacking_on_the_gpu(record: str, seed: int) -> None:
         scene = make_scene(record, seed=seed, **what)
         scene.args = tuple(None if a is None else a.cuda() for a in scene.args)
         found = unpack_keys(*scene.args, **scene.how)
+        check_line(scene, line_up_keys(*scene.args, **scene.how))
         for got, want in zip(found, expected(scene), strict=True):
             if got is not None and want is not None:
                 there = (want != UNTOUCHED).any(-1)

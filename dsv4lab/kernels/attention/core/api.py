@@ -19,9 +19,10 @@ from dsv4lab.kernels.attention.core.config import (
     divide,
     merges,
     pairs,
+    shares,
     unpacks,
 )
-from dsv4lab.kernels.cache.unpack.api import unpack_keys
+from dsv4lab.kernels.cache.unpack.api import line_up_keys, unpack_keys
 
 ARCHITECTURES = ("sm_90a",)
 _LOG2_E = 1.4426950408889634
@@ -49,6 +50,7 @@ def attention(
     unpack: bool | None = None,
     pair: bool | None = None,
     merge: bool | None = None,
+    share: bool | None = None,
 ) -> torch.Tensor:
     """Attend from every query to its window and its compressed entries.
 
@@ -62,6 +64,9 @@ def attention(
     pair: whether two CTAs share the work of decoding keys, by default as `config.pairs` has it; results are the same bits.
     merge: whether the parts of a query meet in a cluster of CTAs or in a second kernel, by default as `config.divide` has it,
     and of as many parts as are asked for, where a cluster holds them; results are the same bits.
+    share: whether two CTAs, of two tiles of heads or two queries, have keys together, which a kernel before this one puts in
+    line; not where entries are chosen, nor with parts. By default as `config.shares` has it where none of the above is given.
+    Sums are in another order.
     Raises ValueError on shapes, TypeError on dtypes. Source: `reference.attention.attention`.
     """
     m, heads = q.shape[:2]
@@ -76,14 +81,10 @@ def attention(
     entries = topk_indices.shape[1] if topk_indices is not None else block_table.shape[1] * entry_page
     if kind != "window" and not entries:
         kind, entry_pages, topk_indices = "window", None, None
-    division = divide(
-        m,
-        heads,
-        capacity(kind, window, entries),
-        runtime.multiprocessors,
-        paired=pairs(heads, record, runtime.multiprocessors) if pair is None else pair,
-        clusters=runtime.clusters,
-    )
+    multiprocessors = runtime.multiprocessors
+    keys = capacity(kind, window, entries)
+    decoding = pairs(heads, record, multiprocessors) if pair is None else pair
+    division = divide(m, heads, keys, multiprocessors, paired=decoding, clusters=runtime.clusters)
     count = division.parts if parts is None else parts
     if count < 1:
         raise ValueError(f"parts must be at least 1, got {parts}")
@@ -91,38 +92,33 @@ def attention(
     config.check()
     near = _bytes("window_pages", window_pages, config, window_page)
     far = None if entry_pages is None else _bytes("entry_pages", entry_pages, config, entry_page)
+    tokens, held = near.shape[0] * window_page, 0 if far is None else far.shape[0] * entry_page
+    reach = 0 if far is None else block_table.shape[1] * entry_page  # of a sequence
+    sizes = dict(rings=tokens // ring_len, window=window, tokens=tokens)
+    if share is None:
+        free = unpack is None and pair is None and merge is None and count == 1
+        share = free and shares(division, record, kind, keys, **sizes, entries=reach)
     if unpack is None:
-        tokens, held = near.shape[0] * window_page, 0 if far is None else far.shape[0] * entry_page
-        unpack = unpacks(
-            division,
-            record,
-            capacity(kind, window, entries),
-            rings=tokens // ring_len,
-            window=window,
-            tokens=tokens,
-            entries=min(held, min(m, block_table.shape[0]) * block_table.shape[1] * entry_page),
-        )
-    if unpack and record != "plain":
-        plain, plain_far = unpack_keys(
-            near,
-            far,
-            block_table,
-            positions,
-            seq_idx,
-            window=window,
-            ring_len=ring_len,
-            ratio=max(ratio, 1),  # 0 of a layer that has no entries
-            record=record,
-            window_page=window_page,
-            entry_page=entry_page,
-            dim=DIM,
-            rope_dim=ROPE_DIM,
-        )
+        entries = min(held, min(m, block_table.shape[0]) * reach)
+        unpack = not share and unpacks(division, record, keys, **sizes, entries=entries)
+    table = block_table if kind != "window" else positions.view(torch.int32).view(1, -1)
+    if share or unpack and record != "plain":
+        how: dict[str, Any] = dict(window=window, ring_len=ring_len, ratio=max(ratio, 1))  # 0 of a layer that has no entries
+        how |= dict(record=record, window_page=window_page, entry_page=entry_page, dim=DIM, rope_dim=ROPE_DIM)
+        seen = (window_pages, entry_pages, block_table, positions, seq_idx)
         config = replace(config, record="plain")
-        near = _bytes("window_pages", plain, config, window_page)
-        far = None if plain_far is None else _bytes("entry_pages", plain_far, config, entry_page)
+        if share:
+            if count > 1:
+                raise ValueError(f"share must be false for several parts of a query, got True for {count}")
+            config = replace(config, share="queries" if division.head_tiles % 2 else "tiles")
+            near, table = line_up_keys(*seen, **how)
+            far = None
+        else:
+            plain, plain_far = unpack_keys(*seen, **how)
+            near = _bytes("window_pages", plain, config, window_page)
+            far = None if plain_far is None else _bytes("entry_pages", plain_far, config, entry_page)
     if pair is None:
-        pair = pairs(heads, config.record, runtime.multiprocessors)
+        pair = pairs(heads, config.record, multiprocessors)
     if pair and division.head_tiles % 2:
         raise ValueError(f"pair must be false for an odd number of tiles of heads, got True for {division.head_tiles}")
     config = replace(config, pair=pair)
@@ -139,13 +135,14 @@ def attention(
     partial = sinks.new_empty(count, rows, DIM) if apart else sinks.new_empty(1, 1, DIM)
     lse = sinks.new_empty(count, rows) if apart else sinks.view(1, -1)
     items = division.queries * division.head_tiles * count
+    items += items % config.ctas  # of an odd number of queries, both CTAs have the last
     runtime.call(
         _compiled(config, runtime),
         q.view(rows, DIM),
         sinks,
         near,
-        near if far is None else far,
-        block_table if kind != "window" else nothing.view(1, -1),
+        near.view(torch.uint8) if far is None else far,
+        table,
         positions,
         seq_idx,
         topk_indices if topk_indices is not None else nothing.view(1, -1),
@@ -158,7 +155,7 @@ def attention(
         count,
         division.head_tiles,
         items,
-        items if merge else min(items, runtime.multiprocessors // config.ctas * config.ctas),
+        items if merge else min(items, multiprocessors // config.ctas * config.ctas),
     )
     if apart:
         runtime.call(_compiled_combine(runtime), partial, lse, sinks, flat)
@@ -222,7 +219,9 @@ def _compiled(config: AttentionConfig, runtime: Runtime) -> Callable[..., Any]:
         examples = (
             fake(cutlass.BFloat16, free(), DIM),
             fake(f32, free(), align=4),
-            fake(cutlass.Uint8, free(), config.page_bytes(config.window_page)),
+            fake(cutlass.BFloat16, free(), DIM)
+            if config.share
+            else fake(cutlass.Uint8, free(), config.page_bytes(config.window_page)),
             fake(cutlass.Uint8, free(), free(divisibility=16)),
             fake(i32, free(), free(), align=4),
             fake(i64, free(), align=8),

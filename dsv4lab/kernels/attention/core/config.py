@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dsv4lab.kernels.cache.unpack.config import MAX_SEQS
+from dsv4lab.kernels.cache.unpack.config import MAX_SEQS, rows_in_line
 from dsv4lab.records import KV_RECORDS, kv_record
 
 DIM, ROPE_DIM = 512, 64  # of a head, and of its rotated part: what the tiles are made for
@@ -20,6 +20,7 @@ CLUSTER = 12  # CTAs at most: more than 8, which an H200 allows, and as many as 
 GATHER_WARPS = 8  # two on each scheduler: one would not issue fast enough
 THREADS = 4 * WARPGROUP  # two warpgroups multiply, two gather
 KINDS = ("window", "visible", "chosen")
+SHARES = ("", "tiles", "queries")
 # What `divide` weighs, in microseconds: a block of packed keys; an item's start and end, the launch included; each other part
 # that meets in a cluster; leaving a part in float32 and its share of the kernel that combines; that kernel's launch. For an
 # H200: a sequence with 64 heads and 640 keys takes 35.1 us in one part, 21.3, 18.4, 15.7, 13.8 and 12.3 in clusters of 2, 3, 4,
@@ -30,6 +31,8 @@ _PART_READ_US = ROWS * DIM * 4 / 4.0e6  # of 64 heads at 4 TB/s
 # keys 2.0: measured. A kernel that unpacks takes its launch, a look at all positions, latencies, and bytes at 80 % of a copy's
 # rate: estimates.
 _DECODE_US, _PAIR_DECODE_US, _UNPACK_US, _UNPACK_BYTES = 1.0, 0.4, 6.0, 3.4e6  # the last one a microsecond
+_SHARE_US = 0.5  # of a block of plain keys that two CTAs have together: an estimate
+_LINE_ROWS = 1 << 19  # of keys in line at most: half a GiB
 _SEEN = 0.5  # of a pool's entries: it is made for other sequences, too, and for longer ones
 
 
@@ -38,7 +41,8 @@ class AttentionConfig:
     """record: of the keys, "plain" (BF16), "fp8" or "nvfp4". kind: entries attended besides the window, none ("window"), every
     "visible" one, or those "chosen" by index. window: tokens. window_page, entry_page: records of a page. pair: CTAs are
     clusters of two, which have two tiles of a query's heads and decode half of its keys each. merge: a query's parts are a
-    cluster, which puts them together.
+    cluster, which puts them together. share: CTAs are clusters of two, which have two "tiles" of a query's heads or two
+    neighbouring "queries", and copy half of the keys of either each, from where they are in line; "": they are not.
     """
 
     record: str
@@ -48,11 +52,12 @@ class AttentionConfig:
     entry_page: int = 1
     pair: bool = False
     merge: bool = False
+    share: str = ""
 
     @property
     def ctas(self) -> int:
-        """That have the same keys to decode, each for its tile of heads."""
-        return 2 if self.pair else 1
+        """That have the same keys, each for its tile of heads or its query."""
+        return 2 if self.pair or self.share else 1
 
     @property
     def mask_bytes(self) -> int:
@@ -82,6 +87,10 @@ class AttentionConfig:
         for name, value in (("window", self.window), ("window_page", self.window_page), ("entry_page", self.entry_page)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.share not in SHARES:
+            raise ValueError(f"share must be one of {', '.join(map(repr, SHARES))}, got {self.share!r}")
+        if self.share and (self.record != "plain" or self.kind == "chosen" or self.pair or self.merge):
+            raise ValueError(f"share must be '' but for plain records in line, attended by one CTA, got {self}")
         if self.pair and self.record == "plain":
             raise ValueError("pair must be false for plain records, which are not decoded, got True")
 
@@ -198,3 +207,24 @@ def unpacks(division: Division, record: str, keys: int, *, rings: int, window: i
     records = min(tokens, division.queries + (window - 1) * seqs) + seen
     layout = kv_record(DIM, ROPE_DIM, record)
     return saved > _UNPACK_US + records * (layout.data_bytes + layout.scale_bytes + 2 * DIM) / _UNPACK_BYTES
+
+
+def shares(
+    division: Division, record: str, kind: str, keys: int, *, rings: int, window: int, tokens: int, entries: int
+) -> bool:
+    """Whether two CTAs have their keys together, which a kernel before attention's puts in line: as `unpacks`, of prefill.
+
+    entries: most of a sequence. Not where entries are chosen, since other queries choose others, nor where a query's keys have
+    several parts. Of two tiles of heads, or of two queries where there are at least two.
+    """
+    if kind == "chosen" or division.parts > 1 or not 0 < rings <= MAX_SEQS or division.items < 2:
+        return False
+    seqs = min(rings, division.queries)
+    rows = rows_in_line(division.queries, rings, window=window, tokens=tokens, entries=entries)
+    blocks = -(-keys // KEYS)
+    decode = 0.0 if record == "plain" else _DECODE_US if division.head_tiles % 2 else _PAIR_DECODE_US
+    saved = -(-division.items // division.ctas) * blocks * (_SHARE_US + decode)
+    held = AttentionConfig(record, kind)
+    each = held.data_bytes + held.scale_bytes + 2 * DIM
+    seen = rows - (1 - _SEEN) * seqs * entries
+    return rows <= _LINE_ROWS and saved > _UNPACK_US + seen * each / _UNPACK_BYTES

@@ -212,7 +212,7 @@ class Consume:
         """Half of a stage may be filled again; in a pair each CTA fills the other's, too."""
         cute.arch.sync_warp()
         if lane == 0:
-            if cutlass.const_expr(self.work.plan.pair):
+            if cutlass.const_expr(self.work.plan.ctas == 2):
                 ptx.arrive_there((self.empty + 2 * stage + half).toint() + self.peer)
             cute.arch.mbarrier_arrive(self.empty + 2 * stage + half)
 

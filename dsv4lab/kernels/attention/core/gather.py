@@ -73,6 +73,10 @@ class Gather:
         """That fill a half: of every warp, and of every thread whose copies come to it on their own."""
         return GATHER_WARPS * 33 if self.work.plan.record == "plain" else GATHER_WARPS
 
+    def span(self, query: Any, part: Any) -> tuple[Any, ...]:
+        """What an item attends to."""
+        return self.work.span(query, part)
+
     @cute.jit
     def ahead(self, query: Any, part: Any, warp: Any) -> Any:
         """The index of a lane's first key, asked for before anything else is known of the item."""

@@ -74,6 +74,10 @@ class PairGather:
         """That fill a half, but for bytes that are sent."""
         return GATHER_WARPS
 
+    def span(self, query: Any, part: Any) -> tuple[Any, ...]:
+        """What an item attends to."""
+        return self.work.span(query, part)
+
     @cute.jit
     def ahead(self, query: Any, part: Any, warp: Any) -> Any:
         """The index of a lane's first key, asked for before anything else is known of the item."""
@@ -149,12 +153,8 @@ class PairGather:
 
     @cute.jit
     def leave(self, phases: Any) -> None:
-        """After the last item: wait until the other CTA has done all that it does here. Products of this one have waited for
-        what it writes; so what is left is its arrivals.
-        """
-        for stage in cutlass.range_constexpr(STAGES):
-            for h in cutlass.range_constexpr(HALVES):
-                cute.arch.mbarrier_wait(self.empty + 2 * stage + h, (phases >> stage) & 1 ^ 1)
+        """After the last item."""
+        leave(self.empty, phases)
 
     # ---- from memory ---------------------------------------------------------------------------------------------------
     def _load_rotary(self, data: Any, there: Any, part: Any, rotary: Any) -> None:
@@ -181,3 +181,13 @@ class PairGather:
 def _words(address: Any, codes: int) -> Any:
     """A lane's codes of a tile."""
     return [Uint32(ptx.load_word(address))] if codes == 1 else ptx.load_pair(address)
+
+
+@cute.jit
+def leave(empty: Any, phases: Any) -> None:
+    """After the last item: wait until the other CTA has done all that it does here. Products of this one have waited for what it
+    writes; so what is left is its arrivals.
+    """
+    for stage in cutlass.range_constexpr(STAGES):
+        for h in cutlass.range_constexpr(HALVES):
+            cute.arch.mbarrier_wait(empty + 2 * stage + h, (phases >> stage) & 1 ^ 1)

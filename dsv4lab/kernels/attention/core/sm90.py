@@ -58,6 +58,7 @@ from dsv4lab.kernels.attention.core.consume import Consume
 from dsv4lab.kernels.attention.core.gather import GROUP, Gather, packed_words
 from dsv4lab.kernels.attention.core.pair import PairGather
 from dsv4lab.kernels.attention.core.pair import packed_words as pair_words
+from dsv4lab.kernels.attention.core.shared import Shared
 from dsv4lab.kernels.attention.core.work import Work
 
 _CONSUME_REGISTERS, _GATHER_REGISTERS = 192, 64  # of a thread; it is launched with 128
@@ -103,9 +104,17 @@ class AttentionSm90:
         layout = hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (ROWS, KEYS, TILE), BFloat16, TILES)
         box = cute.slice_(layout, (None, None, 0))
         load_q, tma_q = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), q, box, (ROWS, TILE))
+        load_k, tma_k = load_q, tma_q
+        if cutlass.const_expr(plan.share):
+            group = cute.make_layout((GROUP, (TILE, _HALF // TILE)), stride=(TILE, (1, GROUP * TILE)))
+            group = cute.make_composed_layout(layout.inner, 0, group)
+            multicast = cpasync.CopyBulkTensorTileG2SMulticastOp()
+            load_k, tma_k = cpasync.make_tiled_tma_atom(multicast, window_pages, group, (GROUP, _HALF))
         self.kernel(
             load_q,
             tma_q,
+            load_k,
+            tma_k,
             sinks,
             window_pages,
             entry_pages,
@@ -125,7 +134,7 @@ class AttentionSm90:
         ).launch(
             grid=[ctas, 1, 1],
             block=[THREADS, 1, 1],
-            cluster=[parts * plan.ctas, 1, 1] if plan.merge else [2, 1, 1] if plan.pair else None,
+            cluster=[parts * plan.ctas, 1, 1] if plan.merge else [2, 1, 1] if plan.ctas == 2 else None,
             min_blocks_per_mp=1,
             stream=stream,
             use_pdl=True,
@@ -136,6 +145,8 @@ class AttentionSm90:
         self,
         load_q: Any,
         q: Any,
+        load_k: Any,
+        keys: Any,
         sinks: Any,
         window_pages: Any,
         entry_pages: Any,
@@ -184,7 +195,7 @@ class AttentionSm90:
         packed = memory.allocate_array(Uint32, max(words, 1))
 
         rank, peer = Int32(0), Int32(0)
-        if cutlass.const_expr(plan.pair):
+        if cutlass.const_expr(plan.ctas == 2):
             rank = block % 2
             block, grid, items = block // 2, grid // 2, items // 2
             peer = ptx.to_peer(masks.toint(), cute.arch.block_idx_in_cluster() ^ 1)
@@ -194,6 +205,12 @@ class AttentionSm90:
         work = Work(plan, *pools, ring_len, ratio, parts, head_tiles, rank)
         places = (shared_k.iterator.toint(), packed.toint(), masks.toint())
         gather = PairGather(work, *places, full, empty, peer) if plan.pair else Gather(work, *places, full, empty)
+        if cutlass.const_expr(plan.share):
+            shape = (GROUP, (TILE, _HALF // TILE), KEYS // GROUP, STAGES * HALVES)
+            by_group = cute.make_layout(shape, stride=(TILE, (1, GROUP * TILE), group, half))
+            stages = cute.make_tensor(shared_k.iterator, by_group)
+            gather = Shared(work, load_k, keys, stages, masks.toint(), full, empty)
+            gather.clear(thread)
         if warp == 0:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_init(queries, 1)
@@ -207,20 +224,23 @@ class AttentionSm90:
             cute.arch.mbarrier_init_fence()
         elif warp == _CONSUME_WARPS:
             cpasync.prefetch_descriptor(load_q)
-        if cutlass.const_expr(plan.pair or plan.merge):
+        if cutlass.const_expr(plan.share):
+            cute.arch.cluster_arrive()  # with it, what was cleared
+        elif cutlass.const_expr(plan.pair or plan.merge):
             cute.arch.cluster_arrive_relaxed()
         else:
             cute.arch.barrier(barrier_id=0, number_of_threads=THREADS)
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
-        if cutlass.const_expr(plan.pair or plan.merge):
+        if cutlass.const_expr(plan.ctas == 2 or plan.merge):
             cute.arch.cluster_wait()
 
         if warp >= _CONSUME_WARPS:
             cute.arch.setmaxregister_decrease(_GATHER_REGISTERS)
-            self._gather(
-                gather, load_q, q, shared_q, queries, counts, sinks.shape[0], warp - _CONSUME_WARPS, block, grid, items
-            )
+            if not cutlass.const_expr(plan.share) or warp == _CONSUME_WARPS:
+                self._gather(
+                    gather, load_q, q, shared_q, queries, counts, sinks.shape[0], warp - _CONSUME_WARPS, block, grid, items
+                )
         else:
             cute.arch.setmaxregister_increase(_CONSUME_REGISTERS)
             consume = Consume(
@@ -268,21 +288,21 @@ class AttentionSm90:
         for item in cutlass.range(block, items, grid, unroll=1):
             query, tile, part = gather.work.item(item)
             index = gather.ahead(query, part, warp)
-            span = gather.work.span(query, part)
+            span = gather.span(query, part)
             if warp == 0:
                 cute.arch.mbarrier_wait(queries + 1, phase)
                 source = cute.local_tile(cute.domain_offset((query * heads + tile * ROWS, 0), q), (ROWS, TILE), (0, None))
                 target, source = cpasync.tma_partition(
                     load_q, 0, cute.make_layout(1), cute.group_modes(shared_q, 0, 2), cute.group_modes(source, 0, 2)
                 )
-                size = Int32(ROWS * DIM * 2) if span[5] > 0 else Int32(0)
+                size = Int32(ROWS * DIM * 2) if span[-1] > 0 else Int32(0)
                 with cute.arch.elect_one():
-                    counts[0] = span[5]
+                    counts[0] = span[-1]
                     cute.arch.mbarrier_arrive_and_expect_tx(queries, size)
                 if size > 0:
                     for t in cutlass.range_constexpr(TILES):
                         cute.copy(load_q, source[None, t], target[None, t], tma_bar_ptr=queries)
             phase = phase ^ 1
             phases = gather.item(query, span, index, warp, phases)
-        if cutlass.const_expr(self.plan.pair):
+        if cutlass.const_expr(self.plan.ctas == 2):
             gather.leave(phases)

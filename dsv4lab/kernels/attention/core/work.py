@@ -44,10 +44,13 @@ class Work:
     def item(self, item: Any) -> tuple[Any, Any, Any]:
         """(query, tile of heads, part): parts of a query are neighbours, as are its head tiles, which read the same keys.
 
-        In pairs, an item has two tiles, this CTA's and the other's.
+        In pairs, an item has two tiles, or two queries, this CTA's and the other's; the last query of an odd number is both.
         """
         part, rest = item % self.parts, item // self.parts
-        if cutlass.const_expr(self.plan.pair):
+        if cutlass.const_expr(self.plan.share == "queries"):
+            query = cutlass.min(rest // self.head_tiles * 2 + self.rank, Int32(self.positions.shape[0]) - 1)
+            return query, rest % self.head_tiles, part
+        if cutlass.const_expr(self.plan.ctas == 2):
             tiles = self.head_tiles // 2
             return rest // tiles, rest % tiles * 2 + self.rank, part
         return rest // self.head_tiles, rest % self.head_tiles, part

@@ -9,14 +9,25 @@ from dsv4lab.kernels.cache.plan import WARP, KeyPlan
 WARPS = 32
 THREADS = WARPS * WARP  # of a CTA, one a multiprocessor: each reads all positions, so few large ones; a thread a sequence
 MAX_SEQS = THREADS
+GROUP = 8  # rows that attention copies together, where pools are one row of sequences
+
+
+def rows_in_line(queries: int, rings: int, *, window: int, tokens: int, entries: int) -> int:
+    """Most rows that sequences in line take, known from sizes alone. tokens: places of all rings; entries: most of a sequence."""
+    seqs = min(rings, queries)
+    near = min(tokens, queries + (window - 1) * seqs) + 2 * (GROUP - 1) * seqs
+    return near + seqs * (-(-entries // GROUP) * GROUP)
 
 
 @dataclass(frozen=True)
 class UnpackConfig:
-    """window, entries: the keys of either pool, packed ones of equal records; entries None where there are none."""
+    """window, entries: the keys of either pool, packed ones of equal records; entries None where there are none. line: rows stand
+    one sequence after another; then they may be plain ones.
+    """
 
     window: KeyPlan
     entries: KeyPlan | None
+    line: bool = False
 
     def check(self) -> None:
         """Raises ValueError naming the choice that cannot be."""
@@ -24,7 +35,7 @@ class UnpackConfig:
             if key is None:
                 continue
             key.check()
-            if key.kind != "kv" or key.record == "plain":
+            if key.kind != "kv" or key.record == "plain" and not self.line:
                 raise ValueError(f"{name} must be packed kv keys, got {key.kind} keys as {key.record!r}")
             if (key.record, key.dim) != (self.window.record, self.window.dim):
                 raise ValueError(

@@ -3,7 +3,9 @@
     sequence s, its queries at positions a .. b:   tokens (a - window, b] of its ring,   entries [0, (b + 1) / ratio)
 
 Plain pools have the packed ones' pages in the same order, so block tables hold for both; what nobody sees is neither read nor
-written. Code times scale has at most 6 significant bits: BF16 keys are the reference's float32 ones.
+written. Or rows stand in `line`, sequence after sequence: its tokens in the order of their positions, at least 7 rows of zeros,
+its entries, zeros; either part begins at a multiple of 8, and a table says where. So 8 rows from any token or from every eighth
+entry on are numbers. Code times scale has at most 6 significant bits: BF16 keys are the reference's float32 ones.
 
 1. Every CTA, 1024 threads, finds the sequences' least and greatest positions in shared memory: a warp's 32 queries are of one
    sequence as a rule, then one lane speaks for them.
@@ -28,7 +30,7 @@ from cutlass.memory import SmemAllocator
 from dsv4lab.kernels.cache.memory import put_words
 from dsv4lab.kernels.cache.plan import WARP
 from dsv4lab.kernels.cache.record import FOUR, SPAN, StoredKey
-from dsv4lab.kernels.cache.unpack.config import MAX_SEQS, THREADS, WARPS, UnpackConfig
+from dsv4lab.kernels.cache.unpack.config import GROUP, MAX_SEQS, THREADS, WARPS, UnpackConfig
 from dsv4lab.kernels.quant.rows import encode as enc
 
 _SCAN = 4  # queries of a thread that are read at once
@@ -43,6 +45,7 @@ class UnpackKeys:
         config.check()
         self.window = StoredKey(config.window)
         self.entries: Any = None if config.entries is None else StoredKey(config.entries)
+        self.line = config.line
         self.row_bytes = 2 * config.window.dim
 
     @cute.jit
@@ -55,6 +58,7 @@ class UnpackKeys:
         seq_idx: Any,
         window_out: Any,
         entry_out: Any,
+        places: Any,
         window: Int32,
         ring_len: Int32,
         ratio: Int32,
@@ -62,10 +66,11 @@ class UnpackKeys:
         stream: Any,
     ) -> None:
         """Pages (P, page_bytes) u8, P > 0; table (sequences, pages) i32; positions, seq_idx (M,) i64, M > 0 -> pools as
-        (slots, dim) bf16. Without entries their arguments may be anything.
+        (slots, dim) bf16; in line all rows in the first, and places (rings, 4) i32: the row of the first token, its position,
+        the row of the first entry, the number of entries. What the configuration does not have may be anything.
         """
         self.kernel(
-            window_pages, entry_pages, table, positions, seq_idx, window_out, entry_out, window, ring_len, ratio
+            window_pages, entry_pages, table, positions, seq_idx, window_out, entry_out, places, window, ring_len, ratio
         ).launch(grid=[ctas, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True)
 
     @cute.kernel
@@ -78,6 +83,7 @@ class UnpackKeys:
         seq_idx: Any,
         window_out: Any,
         entry_out: Any,
+        places: Any,
         window: Int32,
         ring_len: Int32,
         ratio: Int32,
@@ -107,8 +113,13 @@ class UnpackKeys:
             if cutlass.const_expr(self.entries is not None):
                 visible = cutlass.min((last + 1) // ratio, Int32(table.shape[1] * self.entries.key.page_size))
         tokens[thread], seen[thread] = count, visible
-        through = self._through(sums, warp, lane, count + visible)
+        through = self._through(sums, warp, lane, self._near(count) + self._far(visible))
         ends[thread] = through
+        if cutlass.const_expr(self.line):
+            if block == 0 and last >= 0:
+                entry = through - self._far(visible)
+                for i, value in enumerate((entry - self._near(count), last + 1 - count, entry, visible)):
+                    places[thread, i] = value
         if lane == WARP - 1:
             tops[warp] = through
         cute.arch.barrier()
@@ -126,6 +137,9 @@ class UnpackKeys:
                 for step in cutlass.range_constexpr(self.window.steps):
                     words = enc.words_of(self.window.values(loaded, step, lane), "bf16")
                     here = there and self.window.has(step, lane)
+                    if cutlass.const_expr(self.line):
+                        words = [cutlass.select_(there, word, Uint32(0)) for word in words]
+                        here = row + a * stride < rows and self.window.has(step, lane)
                     put_words(words, target + Int64((step * SPAN + lane * FOUR) * 2), here)
 
     # ---- what there is to do ---------------------------------------------------------------------------------------------
@@ -157,6 +171,15 @@ class UnpackKeys:
         cute.arch.barrier()
         return through + Int32(cute.arch.warp_redux_sync(sums[lane] if lane < warp else Int32(0), "add"))
 
+    def _near(self, count: Any) -> Any:
+        """Rows of so many tokens; a sequence without queries has none."""
+        rows = (count + (2 * GROUP - 2)) // GROUP * GROUP
+        return cutlass.select_(count > 0, rows, Int32(0)) if self.line else count
+
+    def _far(self, count: Any) -> Any:
+        """Rows of so many entries."""
+        return (count + (GROUP - 1)) // GROUP * GROUP if self.line else count
+
     # ---- rows ------------------------------------------------------------------------------------------------------------
     @cute.jit
     def _find(self, row: Any, lane: Any, pools: Any) -> tuple[Any, Any, Any, Any]:
@@ -164,27 +187,31 @@ class UnpackKeys:
         window_pages, entry_pages, table, window_out, entry_out, first, tokens, seen, ends, tops, ring_len = pools
         before = _count(tops[lane] <= row) * WARP
         seq = before + _count(ends[before + lane] <= row)
-        count = tokens[seq]
-        place = row - (ends[seq] - count - seen[seq])
+        count, visible = tokens[seq], seen[seq]
+        far_first = self._near(count)
+        place = row - (ends[seq] - far_first - self._far(visible))
         ring = first[seq] + cutlass.min(place, count - 1)
         ring = cutlass.select_(ring >= ring_len, ring - ring_len, ring) + seq * ring_len
         data, scales = self.window.place(window_pages, ring)
-        target = window_out.iterator.toint() + Int64(ring) * self.row_bytes
-        there = cutlass.Boolean(True)
+        at = row if cutlass.const_expr(self.line) else ring
+        target = window_out.iterator.toint() + Int64(at) * self.row_bytes
+        there = place < count
         if cutlass.const_expr(self.entries is not None):
             size = self.entries.key.page_size
-            entry = Uint32(cutlass.max(place - count, 0))
-            inside = place < count
+            entry = Uint32(cutlass.min(cutlass.max(place - far_first, 0), cutlass.max(visible - 1, 0)))
+            inside = place < far_first
             nth, width = Int32(entry // size), Int32(table.shape[1])
             page = table[seq, cutlass.min(nth, width - 1)]
-            there = inside or page >= 0
-            others = cutlass.select_(inside, Int32(0), seq)
-            if self._before(table, seen, others, Int32(entry), nth, page, lane):
-                there = cutlass.Boolean(False)
+            there = there or not inside and page >= 0 and place - far_first < visible
+            if cutlass.const_expr(not self.line):
+                others = cutlass.select_(inside, Int32(0), seq)
+                if self._before(table, seen, others, Int32(entry), nth, page, lane):
+                    there = cutlass.Boolean(False)
             slot = cutlass.select_(there, page * size + Int32(entry % size), Int32(0))
             far = self.entries.place(entry_pages, slot)
             data, scales = cutlass.select_(inside, data, far[0]), cutlass.select_(inside, scales, far[1])
-            target = cutlass.select_(inside, target, entry_out.iterator.toint() + Int64(slot) * self.row_bytes)
+            if cutlass.const_expr(not self.line):
+                target = cutlass.select_(inside, target, entry_out.iterator.toint() + Int64(slot) * self.row_bytes)
         return data, scales, target, there
 
     @cute.jit

@@ -1,0 +1,173 @@
+"""The keys of two CTAs that attend to the same ones, copied once for both: plain keys in line, by multicast.
+
+The two CTAs of a cluster have two tiles of a query's heads, or neighbouring queries. Keys are rows of BF16, sequence after
+sequence (`cache.unpack`, in line), and go by groups of eight: first a query's entries, then its window, either from a group of
+its own on. Neighbouring queries of a sequence have one list, of what either sees; others have two, one after the other. A block
+is eight groups. Which keys of a block a CTA's query attends to is in its mask; others are numbers: of the other query, of the
+zeros between sequences, or what the place of a last block held before.
+
+One warp of a CTA copies half of a block's groups to the same place of both CTAs, four KB at a time, half the dims of a group;
+the barriers that say that a half is full count all bytes in both. A half is filled again when both CTAs have multiplied it:
+consumers arrive at both barriers. So L2 gives a key once for two items.
+
+Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int16, Int32, Uint32
+from cutlass.cute.nvgpu import cpasync
+
+from dsv4lab.kernels._common.ptx import store_words
+from dsv4lab.kernels.attention.core import ptx
+from dsv4lab.kernels.attention.core.config import DIM, HALVES, KEYS, STAGES, THREADS
+from dsv4lab.kernels.attention.core.gather import GROUP, GROUP_BYTES, STAGE_BYTES
+from dsv4lab.kernels.attention.core.pair import leave
+
+_GROUPS = KEYS // GROUP  # of a block
+_NEAR = 64  # tokens between queries that have one list, at most: so many keys each reads for the other
+_BOTH = 3  # CTAs of a copy, a bit each
+_HALF = DIM // HALVES
+
+
+@dataclass(frozen=True)
+class Shared:
+    """As `gather.Gather`. load, keys: the copy of half a group, and all rows as it takes them; stages: (a group's half, group,
+    half of a stage) of shared memory; masks: an address. The work's table has the sequences' places, see `cache.unpack`.
+    """
+
+    work: Any
+    load: Any
+    keys: Any
+    stages: Any
+    masks: Any
+    full: Any
+    empty: Any
+
+    @property
+    def arrivals(self) -> int:
+        """That fill a half, but for bytes."""
+        return 1
+
+    @cute.jit
+    def clear(self, thread: Any) -> None:
+        """Numbers in all places, by all threads, before any key may come."""
+        first = self.stages.iterator.toint() + thread * 16
+        for i in cutlass.range_constexpr(STAGES * STAGE_BYTES // (16 * THREADS)):
+            store_words(first + i * (16 * THREADS), [Uint32(0)] * 4)
+        cute.arch.fence_view_async_shared()
+
+    def ahead(self, query: Any, part: Any, warp: Any) -> Any:
+        """Nothing is asked for before an item's `span`."""
+        return Int32(0)
+
+    # ---- what there is to copy -----------------------------------------------------------------------------------------
+    def span(self, query: Any, part: Any) -> tuple[Any, ...]:
+        """(runs of groups, each its first row and the groups up to its end; of this CTA's query the place of its first entry
+        and of its first token, and their numbers; blocks). By whole warps.
+        """
+        position, seq = self._where(query)
+        entries, start = self._entries(position, seq), self._start(position)
+        low, high, base = position, position, Int32(0)
+        if cutlass.const_expr(self.work.plan.share == "queries"):
+            near, of = self._where(cutlass.min(query ^ 1, Int32(self.work.positions.shape[0]) - 1))
+            apart = cutlass.max(position - near, near - position)
+            together = cutlass.select_(seq == of, apart, Int32(_NEAR + 1)) <= _NEAR
+            low = cutlass.select_(together, cutlass.min(position, near), position)
+            high = cutlass.select_(together, cutlass.max(position, near), position)
+        mine = self._runs(seq, low, high)
+        lists = [mine]
+        if cutlass.const_expr(self.work.plan.share == "queries"):
+            rows, sizes = self._runs(of, near, near)
+            sizes = [cutlass.select_(together, Int32(0), size) for size in sizes]
+            last = cutlass.select_(together, Int32(0), self.work.rank) == 1
+            base = cutlass.select_(last, (sizes[0] + sizes[1]) * GROUP, Int32(0))
+            lists = [_either(last, (rows, sizes), mine), _either(last, mine, (rows, sizes))]
+        runs, end = [], Int32(0)
+        for rows, sizes in lists:
+            for row, size in zip(rows, sizes, strict=True):
+                end = end + size
+                runs += [row, end]
+        first_token = base + mine[1][0] * GROUP + start - self._start(low)
+        return (*runs, base, entries, first_token, position + 1 - start, cute.ceil_div(end, _GROUPS))
+
+    def _where(self, query: Any) -> tuple[Any, Any]:
+        """A query's position and sequence."""
+        return Int32(self.work.positions[query]), Int32(self.work.seq_idx[query])
+
+    def _start(self, position: Any) -> Any:
+        """The first token of a position's window."""
+        return cutlass.max(position + 1 - self.work.plan.window, 0)
+
+    def _entries(self, position: Any, seq: Any) -> Any:
+        """Entries that a position sees."""
+        if self.work.plan.kind == "window":
+            return Int32(0)
+        return cutlass.min((position + 1) // self.work.ratio, self.work.table[seq, 3])
+
+    def _runs(self, seq: Any, low: Any, high: Any) -> tuple[list[Any], list[Any]]:
+        """Of a sequence's positions low to high: the first entry's row and the first token's, and how many groups they are."""
+        table, start = self.work.table, self._start(low)
+        rows = [table[seq, 2], table[seq, 0] + start - table[seq, 1]]
+        return rows, [cute.ceil_div(self._entries(high, seq), GROUP), cute.ceil_div(high + 1 - start, GROUP)]
+
+    # ---- copies --------------------------------------------------------------------------------------------------------
+    @cute.jit
+    def item(self, query: Any, span: Any, index: Any, warp: Any, phases: Any) -> Any:
+        """All blocks of an item, by one warp. phases: as `gather.Gather` has them."""
+        *runs, entry, entries, token, tokens, blocks = span
+        lane, rank = cute.arch.lane_idx(), self.work.rank
+        for j in cutlass.range(blocks, unroll=1):
+            stage = j % 2
+            free = (phases >> stage) & 1 ^ 1
+            seen = []
+            for half in cutlass.range_constexpr(KEYS // 32):
+                place = j * KEYS + half * 32 + lane
+                visible = place >= entry and place < entry + entries or place >= token and place < token + tokens
+                seen.append(cute.arch.vote_ballot_sync(visible))
+            count = cutlass.min(runs[-1] - j * _GROUPS, _GROUPS)
+            for h in cutlass.range_constexpr(HALVES):
+                full = self.full + 2 * stage + h
+                cute.arch.mbarrier_wait(self.empty + 2 * stage + h, free)
+                with cute.arch.elect_one():
+                    if cutlass.const_expr(h == 0):
+                        for half in cutlass.range_constexpr(KEYS // 32):
+                            ptx.store_word(self.masks + stage * self.work.plan.mask_bytes + half * 4, seen[half])
+                    cute.arch.mbarrier_arrive_and_expect_tx(full, count * GROUP_BYTES)
+                for g in cutlass.range(rank, count, 2, unroll=1):
+                    source = cute.domain_offset((_row(runs, j * _GROUPS + g), 0), self.keys)
+                    source = cute.local_tile(source, (GROUP, _HALF), (0, None))
+                    target, source = cpasync.tma_partition(
+                        self.load,
+                        0,
+                        cute.make_layout(1),
+                        cute.group_modes(self.stages, 0, 2),
+                        cute.group_modes(source, 0, 2),
+                    )
+                    box = target[None, g, HALVES * stage + h]
+                    cute.copy(self.load, source[None, h], box, tma_bar_ptr=full, mcast_mask=Int16(_BOTH))
+            phases = phases ^ (1 << stage)
+        return phases
+
+    @cute.jit
+    def leave(self, phases: Any) -> None:
+        """After the last item, as `pair.PairGather`: until the other CTA has done all that it does here."""
+        leave(self.empty, phases)
+
+
+def _either(condition: Any, one: Any, other: Any) -> tuple[list[Any], list[Any]]:
+    """Runs of one list or of another."""
+    rows, sizes = ([cutlass.select_(condition, a, b) for a, b in zip(*pair, strict=True)] for pair in zip(one, other, strict=True))
+    return rows, sizes
+
+
+def _row(runs: list[Any], group: Any) -> Any:
+    """The first row of a group of the cluster's."""
+    row, begin = runs[0], Int32(0)
+    for end, first in zip(runs[1:-1:2], runs[2::2], strict=True):
+        later = group >= end
+        row, begin = cutlass.select_(later, first, row), cutlass.select_(later, end, begin)
+    return row + (group - begin) * GROUP

@@ -1,0 +1,180 @@
+"""Attention by two CTAs that have their keys together, by multicast: tiles of a query's heads, or neighbouring queries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dsv4lab import sim
+from dsv4lab.kernels._common.launch import running_on
+from dsv4lab.kernels.attention.core import api
+from dsv4lab.kernels.attention.core.config import AttentionConfig, capacity, divide, shares
+from dsv4lab.reference.attention import attention as reference
+from tests.kernels.attention import RAGGED, Case, judge, make_case
+
+
+def run(case: Case, parts: int | None = 1, *, share: bool | None = True, **more: Any) -> torch.Tensor:
+    how: dict[str, Any] = {name: value for name, value in case.how.items() if name != "rope_dim"}
+    return api.attention(*case.args, **how, parts=parts, share=share, **more)
+
+
+def simulated(case: Case, ctas: int = 4, **how: object) -> torch.Tensor:
+    sim.enable("sm_90a", multiprocessors=ctas)
+    with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):  # type: ignore[arg-type]
+        return run(case)
+
+
+def in_order(case: Case) -> Case:
+    """Queries by sequence and position, as prefill has them."""
+    q, sinks, window, entries, table, positions, seq_idx, chosen = case.args
+    order = (seq_idx * 2**32 + positions).argsort()
+    return replace(case, args=(q[order], sinks, window, entries, table, positions[order], seq_idx[order], chosen))
+
+
+# ---- choice ------------------------------------------------------------------------------------------------------------
+def way(record: str, kind: str, queries: int, heads: int, *, rings: int, ring: int, reach: int, k: int = 512) -> bool:
+    """reach: entries of a sequence."""
+    keys = capacity(kind, 128, k if kind == "chosen" else reach)
+    division = divide(queries, heads, keys, 132)
+    return shares(division, record, kind, keys, rings=rings, window=128, tokens=rings * ring, entries=reach)
+
+
+@pytest.mark.parametrize("record", ["plain", "fp8", "nvfp4"])
+@pytest.mark.parametrize("heads", [64, 128])
+def test_prefill_shares_and_decode_does_not(record: str, heads: int) -> None:
+    for rings in (1, 16):
+        for reach in (64, 512):
+            assert way(record, "visible", 4096, heads, rings=rings, ring=4224, reach=reach)
+        assert way(record, "window", 4096, heads, rings=rings, ring=4224, reach=0)
+    assert not way(record, "chosen", 4096, heads, rings=1, ring=4224, reach=2048), "queries choose for themselves"
+    for seqs in (1, 64, 128, 256):
+        assert not way(record, "visible", seqs, heads, rings=seqs, ring=192, reach=1024)
+        assert not way(record, "window", seqs, heads, rings=seqs, ring=192, reach=0)
+    assert not way(record, "visible", 4096, heads, rings=1025, ring=192, reach=64), "more sequences than a CTA has threads"
+    assert not way(record, "visible", 4096, heads, rings=64, ring=8320, reach=16384), "more than half a GiB of keys"
+
+
+def test_choices_that_cannot_be_are_refused() -> None:
+    plain = AttentionConfig("plain", "visible", share="queries")
+    plain.check()
+    for config in (
+        replace(plain, record="fp8"),
+        replace(plain, kind="chosen"),
+        replace(plain, merge=True),
+        replace(plain, pair=True, share="tiles"),
+    ):
+        with pytest.raises(ValueError, match="share must be '' but for plain records in line"):
+            config.check()
+    with pytest.raises(ValueError, match="share must be one of '', 'tiles', 'queries', got 'all'"):
+        replace(plain, share="all").check()
+    case = make_case("fp8", "visible", [(300, 2)], 64)
+    with pytest.raises(ValueError, match="share must be false for several parts of a query, got True for 2"):
+        with running_on(sim.Host("sm_90a")):  # type: ignore[arg-type]
+            run(case, 2)
+
+
+class Silent:
+    """A runtime that launches nothing and remembers how many CTAs it was asked for."""
+
+    arch, multiprocessors, libraries = "sm_90a", 7, ()
+    sizes: tuple[int, ...]
+
+    def clusters(self, size: int) -> int:
+        return self.multiprocessors // size
+
+    def call(self, function: Any, *args: Any) -> None:
+        self.sizes = args[-3:]  # head tiles, items, CTAs
+
+
+def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[AttentionConfig] = []
+    monkeypatch.setattr(api, "_compiled", lambda config, _: compiled.append(config))
+    line = (torch.empty(8, 512).bfloat16(), torch.empty(1, 4, dtype=torch.int32))
+    monkeypatch.setattr(api, "line_up_keys", lambda *_, **__: line)
+    plain = torch.empty(1, 64, 512).bfloat16()
+    monkeypatch.setattr(api, "unpack_keys", lambda *_, **__: (plain, None))
+    runtime = Silent()
+    for heads, queries, more, wanted, sizes in (
+        (64, 300, {}, "queries", (1, 300, 6)),
+        (64, 301, {}, "queries", (1, 302, 6)),
+        (72, 301, {}, "tiles", (2, 602, 6)),
+        (64, 301, dict(unpack=True), "", (1, 301, 7)),
+        (64, 301, dict(share=False), "", (1, 301, 7)),
+        (64, 3, {}, "", (1, 3, 3)),
+    ):
+        with running_on(runtime):  # type: ignore[arg-type]
+            run(make_case("fp8", "window", [(400, queries)], heads), 1, **(dict(share=None) | more))  # type: ignore[arg-type]
+        assert (compiled[-1].share, runtime.sizes) == (wanted, sizes), (heads, queries)
+
+
+# ---- in the simulator --------------------------------------------------------------------------------------------------
+CASES = [
+    # queries side by side with 7 and 8 entries, in groups that are not full; windows from the first token on
+    ("fp8", "visible", [(1030, 9)], 64, "lazy"),
+    ("nvfp4", "window", [(5, 5)], 8, "random"),
+    # neighbours of other sequences, which have two lists; an odd number; blocks of which a query sees none
+    ("fp8", "visible", [(127, 3), (128, 1), (129, 8), (1300, 2), (640, 5)], 64, "random"),
+    # two tiles of heads, of which the second is 8; plain records; a sequence of one token; nine groups of entries
+    ("plain", "visible", [(9000, 3), (1, 1)], 72, "lazy"),
+]
+
+
+@pytest.mark.parametrize(("record", "kind", "sequences", "heads", "schedule"), CASES)
+@pytest.mark.parametrize("ordered", [True, False])
+def test_any_queries(
+    record: str, kind: str, sequences: list[tuple[int, int]], heads: int, schedule: str, ordered: bool
+) -> None:
+    case = make_case(record, kind, sequences, heads)
+    case = in_order(case) if ordered else case
+    judge(case, simulated(case, schedule=schedule, checks=sim.Checks(races=True)))
+
+
+def test_queries_that_are_far_apart() -> None:
+    """Of one sequence, 65 tokens and more between them: a list for each."""
+    case = in_order(make_case("fp8", "visible", [(700, 140)], 4))
+    q, sinks, window, entries, table, positions, seq_idx, chosen = case.args
+    far = torch.tensor([0, 64, 1, 66, 3, 139, 7])
+    judge_of = replace(case, args=(q[far], sinks, window, entries, table, positions[far], seq_idx[far], chosen))
+    judge(judge_of, simulated(judge_of, ctas=2))
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("record", ["plain", "fp8", "nvfp4"])
+@pytest.mark.parametrize("heads", [64, 128, 4])
+def test_on_the_gpu(record: str, heads: int, seed: int) -> None:
+    for kind in ("window", "visible"):
+        for sequences in (*RAGGED, [(65_537, 600)]):
+            case = make_case(record, kind, sequences, heads, seed=seed, device="cuda")
+            for ordered in (case, in_order(case)):
+                found = run(ordered)
+                judge(ordered, found)
+                assert torch.equal(found, run(ordered))  # not a matter of timing
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [64, 128])
+def test_a_cuda_graph_replays_with_new_inputs(heads: int) -> None:
+    """Positions change after capture: rows are put in line, and found, from what is on the device."""
+    cases = [make_case("fp8", "visible", [(n, 150), (n // 2, 70)], heads, seed=n, device="cuda") for n in (9000, 400, 8999)]
+    first = cases[0]
+    run(first)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(first)
+    for case in cases:
+        for held, new in zip(first.args, case.args, strict=True):
+            if held is not None and held.shape == new.shape:
+                held.copy_(new)
+            elif held is not None:  # smaller pools and tables
+                held.view(torch.uint8).fill_(255)
+                held[tuple(slice(n) for n in new.shape)] = new
+        graph.replay()
+        torch.cuda.synchronize()
+        want = reference(*case.args, **case.how).double()
+        assert (found.double() - want).norm() / want.norm() < 0.004
