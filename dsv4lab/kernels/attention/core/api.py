@@ -102,7 +102,7 @@ def attention(
         entries = min(held, min(m, block_table.shape[0]) * reach)
         unpack = not share and unpacks(division, record, keys, **sizes, entries=entries)
     table = block_table if kind != "window" else positions.view(torch.int32).view(1, -1)
-    if share or unpack and record != "plain":
+    if share or (unpack and record != "plain"):
         how: dict[str, Any] = dict(window=window, ring_len=ring_len, ratio=max(ratio, 1))  # 0 of a layer that has no entries
         how |= dict(record=record, window_page=window_page, entry_page=entry_page, dim=DIM, rope_dim=ROPE_DIM)
         seen = (window_pages, entry_pages, block_table, positions, seq_idx)
@@ -110,7 +110,7 @@ def attention(
         if share:
             if count > 1:
                 raise ValueError(f"share must be false for several parts of a query, got True for {count}")
-            config = replace(config, share="queries" if division.head_tiles % 2 else "tiles")
+            config = AttentionConfig("plain", kind, window, share="queries" if division.head_tiles % 2 else "tiles")
             near, table = line_up_keys(*seen, **how)
             far = None
         else:

@@ -32,7 +32,7 @@ _PART_READ_US = ROWS * DIM * 4 / 4.0e6  # of 64 heads at 4 TB/s
 # rate: estimates.
 _DECODE_US, _PAIR_DECODE_US, _UNPACK_US, _UNPACK_BYTES = 1.0, 0.4, 6.0, 3.4e6  # the last one a microsecond
 _SHARE_US = 0.5  # of a block of plain keys that two CTAs have together: an estimate
-_LINE_ROWS = 1 << 19  # of keys in line at most: half a GiB
+_LINE_ROWS = 1 << 20  # of keys in line at most, if all of every ring is seen: a GiB
 _SEEN = 0.5  # of a pool's entries: it is made for other sequences, too, and for longer ones
 
 
@@ -220,11 +220,11 @@ def shares(
     if kind == "chosen" or division.parts > 1 or not 0 < rings <= MAX_SEQS or division.items < 2:
         return False
     seqs = min(rings, division.queries)
-    rows = rows_in_line(division.queries, rings, window=window, tokens=tokens, entries=entries)
+    rows = rows_in_line(division.queries, rings, ring_len=tokens // rings, entries=entries)
     blocks = -(-keys // KEYS)
     decode = 0.0 if record == "plain" else _DECODE_US if division.head_tiles % 2 else _PAIR_DECODE_US
     saved = -(-division.items // division.ctas) * blocks * (_SHARE_US + decode)
     held = AttentionConfig(record, kind)
     each = held.data_bytes + held.scale_bytes + 2 * DIM
-    seen = rows - (1 - _SEEN) * seqs * entries
+    seen = min(tokens, division.queries + (window - 1) * seqs) + _SEEN * seqs * entries
     return rows <= _LINE_ROWS and saved > _UNPACK_US + seen * each / _UNPACK_BYTES

@@ -28,10 +28,10 @@ import cutlass.utils.hopper_helpers as hopper
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from dsv4lab.kernels._common.ptx import exp2, log2, store_matrices
+from dsv4lab.kernels._common.ptx import exp2, load_words, log2, store_matrices
 from dsv4lab.kernels.attention.core import ptx
-from dsv4lab.kernels.attention.core.config import DIM, HALVES, KEYS, ROWS, TILES, WARPGROUP
-from dsv4lab.kernels.attention.core.merge import LOG2_E, Merge, exchange
+from dsv4lab.kernels.attention.core.config import DIM, HALVES, KEYS, ROWS, TILE, TILES, WARPGROUP
+from dsv4lab.kernels.attention.core.merge import LOG2_E, Merge
 from dsv4lab.kernels.quant.rows import encode as enc
 
 _PROBABLE, _SUMMED, _SCORED = 1, 3, 4  # named barriers: 1 and 2, one a stage; an item's end; its first scores
@@ -57,6 +57,25 @@ def sum_product(*, registers: bool) -> Any:
     product = hopper.make_trivial_tiled_mma(BFloat16, BFloat16, k, mn, Float32, (1, 1, 1), (ROWS, _WIDTH), source)
     product.set(warpgroup.Field.ACCUMULATE, True)
     return product
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """A thread's operands, and its sums. mine, words: probabilities as an operand and as words; high, total: maxima and sums of
+    its two rows, g and g + 8; shrink: by what these have just shrunk.
+    """
+
+    q: Any
+    k: Any
+    p: Any
+    v: Any
+    scores: Any
+    output: Any
+    mine: Any
+    words: Any
+    high: Any
+    total: Any
+    shrink: Any
 
 
 @dataclass(frozen=True)
@@ -86,112 +105,132 @@ class Consume:
     lse: Any
     peer: Any  # in a pair, how far it is to the other CTA's shared memory
 
-    @cute.jit
-    def run(self, me: cutlass.Constexpr, thread: Any, first: Any, items: Any, stride: Any) -> None:
-        """Items first, first + stride, .. by warpgroup `me`."""
-        lane, warp = thread % 32, thread // 32
+    def fragments(self, thread: Any) -> Fragments:
+        """A thread's parts of all operands; its sums are not set."""
         score, own, other = score_product(), sum_product(registers=True), sum_product(registers=False)
         part_s, part_o = score.get_slice(thread), own.get_slice(thread)
-        part_x = other.get_slice(thread)
-        q = score.make_fragment_A(part_s.partition_A(self.tiles))
-        k = score.make_fragment_B(part_s.partition_B(self.keys))
-        p = other.make_fragment_A(part_x.partition_A(self.probabilities))
-        v = own.make_fragment_B(part_o.partition_B(self.values))
-        scores = cute.make_rmem_tensor(part_s.partition_shape_C((ROWS, KEYS)), Float32)
-        output = cute.make_rmem_tensor(part_o.partition_shape_C((ROWS, _HALF)), Float32)
         mine = own.make_fragment_A(part_o.partition_shape_A((ROWS, KEYS)))
-        words = cute.recast_tensor(mine, Uint32)
-        high, total = cute.make_rmem_tensor((2,), Float32), cute.make_rmem_tensor((2,), Float32)  # of rows g, g + 8
-        shrink = cute.make_rmem_tensor((2,), Float32)
-        phase, turn = Int32(0), Int32(0)  # of the stage that this warpgroup scores; of the items
+        return Fragments(
+            q=score.make_fragment_A(part_s.partition_A(self.tiles)),
+            k=score.make_fragment_B(part_s.partition_B(self.keys)),
+            p=other.make_fragment_A(other.get_slice(thread).partition_A(self.probabilities)),
+            v=own.make_fragment_B(part_o.partition_B(self.values)),
+            scores=cute.make_rmem_tensor(part_s.partition_shape_C((ROWS, KEYS)), Float32),
+            output=cute.make_rmem_tensor(part_o.partition_shape_C((ROWS, _HALF)), Float32),
+            mine=mine,
+            words=cute.recast_tensor(mine, Uint32),
+            high=cute.make_rmem_tensor((2,), Float32),
+            total=cute.make_rmem_tensor((2,), Float32),
+            shrink=cute.make_rmem_tensor((2,), Float32),
+        )
+
+    @cute.jit
+    def run(self, me: cutlass.Constexpr, thread: Any, first: Any, items: Any, stride: Any) -> None:
+        """Items first, first + stride, .. by warpgroup `me`, which scores the blocks of its stage."""
+        lane, warp = thread % 32, thread // 32
+        f = self.fragments(thread)
+        theirs = 1 - me
+        phase, turn = Int32(0), Int32(0)  # of the stage; of the items
         for item in cutlass.range(first, items, stride, unroll=1):
-            output.fill(0.0)
-            high.fill(_LOWEST)
-            total.fill(0.0)
-            cute.arch.mbarrier_wait(self.queries, turn)
-            blocks = self.counts[0]
-            cute.arch.sync_warp()  # a lane arrives for all: here all have read the count, in `_release` masks and maxima
+            self._begin(f)
+            blocks = self._blocks(turn)
             if blocks <= me and lane == 0:
                 cute.arch.mbarrier_arrive(self.queries + 1)  # has no need of them
             # First and last blocks apart: products under way must be the same wherever a turn of a loop comes from, or ptxas
             # waits for every one of them.
             if cutlass.const_expr(me == 0):
                 if blocks > 0:
-                    self._score(me, q, k, scores, phase)
+                    self._score(f, me, phase)
                     phase = phase ^ 1
                     warpgroup.wait_group(0)
                     if blocks > 1:
                         cute.arch.barrier_arrive(barrier_id=_SCORED, number_of_threads=2 * WARPGROUP)
                     if blocks <= 2 and lane == 0:
                         cute.arch.mbarrier_arrive(self.queries + 1)
-                    self._probabilities(me, lane, warp, scores, words, high, total, shrink)
-                    self._add(output, own, [mine[None, None, j] for j in range(_STEPS)], v, 0)
+                    self._probabilities(f, me, lane, warp)
+                    self._add(f, me, me)
                     warpgroup.wait_group(0)
-                    self._release(lane, 0, 0)
+                    self._release(lane, me, me)
                 for i in cutlass.range((blocks - 1) // 2, unroll=1):
-                    self._follow(1, lane, warp, high, total, shrink)
-                    self._rescale(output, shrink)
-                    self._add(output, other, [p[None, None, j, 1] for j in range(_STEPS)], v, HALVES)
-                    self._score(me, q, k, scores, phase)
+                    self._follow(f, theirs, lane, warp)
+                    self._rescale(f)
+                    self._add(f, me, theirs)
+                    self._score(f, me, phase)
                     phase = phase ^ 1
                     warpgroup.wait_group(1)
-                    self._release(lane, 1, 0)
+                    self._release(lane, theirs, me)
                     warpgroup.wait_group(0)
                     if 2 * i + 4 >= blocks and lane == 0:
                         cute.arch.mbarrier_arrive(self.queries + 1)
-                    self._probabilities(me, lane, warp, scores, words, high, total, shrink)
-                    self._rescale(output, shrink)
-                    self._add(output, own, [mine[None, None, j] for j in range(_STEPS)], v, 0)
+                    self._probabilities(f, me, lane, warp)
+                    self._rescale(f)
+                    self._add(f, me, me)
                     warpgroup.wait_group(0)
-                    self._release(lane, 0, 0)
+                    self._release(lane, me, me)
                 if blocks > 0 and blocks % 2 == 0:
-                    self._follow(1, lane, warp, high, total, shrink)
-                    self._rescale(output, shrink)
-                    self._add(output, other, [p[None, None, j, 1] for j in range(_STEPS)], v, HALVES)
-                    warpgroup.wait_group(0)
-                    self._release(lane, 1, 0)
+                    self._last(f, me, lane, warp)
             else:
                 if blocks > 1:  # not beside the other's first scores, which all wait for, but beside its softmax
                     cute.arch.barrier(barrier_id=_SCORED, number_of_threads=2 * WARPGROUP)
                 for i in cutlass.range(blocks // 2, unroll=1):
-                    self._score(me, q, k, scores, phase)
+                    self._score(f, me, phase)
                     phase = phase ^ 1
-                    self._follow(0, lane, warp, high, total, shrink)
-                    self._rescale(output, shrink)
-                    self._add(output, other, [p[None, None, j, 0] for j in range(_STEPS)], v, 1)
+                    self._follow(f, theirs, lane, warp)
+                    self._rescale(f)
+                    self._add(f, me, theirs)
                     warpgroup.wait_group(1)
                     if 2 * i + 3 >= blocks and lane == 0:
                         cute.arch.mbarrier_arrive(self.queries + 1)
-                    self._probabilities(me, lane, warp, scores, words, high, total, shrink)
+                    self._probabilities(f, me, lane, warp)
                     warpgroup.wait_group(0)
-                    self._release(lane, 0, 1)
-                    self._rescale(output, shrink)
-                    self._add(output, own, [mine[None, None, j] for j in range(_STEPS)], v, HALVES + 1)
+                    self._release(lane, theirs, me)
+                    self._rescale(f)
+                    self._add(f, me, me)
                     warpgroup.wait_group(0)
-                    self._release(lane, 1, 1)
+                    self._release(lane, me, me)
                 if blocks % 2 == 1:
-                    self._follow(0, lane, warp, high, total, shrink)
-                    self._rescale(output, shrink)
-                    self._add(output, other, [p[None, None, j, 0] for j in range(_STEPS)], v, 1)
-                    warpgroup.wait_group(0)
-                    self._release(lane, 0, 1)
+                    self._last(f, me, lane, warp)
             warpgroup.wait_group(0)  # of nothing, which ptxas does not know
-            self._finish(me, lane, warp, self.work.item(item), output, high, total, turn)
+            self._finish(f, me, lane, warp, self.work.item(item), turn)
             turn = turn ^ 1
+
+    @cute.jit
+    def _begin(self, f: cutlass.Constexpr) -> None:
+        f.output.fill(0.0)
+        f.high.fill(_LOWEST)
+        f.total.fill(0.0)
+
+    @cute.jit
+    def _blocks(self, turn: Any) -> Any:
+        """An item's number of blocks, when its queries are there."""
+        cute.arch.mbarrier_wait(self.queries, turn)
+        blocks = self.counts[0]
+        cute.arch.sync_warp()  # a lane arrives for all: here all have read the count, in `_release` masks and maxima
+        return blocks
+
+    @cute.jit
+    def _last(self, f: cutlass.Constexpr, me: cutlass.Constexpr, lane: Any, warp: Any) -> None:
+        """The item's last block, which the other warpgroup scored."""
+        self._follow(f, 1 - me, lane, warp)
+        self._rescale(f)
+        self._add(f, me, 1 - me)
+        warpgroup.wait_group(0)
+        self._release(lane, 1 - me, me)
 
     # ---- products ------------------------------------------------------------------------------------------------------
     @cute.jit
-    def _score(self, me: cutlass.Constexpr, q: Any, k: Any, scores: Any, phase: Any) -> None:
+    def _score(self, f: cutlass.Constexpr, me: cutlass.Constexpr, phase: Any) -> None:
         """S of this warpgroup's stage, half by half as it comes; not waited for."""
         score = score_product()
         score.set(warpgroup.Field.ACCUMULATE, False)
+        at = me * TILES
         for h in cutlass.range_constexpr(HALVES):
             cute.arch.mbarrier_wait(self.full + 2 * me + h, phase)
             self._see()
             warpgroup.fence()
             for t in cutlass.range_constexpr(_HALF_TILES * h, _HALF_TILES * (h + 1)):
                 for j in cutlass.range_constexpr(4):
-                    cute.gemm(score, scores, q[None, None, j, t], k[None, None, j, me * TILES + t], scores)
+                    cute.gemm(score, f.scores, f.q[None, None, j, t], f.k[None, None, j, at + t], f.scores)
                     score.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
 
@@ -200,11 +239,14 @@ class Consume:
         cute.arch.fence_view_async_shared()
 
     @cute.jit
-    def _add(self, output: Any, product: Any, p: Any, v: Any, place: cutlass.Constexpr) -> None:
-        """O += P V, of half a stage's dims; not waited for."""
+    def _add(self, f: cutlass.Constexpr, me: cutlass.Constexpr, whose: cutlass.Constexpr) -> None:
+        """O += P V, of half the dims of the stage that a warpgroup scored; not waited for."""
+        place = HALVES * whose + me
+        product = sum_product(registers=whose == me)
         warpgroup.fence()
         for j in cutlass.range_constexpr(_STEPS):
-            cute.gemm(product, output, p[j], v[None, None, j, place], output)
+            p = f.mine[None, None, j] if whose == me else f.p[None, None, j, whose]
+            cute.gemm(product, f.output, p, f.v[None, None, j, place], f.output)
         warpgroup.commit_group()
 
     @cute.jit
@@ -217,8 +259,9 @@ class Consume:
             cute.arch.mbarrier_arrive(self.empty + 2 * stage + half)
 
     @cute.jit
-    def _rescale(self, output: Any, shrink: Any) -> None:
+    def _rescale(self, f: cutlass.Constexpr) -> None:
         """O to the new maxima, where they changed."""
+        output, shrink = f.output, f.shrink
         if cute.arch.vote_any_sync(Boolean(shrink[0] != 1.0 or shrink[1] != 1.0)):
             for j in cutlass.range_constexpr(_HALF // 8):
                 for i in cutlass.range_constexpr(4):
@@ -226,18 +269,9 @@ class Consume:
 
     # ---- softmax -------------------------------------------------------------------------------------------------------
     @cute.jit
-    def _probabilities(
-        self,
-        me: cutlass.Constexpr,
-        lane: Any,
-        warp: Any,
-        scores: Any,
-        words: Any,
-        high: Any,
-        total: Any,
-        shrink: Any,
-    ) -> None:
+    def _probabilities(self, f: cutlass.Constexpr, me: cutlass.Constexpr, lane: Any, warp: Any) -> None:
         """P of this warpgroup's block, in registers and in shared memory, with the rows' maxima."""
+        scores, words, high, total, shrink = f.scores, f.words, f.high, f.total, f.shrink
         self._mask(me, lane, scores)
         for r in cutlass.range_constexpr(2):
             found = Float32(-Float32.inf)
@@ -262,7 +296,7 @@ class Consume:
                 words[2 * j + r] = enc.pack_bf16(low, up)
             total[r] = total[r] * shrink[r] + share
         # Rows of 128 bytes in the 128-byte swizzle; lane l has row l % 16 of its warp's 16, and one of a step's two chunks.
-        base = self.probabilities.iterator.toint() + me * (ROWS * KEYS * 2) + (warp * 16 + lane % 16) * (KEYS * 2)
+        base = self.probabilities.iterator.toint() + me * (ROWS * TILE * 2) + (warp * 16 + lane % 16) * (TILE * 2)
         for j in cutlass.range_constexpr(_STEPS):
             store_matrices(base + ((2 * j + lane // 16) ^ (lane % 8)) * 16, [words[4 * j + i] for i in range(4)])
         cute.arch.fence_view_async_shared()
@@ -292,22 +326,22 @@ class Consume:
                             scores[at] = scores[at] if bits & Uint32(1 << e) != 0 else Float32(-Float32.inf)
 
     @cute.jit
-    def _follow(self, stage: cutlass.Constexpr, lane: Any, warp: Any, high: Any, total: Any, shrink: Any) -> None:
+    def _follow(self, f: cutlass.Constexpr, whose: cutlass.Constexpr, lane: Any, warp: Any) -> None:
         """Wait for the other warpgroup's block, and take its maxima."""
-        cute.arch.barrier(barrier_id=_PROBABLE + stage, number_of_threads=2 * WARPGROUP)
+        cute.arch.barrier(barrier_id=_PROBABLE + whose, number_of_threads=2 * WARPGROUP)
         self._see()
+        high, total, shrink = f.high, f.total, f.shrink
         for r in cutlass.range_constexpr(2):
-            now = self.maxima[stage, warp * 16 + lane // 4 + 8 * r]
+            now = self.maxima[whose, warp * 16 + lane // 4 + 8 * r]
             shrink[r] = exp2(high[r] - now)
             total[r] = total[r] * shrink[r]
             high[r] = now
 
     # ---- results -------------------------------------------------------------------------------------------------------
     @cute.jit
-    def _finish(
-        self, me: cutlass.Constexpr, lane: Any, warp: Any, where: Any, output: Any, high: Any, total: Any, turn: Any
-    ) -> None:
+    def _finish(self, f: cutlass.Constexpr, me: cutlass.Constexpr, lane: Any, warp: Any, where: Any, turn: Any) -> None:
         """O over the sum of both warpgroups' probabilities, and of the sink's, to memory."""
+        output, high, total = f.output, f.high, f.total
         query, tile, part = where
         heads = self.sinks.shape[0]
         for r in cutlass.range_constexpr(2):
@@ -322,28 +356,40 @@ class Consume:
             merge = Merge(self.work, self.tiles.iterator.toint(), self.queries + 2, self.sinks, self.out)
             merge.run(me, warp * 32 + lane, where, output, high, whole)
         else:
-            for r in cutlass.range_constexpr(2):
-                head = tile * ROWS + rows[r]
-                if self.work.parts > 1:
+            heads_of = [tile * ROWS + row for row in rows]
+            if self.work.parts > 1:
+                for r in cutlass.range_constexpr(2):
+                    head = heads_of[r]
                     self._store_part(me, lane, r, (part, query * heads + head), head < heads, output, high[r], whole[r])
-                else:
-                    sink = self.sinks[cutlass.min(head, heads - 1)] * LOG2_E
-                    weight = 1.0 / (whole[r] + exp2(sink - high[r]))
-                    self._store(me, lane, r, query * heads + head, head < heads, output, weight)
+            else:
+                sinks = [self.sinks[cutlass.min(head, heads - 1)] * LOG2_E for head in heads_of]
+                weights = [1.0 / (whole[r] + exp2(sinks[r] - high[r])) for r in range(2)]
+                self._store(me, lane, warp, query * heads, tile * ROWS + warp * 16, output, weights)
 
     @cute.jit
-    def _store(
-        self, me: cutlass.Constexpr, lane: Any, r: cutlass.Constexpr, row: Any, inside: Any, output: Any, weight: Any
-    ) -> None:
-        """A thread's dims of a head in BF16: 8 bytes at a time, 32 next to each other by its four lanes."""
-        odd = lane % 2
-        column = me * _HALF + odd * 8 + lane % 4 // 2 * 4
-        base = self.out.iterator.toint() + (Int64(row) * DIM + column) * 2
-        for j in cutlass.range_constexpr(0, _HALF // 8, 2):
-            at = [4 * (j + i) + 2 * r for i in range(2)]
-            words = exchange(odd == 1, [enc.pack_bf16(output[i] * weight, output[i + 1] * weight) for i in at])
-            if inside:
-                ptx.store_global(base + j * 16, words)
+    def _store(self, me: cutlass.Constexpr, lane: Any, warp: Any, first: Any, head: Any, output: Any, weights: Any) -> None:
+        """A warp's 16 heads in BF16, 64 dims at a time: by way of its rows of the probabilities that it writes, so that eight
+        lanes store 128 bytes that are next to each other.
+        """
+        place = self.probabilities.iterator.toint() + (me * ROWS + warp * 16) * (TILE * 2)
+        written = place + lane % 16 * (TILE * 2)
+        chunk, row = lane % 8, lane // 8
+        base = self.out.iterator.toint() + (Int64(first + head + row) * DIM + (me * _HALF + chunk * 8)) * 2
+        for c in cutlass.range_constexpr(_HALF_TILES):
+            for j in cutlass.range_constexpr(TILE // 16):
+                words = []
+                for g in cutlass.range_constexpr(2):
+                    at = 4 * (c * (TILE // 8) + 2 * j + g)
+                    for r in cutlass.range_constexpr(2):
+                        low, up = output[at + 2 * r] * weights[r], output[at + 2 * r + 1] * weights[r]
+                        words.append(enc.pack_bf16(low, up))
+                store_matrices(written + ((2 * j + lane // 16) ^ (lane % 8)) * 16, words)
+            cute.arch.sync_warp()
+            for i in cutlass.range_constexpr(4):
+                words = load_words(place + (row + 4 * i) * (TILE * 2) + (chunk ^ (row + 4 * i) % 8) * 16)
+                if head + row + 4 * i < self.sinks.shape[0]:
+                    ptx.store_global(base + (i * 4 * DIM + c * TILE) * 2, words)
+            cute.arch.sync_warp()
 
     @cute.jit
     def _store_part(

@@ -1,7 +1,7 @@
 """The gathering warps: keys of every block, found by index, made BF16 and laid out for the tensor cores.
 
-A stage holds a block by halves of the dims, each half by groups of eight keys, a group as four tiles of 64 dims: eight rows of 128
-bytes in the 128-byte swizzle. So the same bytes are the K-major operand of Q K^T and the MN-major operand of P V.
+A stage holds a block by halves of the dims, each half by groups of eight keys, a group as four tiles of 64 dims: eight rows of
+128 bytes in the 128-byte swizzle. So the same bytes are the K-major operand of Q K^T and the MN-major operand of P V.
 
 Packed records, where no pair of CTAs decodes them (`pair`): a warp has 8 keys of a block; four lanes have a key, each 16 dims
 of every tile. A whole block is in flight while the one before it is decoded: the left half and all scales by `cp.async` into

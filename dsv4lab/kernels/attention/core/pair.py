@@ -185,8 +185,8 @@ def _words(address: Any, codes: int) -> Any:
 
 @cute.jit
 def leave(empty: Any, phases: Any) -> None:
-    """After the last item: wait until the other CTA has done all that it does here. Products of this one have waited for what it
-    writes; so what is left is its arrivals.
+    """After the last item: wait until the other CTA has done all that it does here. Products of this one have waited for what
+    it writes; so what is left is its arrivals.
     """
     for stage in cutlass.range_constexpr(STAGES):
         for h in cutlass.range_constexpr(HALVES):

@@ -49,8 +49,9 @@ def arrive_there(barrier: Any) -> None:
 
 
 def store_global(address: Any, words: Any) -> None:
-    """Two words to global memory."""
-    cute.arch.inline_ptx("st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, *words])
+    """2 or 4 words to global memory."""
+    values = ", ".join(f"{{$r{1 + i}}}" for i in range(len(words)))
+    cute.arch.inline_ptx(f"st.global.v{len(words)}.b32 [{{$r0}}], {{{values}}};", read_only_args=[address, *words])
 
 
 def load_pair(address: Any) -> tuple[Any, Any]:

@@ -103,10 +103,9 @@ def line_up_keys(
         rope_dim=rope_dim,
         line=True,
     )
-    tokens = window_pages.shape[0] * window_page
-    rings = tokens // ring_len
+    rings = window_pages.shape[0] * window_page // ring_len
     entries = 0 if entry_pages is None else block_table.shape[1] * entry_page
-    rows = rows_in_line(positions.shape[0], rings, window=window, tokens=tokens, entries=entries)
+    rows = rows_in_line(positions.shape[0], rings, ring_len=ring_len, entries=entries)
     out = torch.empty(rows, dim, dtype=torch.bfloat16, device=window_pages.device)
     places = torch.empty(rings, 4, dtype=torch.int32, device=window_pages.device)
     args = (window_pages, entry_pages, block_table, positions, seq_idx, out, out, places)

@@ -12,17 +12,16 @@ MAX_SEQS = THREADS
 GROUP = 8  # rows that attention copies together, where pools are one row of sequences
 
 
-def rows_in_line(queries: int, rings: int, *, window: int, tokens: int, entries: int) -> int:
-    """Most rows that sequences in line take, known from sizes alone. tokens: places of all rings; entries: most of a sequence."""
-    seqs = min(rings, queries)
-    near = min(tokens, queries + (window - 1) * seqs) + 2 * (GROUP - 1) * seqs
-    return near + seqs * (-(-entries // GROUP) * GROUP)
+def rows_in_line(queries: int, rings: int, *, ring_len: int, entries: int) -> int:
+    """Most rows that sequences in line take, whatever their queries' positions. entries: most of a sequence."""
+    near, far = (-(-count // GROUP) * GROUP for count in (ring_len + GROUP - 1, entries))
+    return min(rings, queries) * (near + far)
 
 
 @dataclass(frozen=True)
 class UnpackConfig:
-    """window, entries: the keys of either pool, packed ones of equal records; entries None where there are none. line: rows stand
-    one sequence after another; then they may be plain ones.
+    """window, entries: the keys of either pool, packed ones of equal records; entries None where there are none. line: rows
+    stand one sequence after another; then they may be plain ones.
     """
 
     window: KeyPlan
@@ -35,7 +34,7 @@ class UnpackConfig:
             if key is None:
                 continue
             key.check()
-            if key.kind != "kv" or key.record == "plain" and not self.line:
+            if key.kind != "kv" or (key.record == "plain" and not self.line):
                 raise ValueError(f"{name} must be packed kv keys, got {key.kind} keys as {key.record!r}")
             if (key.record, key.dim) != (self.window.record, self.window.dim):
                 raise ValueError(

@@ -115,11 +115,10 @@ class UnpackKeys:
         tokens[thread], seen[thread] = count, visible
         through = self._through(sums, warp, lane, self._near(count) + self._far(visible))
         ends[thread] = through
-        if cutlass.const_expr(self.line):
-            if block == 0 and last >= 0:
-                entry = through - self._far(visible)
-                for i, value in enumerate((entry - self._near(count), last + 1 - count, entry, visible)):
-                    places[thread, i] = value
+        if cutlass.const_expr(self.line) and block == 0 and last >= 0:
+            entry = through - self._far(visible)
+            for i, value in enumerate((entry - self._near(count), last + 1 - count, entry, visible)):
+                places[thread, i] = value
         if lane == WARP - 1:
             tops[warp] = through
         cute.arch.barrier()
@@ -202,7 +201,7 @@ class UnpackKeys:
             inside = place < far_first
             nth, width = Int32(entry // size), Int32(table.shape[1])
             page = table[seq, cutlass.min(nth, width - 1)]
-            there = there or not inside and page >= 0 and place - far_first < visible
+            there = there or (not inside and page >= 0 and place - far_first < visible)
             if cutlass.const_expr(not self.line):
                 others = cutlass.select_(inside, Int32(0), seq)
                 if self._before(table, seen, others, Int32(entry), nth, page, lane):
