@@ -91,6 +91,9 @@ class Gather:
             phases = self._decode(query, span, index, warp, phases)
         return phases
 
+    def leave(self, phases: Any) -> None:
+        """After the last item: no other CTA does anything here."""
+
     # ---- packed records ------------------------------------------------------------------------------------------------
     @cute.jit
     def _decode(self, query: Any, span: Any, index: Any, warp: Any, phases: Any) -> Any:

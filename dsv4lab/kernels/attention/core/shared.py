@@ -2,14 +2,15 @@
 
 The two CTAs of a cluster have two tiles of a query's heads, or neighbouring queries. Keys are rows of BF16, sequence after
 sequence (`cache.unpack`, in line), and go by groups of eight: first a query's entries, then its window, either from a group of
-its own on. Neighbouring queries of a sequence have one list, of what either sees; others have two, one after the other. Where two
-windows together are a block more than each alone, each has its own. A block is eight groups. Which keys of a block a CTA's query attends to is in its mask; others are numbers: of the other query, of the
-zeros between sequences, or what the place of a last block held before.
+its own on. Neighbouring queries of a sequence have one list, of what either sees; others have two, one after the other. Where
+two windows together are a block more than each alone, each CTA copies its own. A block is eight groups. Which keys of a block a
+CTA's query attends to is in its mask; others are numbers: of the other query, of the zeros between sequences, or what the place
+of a last block held before.
 
 One warp of a CTA copies half of a block's groups to the same place of both CTAs, four KB at a time, half the dims of a group;
 the barriers that say that a half is full count all bytes in both. A half is filled again when both CTAs have multiplied it:
-consumers arrive at both barriers. So L2 gives a key once for two items. Of 500 entries that is 4 % of a
-call (H200), of 64 nothing: neither L2 nor memory binds, see `sm90`.
+consumers arrive at both barriers. So L2 gives a key once for two items: of some 400 entries 4 % of a call (H200), of some 50
+nothing, since bytes do not bind there, see `sm90`.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """

@@ -31,9 +31,9 @@ multiprocessor, 4.4 TB/s in all, of which the second tile of 128 heads and neigh
 1024 bytes each, would be 7.4 TB/s, and L2 gives 5.2 (H200).
 
 What binds prefill is the chain P V, S, softmax of two warpgroups, not bytes: 4,096 queries of some 176 keys took 267 us,
-without stores 234, without queries 251, without keys 256, without all three 219. A block of 64 keys is 1.7 us then, where 2176 cycles
-are 1.3, and an item's start and end 1.2 us more, since no item overlaps the next. Large batches are bound by shared memory and
-tensor cores, small ones by latency: launch, three dependent reads (position and index, page, record), Q K^T, P V.
+without stores 234, without queries 251, without keys 256, without all three 219. A block of 64 keys is 1.7 us then, where 2176
+cycles are 1.3, and an item's start and end 1.2 us more, since no item overlaps the next. Large batches are bound by shared
+memory and tensor cores, small ones by latency: launch, three dependent reads (position and index, page, record), Q K^T, P V.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -208,7 +208,7 @@ class AttentionSm90:
         pools = (window_pages, entry_pages, table, positions, seq_idx, chosen)
         work = Work(plan, *pools, ring_len, ratio, parts, head_tiles, rank)
         places = (shared_k.iterator.toint(), packed.toint(), masks.toint())
-        gather = PairGather(work, *places, full, empty, peer) if plan.pair else Gather(work, *places, full, empty)
+        gather: Any = PairGather(work, *places, full, empty, peer) if plan.pair else Gather(work, *places, full, empty)
         if cutlass.const_expr(plan.share):
             shape = (GROUP, (TILE, _HALF // TILE), KEYS // GROUP, STAGES * HALVES)
             by_group = cute.make_layout(shape, stride=(TILE, (1, GROUP * TILE), group, half))
@@ -313,7 +313,7 @@ class AttentionSm90:
             phase = phase ^ 1
             if not alone or warp == 0:
                 phases = gather.item(query, span, index, warp, phases)
-        if cutlass.const_expr(self.plan.ctas == 2) and (not alone or warp == 0):
+        if not alone or warp == 0:
             gather.leave(phases)
 
     def _queries(self, load_q: Any, q: Any, shared_q: Any, row: Any) -> tuple[Any, Any]:

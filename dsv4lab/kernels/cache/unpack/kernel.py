@@ -115,10 +115,9 @@ class UnpackKeys:
         tokens[thread], seen[thread] = count, visible
         through = self._through(sums, warp, lane, self._near(count) + self._far(visible))
         ends[thread] = through
-        if cutlass.const_expr(self.line) and block == 0 and last >= 0:
+        if cutlass.const_expr(self.line):
             entry = through - self._far(visible)
-            for i, value in enumerate((entry - self._near(count), last + 1 - count, entry, visible)):
-                places[thread, i] = value
+            self._tell(places, thread, block == 0 and last >= 0, entry - self._near(count), last + 1 - count, entry, visible)
         if lane == WARP - 1:
             tops[warp] = through
         cute.arch.barrier()
@@ -169,6 +168,13 @@ class UnpackKeys:
             sums[warp] = through
         cute.arch.barrier()
         return through + Int32(cute.arch.warp_redux_sync(sums[lane] if lane < warp else Int32(0), "add"))
+
+    @cute.jit
+    def _tell(self, places: Any, seq: Any, there: Any, row: Any, position: Any, entry: Any, entries: Any) -> None:
+        """Where a sequence's rows are."""
+        if there:
+            for i, value in enumerate((row, position, entry, entries)):
+                places[seq, i] = value
 
     def _near(self, count: Any) -> Any:
         """Rows of so many tokens; a sequence without queries has none."""
