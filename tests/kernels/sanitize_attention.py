@@ -19,6 +19,7 @@ from dsv4lab.kernels.rope.heads import api as heads_api
 from dsv4lab.records import allocate_index_pages, allocate_kv_pages
 from dsv4lab.reference import cache, indexer, norm, quant, rope
 from tests.kernels.attention import judge, make_case
+from tests.kernels.test_attention_share import run as run_shared
 from tests.kernels.test_compress import Scene, long_step
 from tests.kernels.test_index_scores import scene, worst
 from tests.kernels.test_index_topk import masked, scores_of
@@ -97,6 +98,9 @@ def attentions() -> None:
         case = make_case(record, kind, [(700, 2), (130, 1)], heads, k=200, device="cuda")
         judge(case, case.run(parts))
         judge(case, case.run(parts, unpack=True))
+    for record, kind, heads in (("fp8", "visible", 64), ("plain", "visible", 128), ("nvfp4", "window", 64)):
+        case = make_case(record, kind, [(7300, 5), (130, 2)], heads, device="cuda")
+        judge(case, run_shared(case))
 
 
 if __name__ == "__main__":
