@@ -2,7 +2,7 @@
 
     csa prefill      4,096 queries at the end of 8,192 tokens: window and 512 (Flash) or 1,024 (Pro) chosen entries
     hca prefill      the same queries, window and all visible entries of 128 tokens (64 at most); has the bar of the dense shape
-    hca prefill 64k  4,096 queries at the end of 65,536 tokens: window and up to 512 entries, held against the same bar
+    hca prefill 64k  4,096 queries at the end of 65,536 tokens: window and up to 512 entries; Flash's against the same bar
     csa decode       1 query of each of 1 to 256 sequences of 16,384 tokens, FP8 keys; window and 512 or 1,024 entries
     hca decode       the same with all 128 entries of 128 tokens
 
@@ -122,6 +122,7 @@ PREFILL = (
     Shape("pro csa prefill", PRO, CSA, 4096, 8192, bar=("tflops", 540.0)),
     Shape("flash hca prefill", FLASH, HCA, 4096, 8192, bar=("tflops", 480.0)),
     Shape("flash hca prefill 64k", FLASH, HCA, 4096, 65536, bar=("tflops", 480.0)),
+    Shape("pro hca prefill 64k", PRO, HCA, 4096, 65536),
 )
 DECODE = (
     *_decode("flash", FLASH, CSA, {1: 13.0, 64: 36.0, 128: 48.0, 256: 88.0}),

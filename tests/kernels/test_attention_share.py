@@ -35,26 +35,22 @@ def in_order(case: Case) -> Case:
 
 
 # ---- choice ------------------------------------------------------------------------------------------------------------
-def way(record: str, kind: str, queries: int, heads: int, *, rings: int, ring: int, reach: int, k: int = 512) -> bool:
+def way(kind: str, queries: int, heads: int, *, rings: int, ring: int, reach: int) -> bool:
     """reach: entries of a sequence."""
-    keys = capacity(kind, 128, k if kind == "chosen" else reach)
-    division = divide(queries, heads, keys, 132)
-    return shares(division, record, kind, keys, rings=rings, window=128, tokens=rings * ring, entries=reach)
+    division = divide(queries, heads, capacity(kind, 128, reach), 132)
+    return shares(division, kind, rings=rings, ring_len=ring, entries=reach)
 
 
-@pytest.mark.parametrize("record", ["plain", "fp8", "nvfp4"])
 @pytest.mark.parametrize("heads", [64, 128])
-def test_prefill_shares_and_decode_does_not(record: str, heads: int) -> None:
-    for rings in (1, 16):
+def test_what_two_have_together(heads: int) -> None:
+    for rings in (1, 16, 64):
         for reach in (64, 512):
-            assert way(record, "visible", 4096, heads, rings=rings, ring=4224, reach=reach)
-        assert way(record, "window", 4096, heads, rings=rings, ring=4224, reach=0)
-    assert not way(record, "chosen", 4096, heads, rings=1, ring=4224, reach=2048), "queries choose for themselves"
-    for seqs in (1, 64, 128, 256):
-        assert not way(record, "visible", seqs, heads, rings=seqs, ring=192, reach=1024)
-        assert not way(record, "window", seqs, heads, rings=seqs, ring=192, reach=0)
-    assert not way(record, "visible", 4096, heads, rings=1025, ring=192, reach=64), "more sequences than a CTA has threads"
-    assert not way(record, "visible", 4096, heads, rings=64, ring=8320, reach=16384), "more than a GiB of keys"
+            assert way("visible", 4096, heads, rings=rings, ring=4224, reach=reach)
+        assert way("window", 4096, heads, rings=rings, ring=4224, reach=0)
+    assert not way("chosen", 4096, heads, rings=1, ring=4224, reach=2048), "queries choose for themselves"
+    assert not way("visible", 1, heads, rings=1, ring=192, reach=1024), "a query's keys have parts"
+    assert not way("visible", 4096, heads, rings=64, ring=8320, reach=16384), "more than a GiB of keys"
+    assert way("window", 1, 128, rings=1, ring=192, reach=0) is way("window", 1, 64, rings=1, ring=192, reach=0) is False
 
 
 def test_choices_that_cannot_be_are_refused() -> None:
@@ -97,17 +93,18 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = torch.empty(1, 64, 512).bfloat16()
     monkeypatch.setattr(api, "unpack_keys", lambda *_, **__: (plain, None))
     runtime = Silent()
-    for heads, queries, more, wanted, sizes in (
-        (64, 300, {}, "queries", (1, 300, 6)),
-        (64, 301, {}, "queries", (1, 302, 6)),
-        (72, 301, {}, "tiles", (2, 602, 6)),
-        (64, 301, dict(unpack=True), "", (1, 301, 7)),
-        (64, 301, dict(share=False), "", (1, 301, 7)),
-        (64, 3, {}, "", (1, 3, 3)),
+    for record, heads, queries, more, wanted, sizes in (
+        ("fp8", 64, 300, {}, "queries", (1, 300, 6)),
+        ("nvfp4", 64, 301, {}, "queries", (1, 302, 6)),
+        ("fp8", 72, 301, {}, "tiles", (2, 602, 6)),
+        ("plain", 64, 301, {}, "", (1, 301, 7)),  # is not unpacked
+        ("fp8", 64, 301, dict(unpack=True), "", (1, 301, 7)),
+        ("fp8", 64, 301, dict(share=False), "", (1, 301, 7)),
+        ("fp8", 64, 3, {}, "", (1, 3, 3)),
     ):
         with running_on(runtime):  # type: ignore[arg-type]
-            run(make_case("fp8", "window", [(400, queries)], heads), 1, **(dict(share=None) | more))  # type: ignore[arg-type]
-        assert (compiled[-1].share, runtime.sizes) == (wanted, sizes), (heads, queries)
+            run(make_case(record, "window", [(400, queries)], heads), 1, **(dict(share=None) | more))  # type: ignore[arg-type]
+        assert (compiled[-1].share, runtime.sizes) == (wanted, sizes), (record, heads, queries, more)
 
 
 # ---- in the simulator --------------------------------------------------------------------------------------------------

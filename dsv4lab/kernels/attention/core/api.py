@@ -94,19 +94,18 @@ def attention(
     far = None if entry_pages is None else _bytes("entry_pages", entry_pages, config, entry_page)
     tokens, held = near.shape[0] * window_page, 0 if far is None else far.shape[0] * entry_page
     reach = 0 if far is None else block_table.shape[1] * entry_page  # of a sequence
-    sizes = dict(rings=tokens // ring_len, window=window, tokens=tokens)
-    if share is None:
-        free = unpack is None and pair is None and merge is None and count == 1
-        share = free and shares(division, record, kind, keys, **sizes, entries=reach)
+    rings = tokens // ring_len
+    free = unpack is None and pair is None and merge is None and count == 1
     if unpack is None:
-        entries = min(held, min(m, block_table.shape[0]) * reach)
-        unpack = not share and unpacks(division, record, keys, **sizes, entries=entries)
+        most = min(held, min(m, block_table.shape[0]) * reach)
+        unpack = unpacks(division, record, keys, rings=rings, window=window, tokens=tokens, entries=most)
+    if share is None:
+        share = free and unpack and shares(division, kind, rings=rings, ring_len=ring_len, entries=reach)
     table = block_table if kind != "window" else positions.view(torch.int32).view(1, -1)
     if share or (unpack and record != "plain"):
         how: dict[str, Any] = dict(window=window, ring_len=ring_len, ratio=max(ratio, 1))  # 0 of a layer that has no entries
         how |= dict(record=record, window_page=window_page, entry_page=entry_page, dim=DIM, rope_dim=ROPE_DIM)
         seen = (window_pages, entry_pages, block_table, positions, seq_idx)
-        config = replace(config, record="plain")
         if share:
             if count > 1:
                 raise ValueError(f"share must be false for several parts of a query, got True for {count}")
@@ -114,6 +113,7 @@ def attention(
             near, table = line_up_keys(*seen, **how)
             far = None
         else:
+            config = replace(config, record="plain")
             plain, plain_far = unpack_keys(*seen, **how)
             near = _bytes("window_pages", plain, config, window_page)
             far = None if plain_far is None else _bytes("entry_pages", plain_far, config, entry_page)

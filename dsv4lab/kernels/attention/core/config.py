@@ -31,7 +31,6 @@ _PART_READ_US = ROWS * DIM * 4 / 4.0e6  # of 64 heads at 4 TB/s
 # keys 2.0: measured. A kernel that unpacks takes its launch, a look at all positions, latencies, and bytes at 80 % of a copy's
 # rate: estimates.
 _DECODE_US, _PAIR_DECODE_US, _UNPACK_US, _UNPACK_BYTES = 1.0, 0.4, 6.0, 3.4e6  # the last one a microsecond
-_SHARE_US = 0.5  # of a block of plain keys that two CTAs have together: an estimate
 _LINE_ROWS = 1 << 20  # of keys in line at most, if all of every ring is seen: a GiB
 _SEEN = 0.5  # of a pool's entries: it is made for other sequences, too, and for longer ones
 
@@ -209,22 +208,13 @@ def unpacks(division: Division, record: str, keys: int, *, rings: int, window: i
     return saved > _UNPACK_US + records * (layout.data_bytes + layout.scale_bytes + 2 * DIM) / _UNPACK_BYTES
 
 
-def shares(
-    division: Division, record: str, kind: str, keys: int, *, rings: int, window: int, tokens: int, entries: int
-) -> bool:
-    """Whether two CTAs have their keys together, which a kernel before attention's puts in line: as `unpacks`, of prefill.
+def shares(division: Division, kind: str, *, rings: int, ring_len: int, entries: int) -> bool:
+    """Whether keys that are `unpacks`' go in line, for two CTAs that have theirs together: of two tiles of heads, or of two
+    queries. entries: most of a sequence.
 
-    entries: most of a sequence. Not where entries are chosen, since other queries choose others, nor where a query's keys have
-    several parts. Of two tiles of heads, or of two queries where there are at least two.
+    Not where entries are chosen, since other queries choose others, nor where a query's keys have several parts. Plain records
+    would have to be copied first, which takes longer than it saves.
     """
-    if kind == "chosen" or division.parts > 1 or not 0 < rings <= MAX_SEQS or division.items < 2:
+    if kind == "chosen" or division.parts > 1 or division.items < 2:
         return False
-    seqs = min(rings, division.queries)
-    rows = rows_in_line(division.queries, rings, ring_len=tokens // rings, entries=entries)
-    blocks = -(-keys // KEYS)
-    decode = 0.0 if record == "plain" else _DECODE_US if division.head_tiles % 2 else _PAIR_DECODE_US
-    saved = -(-division.items // division.ctas) * blocks * (_SHARE_US + decode)
-    held = AttentionConfig(record, kind)
-    each = held.data_bytes + held.scale_bytes + 2 * DIM
-    seen = min(tokens, division.queries + (window - 1) * seqs) + _SEEN * seqs * entries
-    return rows <= _LINE_ROWS and saved > _UNPACK_US + seen * each / _UNPACK_BYTES
+    return rows_in_line(division.queries, rings, ring_len=ring_len, entries=entries) <= _LINE_ROWS

@@ -2,10 +2,9 @@
 
 The two CTAs of a cluster have two tiles of a query's heads, or neighbouring queries. Keys are rows of BF16, sequence after
 sequence (`cache.unpack`, in line), and go by groups of eight: first a query's entries, then its window, either from a group of
-its own on. Neighbouring queries of a sequence have one list, of what either sees; others have two, one after the other. Where
-two windows together are a block more than each alone, each CTA copies its own. A block is eight groups. Which keys of a block a
-CTA's query attends to is in its mask; others are numbers: of the other query, of the zeros between sequences, or what the place
-of a last block held before.
+its own on. Neighbouring queries of a sequence have one list, of what either sees; others have two, one after the other. A block
+is eight groups. Which keys of a block a CTA's query attends to is in its mask; others are numbers: of the other query, of the
+zeros between sequences, or what the place of a last block held before.
 
 One warp of a CTA copies half of a block's groups to the same place of both CTAs, four KB at a time, half the dims of a group;
 the barriers that say that a half is full count all bytes in both. A half is filled again when both CTAs have multiplied it:
@@ -33,7 +32,6 @@ _GROUPS = KEYS // GROUP  # of a block
 _WORDS = KEYS // 32  # of its mask
 _NEAR = 64  # tokens between queries that have one list, at most: so many keys each reads for the other
 _BOTH = 3  # CTAs of a copy, a bit each
-_ALL = 2**30  # more groups than there are
 _HALF = DIM // HALVES
 
 
@@ -70,39 +68,33 @@ class Shared:
 
     # ---- what there is to copy -----------------------------------------------------------------------------------------
     def span(self, query: Any, part: Any) -> tuple[Any, ...]:
-        """(runs of groups, each its first row and the groups up to its end; how many groups are for both CTAs; of this CTA's
-        query the place of its first entry, entries, the place of its first token, tokens; blocks). By whole warps.
+        """(runs of groups, each its first row and the groups up to its end; of this CTA's query the place of its first entry
+        and of its first token, and their numbers; blocks). By whole warps.
         """
         position, seq = self._where(query)
         entries, start = self._entries(position, seq), self._start(position)
-        first, base, both = start, Int32(0), Int32(_ALL)  # the first token copied; the place of this query's list
-        mine = self._runs(seq, position, position)
-        lists = [mine]
+        low, high, base = position, position, Int32(0)
         if cutlass.const_expr(self.work.plan.share == "queries"):
             near, of = self._where(cutlass.min(query ^ 1, Int32(self.work.positions.shape[0]) - 1))
             apart = cutlass.max(position - near, near - position)
             together = cutlass.select_(seq == of, apart, Int32(_NEAR + 1)) <= _NEAR
-            union = self._runs(seq, cutlass.min(position, near), cutlass.max(position, near))
-            whole = cutlass.min(start, self._start(near)) > 0  # else windows may be of different lengths
-            shorter = cute.ceil_div(union[1][0] + mine[1][1], _GROUPS) < cute.ceil_div(union[1][0] + union[1][1], _GROUPS)
-            alone = cutlass.select_(whole, Int32(shorter), Int32(0)) == 1
-            both = cutlass.select_(together, cutlass.select_(alone, union[1][0], both), both)
-            first = cutlass.select_(together, cutlass.select_(alone, start, cutlass.min(start, self._start(near))), start)
-            windows = [cutlass.select_(alone, mine[i][1], union[i][1]) for i in range(2)]
-            union = [union[0][0], windows[0]], [union[1][0], windows[1]]
+            low = cutlass.select_(together, cutlass.min(position, near), position)
+            high = cutlass.select_(together, cutlass.max(position, near), position)
+        mine = self._runs(seq, low, high)
+        lists = [mine]
+        if cutlass.const_expr(self.work.plan.share == "queries"):
             rows, sizes = self._runs(of, near, near)
-            theirs = rows, [cutlass.select_(together, Int32(0), size) for size in sizes]
-            mine = _either(together, union, mine)
+            sizes = [cutlass.select_(together, Int32(0), size) for size in sizes]
             last = cutlass.select_(together, Int32(0), self.work.rank) == 1
-            base = cutlass.select_(last, (sizes[0] + sizes[1]) * GROUP, base)
-            lists = [_either(last, theirs, mine), _either(last, mine, theirs)]
+            base = cutlass.select_(last, (sizes[0] + sizes[1]) * GROUP, Int32(0))
+            lists = [_either(last, (rows, sizes), mine), _either(last, mine, (rows, sizes))]
         runs, end = [], Int32(0)
         for rows, sizes in lists:
             for row, size in zip(rows, sizes, strict=True):
                 end = end + size
                 runs += [row, end]
-        token = base + mine[1][0] * GROUP + start - first
-        return (*runs, both, base, entries, token, position + 1 - start, cute.ceil_div(end, _GROUPS))
+        first_token = base + mine[1][0] * GROUP + start - self._start(low)
+        return (*runs, base, entries, first_token, position + 1 - start, cute.ceil_div(end, _GROUPS))
 
     def _where(self, query: Any) -> tuple[Any, Any]:
         """A query's position and sequence."""
@@ -128,7 +120,7 @@ class Shared:
     @cute.jit
     def item(self, query: Any, span: Any, index: Any, warp: Any, phases: Any) -> Any:
         """All blocks of an item, by one warp. phases: as `gather.Gather` has them."""
-        *runs, both, entry, entries, token, tokens, blocks = span
+        *runs, entry, entries, token, tokens, blocks = span
         lane, rank = cute.arch.lane_idx(), self.work.rank
         for j in cutlass.range(blocks, unroll=1):
             stage = j % 2
@@ -147,21 +139,18 @@ class Shared:
                         for i in cutlass.range_constexpr(_WORDS):
                             ptx.store_word(self.masks + stage * self.work.plan.mask_bytes + i * 4, seen[i])
                     cute.arch.mbarrier_arrive_and_expect_tx(full, count * GROUP_BYTES)
-                for g in cutlass.range(count, unroll=1):
-                    nth = j * _GROUPS + g
-                    if nth >= both or g % 2 == rank:
-                        source = cute.domain_offset((_row(runs, nth), 0), self.keys)
-                        source = cute.local_tile(source, (GROUP, _HALF), (0, None))
-                        target, source = cpasync.tma_partition(
-                            self.load,
-                            0,
-                            cute.make_layout(1),
-                            cute.group_modes(self.stages, 0, 2),
-                            cute.group_modes(source, 0, 2),
-                        )
-                        box = target[None, g, HALVES * stage + h]
-                        mask = Int16(cutlass.select_(nth < both, Int32(_BOTH), 1 << rank))
-                        cute.copy(self.load, source[None, h], box, tma_bar_ptr=full, mcast_mask=mask)
+                for g in cutlass.range(rank, count, 2, unroll=1):
+                    source = cute.domain_offset((_row(runs, j * _GROUPS + g), 0), self.keys)
+                    source = cute.local_tile(source, (GROUP, _HALF), (0, None))
+                    target, source = cpasync.tma_partition(
+                        self.load,
+                        0,
+                        cute.make_layout(1),
+                        cute.group_modes(self.stages, 0, 2),
+                        cute.group_modes(source, 0, 2),
+                    )
+                    box = target[None, g, HALVES * stage + h]
+                    cute.copy(self.load, source[None, h], box, tma_bar_ptr=full, mcast_mask=Int16(_BOTH))
             phases = phases ^ (1 << stage)
         return phases
 
