@@ -18,7 +18,6 @@ NAMES = list(ops.implementations())
 NO_NOTEBOOK = {"quantize_fp8_blocks": "packs weights when a model is made, no step of inference; notebook 09 has the format"}
 NO_KERNEL = "reference only: kernels decode weights on their way, and weights are packed once, when a checkpoint is loaded"
 NO_ROWS = {"dequantize": NO_KERNEL, "quantize_fp8_blocks": NO_KERNEL}
-AWAITED = {"two_linears": "linear"}  # a suite has cases; rows come with its next run on a GPU, and the name goes from here
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +40,9 @@ def test_every_operation_has_what_it_needs(listed: list[operator_map.Operation])
 def test_every_operation_with_a_kernel_is_measured(listed: list[operator_map.Operation]) -> None:
     tables = [operator_map.measured(operator_map.BASELINES / name, NAMES) for name in operator_map.DEVICES.values()]
     without = {name for name in NAMES if not any(table.get(name) for table in tables)}
-    assert set(NO_ROWS) <= without <= set(NO_ROWS) | set(AWAITED)
+    assert without == set(NO_ROWS)
     for operation in listed:
         assert bool(operation.kernels) != (operation.name in NO_ROWS), f"{operation.name} has kernels for {operation.kernels}"
-    for name, suite in AWAITED.items():
-        assert f'"{name}"' in (ROOT / "benchmarks" / f"{suite}.py").read_text(), f"{suite} has no case of {name}"
 
 
 def test_kernels_are_the_folders_that_are_reached(listed: list[operator_map.Operation]) -> None:
