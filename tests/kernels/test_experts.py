@@ -79,6 +79,11 @@ def test_calibrated_scales_belong_to_experts() -> None:
     x = torch.randn(13, 128, generator=torch.Generator().manual_seed(4))
     y = simulated(lambda: experts(x, weights, ids, w1, w3, w2, limit=LIMIT, act="nvfp4"))
     assert relative(y, reference.moe(x, weights, ids, w1, w3, w2, limit=LIMIT, act="nvfp4")) < 1e-5
+    # ids that are none, the last one too, which rows past the last sorted one would look up
+    known = (torch.arange(26) % 5 != 0).view(13, 2)
+    given = torch.where(known, ids, torch.tensor([-1, 6, 2**33])[torch.arange(26) % 3].view(13, 2))
+    y = simulated(lambda: experts(x, weights, given, w1, w3, w2, limit=LIMIT, act="nvfp4"))
+    assert relative(y, reference.moe(x, weights * known, ids, w1, w3, w2, limit=LIMIT, act="nvfp4")) < 1e-5
 
 
 @pytest.mark.parametrize("schedule", ["lazy", "random"])

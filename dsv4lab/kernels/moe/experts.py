@@ -164,8 +164,14 @@ def _of_matrices(input_scale: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _of_rows(input_scale: torch.Tensor | None, ids: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor | None:
-    """Each sorted row's scale, from one an expert, by gathers alone. Rows that no launch has sorted have no such scale."""
-    return None if input_scale is None or slots is None else input_scale.float()[ids.view(-1)[slots.long()]]
+    """Each sorted row's scale, from one an expert, by copies and gathers alone; of rows past the last, whose slot is -1, any
+    expert's. Rows that no launch has sorted have no such scale.
+    """
+    if input_scale is None or slots is None:
+        return None
+    known = ids.new_zeros(ids.numel() + 1)
+    known[:-1] = ids.view(-1)
+    return input_scale.float()[known[slots.long()]]
 
 
 def _requant(x: torch.Tensor, act: str, input_scale: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
