@@ -88,10 +88,9 @@ class Silent:
 def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[AttentionConfig] = []
     monkeypatch.setattr(api, "_compiled", lambda config, _: compiled.append(config))
-    line = (torch.empty(8, 512).bfloat16(), torch.empty(1, 4, dtype=torch.int32))
-    monkeypatch.setattr(api, "line_up_keys", lambda *_, **__: line)
     plain = torch.empty(1, 64, 512).bfloat16()
-    monkeypatch.setattr(api, "unpack_keys", lambda *_, **__: (plain, None))
+    found = {True: (plain[0], torch.empty(1, 4, dtype=torch.int32)), False: (plain, None)}
+    monkeypatch.setattr(api, "unpack_keys", lambda *_, line, **__: found[line])
     runtime = Silent()
     for record, heads, queries, more, wanted, sizes in (
         ("fp8", 64, 300, {}, "queries", (1, 300, 6)),

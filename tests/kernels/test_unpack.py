@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.cache.plan import KeyPlan
-from dsv4lab.kernels.cache.unpack.api import line_up_keys, unpack_keys
+from dsv4lab.kernels.cache.unpack.api import unpack_keys
 from dsv4lab.kernels.cache.unpack.config import UnpackConfig
 from dsv4lab.records import allocate_kv_pages
 from dsv4lab.reference.cache import cache_read
@@ -66,12 +65,12 @@ def make_scene(
 
 
 def simulated(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, ctas: int = 2, function: Callable[..., Any] = unpack_keys, **how: Any
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, ctas: int = 2, *, line: bool = False, **how: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     sim.enable("sm_90a", multiprocessors=ctas)
     with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")), monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", lambda *shape, dtype, **of: torch.full(shape, int(UNTOUCHED), dtype=dtype, **of))
-        return function(*scene.args, **scene.how)
+        patch.setattr(torch, "empty", lambda *shape, **of: torch.full(shape, UNTOUCHED, **of))
+        return unpack_keys(*scene.args, **scene.how, line=line)
 
 
 def expected(scene: Scene) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -112,7 +111,7 @@ def check(scene: Scene, found: tuple[torch.Tensor, torch.Tensor | None]) -> None
             assert not wrong, f"{len(wrong)} records differ, first at page and place {wrong[0]}"
 
 
-def check_line(scene: Scene, found: tuple[torch.Tensor, torch.Tensor], *, filled: bool = True) -> None:
+def check_line(scene: Scene, found: tuple[torch.Tensor, Any], *, filled: bool = True) -> None:
     """Every sequence's tokens and entries, each followed by zeros; all other rows as they were, where those had been filled."""
     rows, places = (t.cpu() for t in found)
     window, far, table, positions, seq_idx = (None if a is None else a.cpu() for a in scene.args)
@@ -167,7 +166,7 @@ def test_what_is_seen_is_unpacked_and_nothing_else(
 @pytest.mark.parametrize(("record", "what", "schedule"), [*SCENES, ("plain", SCENES[4][1], "lazy")])
 def test_keys_in_line(record: str, what: dict[str, Any], schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = make_scene(record, **what)
-    how: dict[str, Any] = dict(function=line_up_keys, schedule=schedule, checks=sim.Checks(races=True))
+    how: dict[str, Any] = dict(line=True, schedule=schedule, checks=sim.Checks(races=True))
     check_line(scene, simulated(scene, monkeypatch, **how))
     scene.args[2][0, :2] = -1
     check_line(scene, simulated(scene, monkeypatch, **how))
@@ -238,7 +237,7 @@ def test_unpacking_on_the_gpu(record: str, seed: int) -> None:
         scene = make_scene(record, seed=seed, **what)
         scene.args = tuple(None if a is None else a.cuda() for a in scene.args)
         found = unpack_keys(*scene.args, **scene.how)
-        check_line(scene, line_up_keys(*scene.args, **scene.how), filled=False)
+        check_line(scene, unpack_keys(*scene.args, **scene.how, line=True), filled=False)
         for got, want in zip(found, expected(scene), strict=True):
             if got is not None and want is not None:
                 there = (want != UNTOUCHED).any(-1)

@@ -22,7 +22,7 @@ from dsv4lab.kernels.attention.core.config import (
     shares,
     unpacks,
 )
-from dsv4lab.kernels.cache.unpack.api import line_up_keys, unpack_keys
+from dsv4lab.kernels.cache.unpack.api import unpack_keys
 
 ARCHITECTURES = ("sm_90a",)
 _LOG2_E = 1.4426950408889634
@@ -105,18 +105,17 @@ def attention(
     if share or (unpack and record != "plain"):
         how: dict[str, Any] = dict(window=window, ring_len=ring_len, ratio=max(ratio, 1))  # 0 of a layer that has no entries
         how |= dict(record=record, window_page=window_page, entry_page=entry_page, dim=DIM, rope_dim=ROPE_DIM)
-        seen = (window_pages, entry_pages, block_table, positions, seq_idx)
+        if share and count > 1:
+            raise ValueError(f"share must be false for several parts of a query, got True for {count}")
+        plain, other = unpack_keys(window_pages, entry_pages, block_table, positions, seq_idx, **how, line=share)
         if share:
-            if count > 1:
-                raise ValueError(f"share must be false for several parts of a query, got True for {count}")
+            assert other is not None  # where sequences have their rows
             config = AttentionConfig("plain", kind, window, share="queries" if division.head_tiles % 2 else "tiles")
-            near, table = line_up_keys(*seen, **how)
-            far = None
+            near, far, table = plain, None, other
         else:
             config = replace(config, record="plain")
-            plain, plain_far = unpack_keys(*seen, **how)
             near = _bytes("window_pages", plain, config, window_page)
-            far = None if plain_far is None else _bytes("entry_pages", plain_far, config, entry_page)
+            far = None if other is None else _bytes("entry_pages", other, config, entry_page)
     if pair is None:
         pair = pairs(heads, config.record, multiprocessors)
     if pair and division.head_tiles % 2:

@@ -31,106 +31,21 @@ def unpack_keys(
     entry_page: int,
     dim: int,
     rope_dim: int,
+    line: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dequantise the keys that queries may see into plain pools of BF16, to which the same block table belongs.
 
     Arguments as `reference.attention.attention` has them: pools of a packed `record`, the window's of at most 1,024 rings;
     block_table (sequences, pages) i32; positions, seq_idx (M,) i64, M > 0, all contiguous -> (P, window_page, dim) bf16 and,
     where there are entries, (P, entry_page, dim) bf16. Places that none of the queries may see are not written, pages that
-    are -1 not looked for.  Raises ValueError on shapes and names, TypeError on dtypes.  Source: `reference.cache.cache_read`.
-    """
-    config = _config(
-        window_pages,
-        entry_pages,
-        block_table,
-        positions,
-        seq_idx,
-        window=window,
-        ring_len=ring_len,
-        ratio=ratio,
-        record=record,
-        window_page=window_page,
-        entry_page=entry_page,
-        dim=dim,
-        rope_dim=rope_dim,
-        line=False,
-    )
-    rows = [window_pages.shape[0] * window_page] + ([] if entry_pages is None else [entry_pages.shape[0] * entry_page])
-    plain = torch.empty(sum(rows), dim, dtype=torch.bfloat16, device=window_pages.device).split(rows)
-    nowhere = positions.view(torch.int32).view(-1, 2)
-    args = (window_pages, entry_pages, block_table, positions, seq_idx, plain[0], plain[-1], nowhere)
-    _launch(config, args, window, ring_len, ratio)
-    near = plain[0].view(-1, window_page, dim)
-    return near, plain[1].view(-1, entry_page, dim) if entry_pages is not None else None
+    are -1 not looked for.
 
-
-def line_up_keys(
-    window_pages: torch.Tensor,
-    entry_pages: torch.Tensor | None,
-    block_table: torch.Tensor,
-    positions: torch.Tensor,
-    seq_idx: torch.Tensor,
-    *,
-    window: int,
-    ring_len: int,
-    ratio: int,
-    record: str,
-    window_page: int,
-    entry_page: int,
-    dim: int,
-    rope_dim: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dequantise the keys that queries may see into rows of BF16, one sequence after another, tokens in order.
-
-    Arguments as for `unpack_keys`; records may be plain, too -> (rows, dim) bf16, and (rings, 4) i32, of every sequence that
-    has queries: the row of its first token, that token's position, the row of its first entry, its number of entries. Rows of
-    entries, and whatever is within 7 rows after the last token or entry, are numbers; entries without a page are zeros.
+    line: into rows instead, one sequence after another, its tokens in the order of their positions; records may be plain, too
+    -> (rows, dim) bf16 and (rings, 4) i32, of every sequence that has queries: the row of its first token, that token's
+    position, the row of its first entry, its number of entries. The 7 rows after the last token, and those after the last entry
+    up to a multiple of 8, are zeros, as are entries without a page.
     Raises ValueError on shapes and names, TypeError on dtypes.  Source: `reference.cache.cache_read`.
     """
-    config = _config(
-        window_pages,
-        entry_pages,
-        block_table,
-        positions,
-        seq_idx,
-        window=window,
-        ring_len=ring_len,
-        ratio=ratio,
-        record=record,
-        window_page=window_page,
-        entry_page=entry_page,
-        dim=dim,
-        rope_dim=rope_dim,
-        line=True,
-    )
-    rings = window_pages.shape[0] * window_page // ring_len
-    entries = 0 if entry_pages is None else block_table.shape[1] * entry_page
-    rows = rows_in_line(positions.shape[0], rings, ring_len=ring_len, entries=entries)
-    out = torch.empty(rows, dim, dtype=torch.bfloat16, device=window_pages.device)
-    places = torch.empty(rings, 4, dtype=torch.int32, device=window_pages.device)
-    args = (window_pages, entry_pages, block_table, positions, seq_idx, out, out, places)
-    _launch(config, args, window, ring_len, ratio)
-    return out, places
-
-
-def _config(
-    window_pages: torch.Tensor,
-    entry_pages: torch.Tensor | None,
-    block_table: torch.Tensor,
-    positions: torch.Tensor,
-    seq_idx: torch.Tensor,
-    *,
-    window: int,
-    ring_len: int,
-    ratio: int,
-    record: str,
-    window_page: int,
-    entry_page: int,
-    dim: int,
-    rope_dim: int,
-    line: bool,
-) -> UnpackConfig:
-    """The kernel's choices, after all checks."""
     for name, value, dtype, ndim in (
         ("positions", positions, torch.int64, 1),
         ("seq_idx", seq_idx, torch.int64, 1),
@@ -162,11 +77,12 @@ def _config(
         raise ValueError(f"window_pages must have at most {MAX_SEQS} rings, got {rings}")
     config = UnpackConfig(keys[0], keys[1] if entry_pages is not None else None, line)
     config.check()
-    return config
-
-
-def _launch(config: UnpackConfig, args: tuple[Any, ...], window: int, ring_len: int, ratio: int) -> None:
-    window_pages, entry_pages, block_table, positions, seq_idx, *out = args
+    rows = [pages.shape[0] * size for _, pages, size in pools]
+    if line:
+        entries = 0 if entry_pages is None else block_table.shape[1] * entry_page
+        rows = [rows_in_line(positions.shape[0], rings, ring_len=ring_len, entries=entries)]
+    plain = torch.empty(sum(rows), dim, dtype=torch.bfloat16, device=window_pages.device).split(rows)
+    places = positions.new_empty(rings, 4, dtype=torch.int32)
     runtime = runtime_of(window_pages)
     runtime.call(
         _compiled(config, runtime),
@@ -175,12 +91,18 @@ def _launch(config: UnpackConfig, args: tuple[Any, ...], window: int, ring_len: 
         block_table if entry_pages is not None else positions.view(torch.int32).view(1, -1),
         positions,
         seq_idx,
-        *out,
+        plain[0],
+        plain[-1],
+        places,
         window,
         ring_len,
         ratio,
         runtime.multiprocessors,
     )
+    if line:
+        return plain[0], places
+    near = plain[0].view(-1, window_page, dim)
+    return near, plain[1].view(-1, entry_page, dim) if entry_pages is not None else None
 
 
 def _compiled(config: UnpackConfig, runtime: Runtime) -> Callable[..., Any]:
