@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -163,7 +164,9 @@ def test_interrupted_runs_exit_as_shells_expect(tmp_path: Path, how: signal.Sign
         "runner.run_notebooks.__kwdefaults__['directory'] = pathlib.Path(sys.argv[1])\n"
         "sys.exit(cli.main(['run', '--output', sys.argv[1] + '/out']))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs, such as this, may not do
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listens)
     deadline = time.monotonic() + 40
     started = tmp_path / "started"
     while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
