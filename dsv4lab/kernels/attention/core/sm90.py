@@ -105,7 +105,8 @@ class AttentionSm90:
     ) -> None:
         """q (M H, 512) bf16; sinks (H,) f32; pages (P, bytes) u8; table (sequences, pages) i32; positions, seq_idx (M,) i64;
         chosen (M, k) i32 -> out (M H, 512) bf16, or partial (parts, M H, 512) and lse (parts, M H) f32. factor: scale times
-        log2 e. What the configuration does not read may be anything.
+        log2 e. Shared keys: window_pages are rows in line (n, 512) bf16, and table their places (rings, 4) i32, see
+        `cache.unpack`. What the configuration does not read may be anything.
         """
         plan = self.plan
         layout = hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (ROWS, ROWS, TILE), BFloat16, TILES)
