@@ -71,6 +71,29 @@ def test_experts_are_the_reference_s(fmt: str, act: str, dtype: torch.dtype, bou
     assert relative(z, reference.expert(x, w1[0], w3[0], w2[0], limit=LIMIT, act=act)) < bound
 
 
+def test_a_routing_that_is_none_is_refused() -> None:
+    """Before any kernel would read beyond it."""
+    three = matrices("nvfp4", 6, 128, 128)
+    weights, ids = routing(3, 6, 2, seed=3)
+    for count in (3, 1):
+        x = torch.randn(count, 128).bfloat16()
+        w, i = weights[:count], ids[:count]
+        for given, error, message in (
+            ((w[:, :1], i), ValueError, rf"weights must be one an id, \({count}, 2\), got \({count}, 1\)"),
+            ((w, i.int()), TypeError, "weights must be float32 and expert_idx int64, got torch.float32 and torch.int32"),
+            ((w.double(), i), TypeError, "weights must be float32 and expert_idx int64, got torch.float64 and torch.int64"),
+            ((w.repeat(2, 1), i.repeat(2, 1)), ValueError, r"expert_idx must be \(M, k\) for x \(M, D\), got"),
+        ):
+            with pytest.raises(error, match=message):
+                simulated(lambda x=x, given=given: experts(x, *given, *three, limit=LIMIT, act="none"))
+            with pytest.raises(error, match=message):
+                simulated(
+                    lambda x=x, given=given: layer(
+                        x, *given, three, tuple(t[0] for t in three), limit=LIMIT, act="none", shared_act="none"
+                    )
+                )
+
+
 def test_calibrated_scales_belong_to_experts() -> None:
     w1, w3, w2 = matrices("nvfp4", 6, 128, 128)
     for weight in (w1, w3, w2):

@@ -116,6 +116,7 @@ def _rows(
     """What each expert makes of each of its rows (rows, D), sorted, or of one token in the order of its choices: then there
     is no order, and the shared expert's row, if it is given, comes last.
     """
+    _check_routing(x, weights, expert_idx)
     pair, down = prepared(w1, w3), prepared(w2)
     more = (None, None) if shared is None else (prepared(shared[0], shared[1]), prepared(shared[2]))
     num_experts, top_k, rows = pair.shape[0], expert_idx.shape[1], expert_idx.numel()
@@ -156,6 +157,15 @@ def _rows(
         factor = of_rows if given is None else given
     of = factor_of(given)
     return grouped(h, down, tiles, rows=rows, out_dtype=x.dtype, factor=factor, factor_of=of, beside=more[1]), order
+
+
+def _check_routing(x: torch.Tensor, weights: torch.Tensor, expert_idx: torch.Tensor) -> None:
+    if weights.dtype != torch.float32 or expert_idx.dtype != torch.int64:
+        raise TypeError(f"weights must be float32 and expert_idx int64, got {weights.dtype} and {expert_idx.dtype}")
+    if expert_idx.dim() != 2 or expert_idx.shape[0] != x.shape[0]:
+        raise ValueError(f"expert_idx must be (M, k) for x (M, D), got {tuple(expert_idx.shape)} for {tuple(x.shape)}")
+    if weights.shape != expert_idx.shape:
+        raise ValueError(f"weights must be one an id, {tuple(expert_idx.shape)}, got {tuple(weights.shape)}")
 
 
 def _of_matrices(input_scale: torch.Tensor | None) -> torch.Tensor | None:
