@@ -31,6 +31,15 @@ class Case:
     def to(self, device: str) -> Case:
         return replace(self, args=tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in self.args))
 
+    def take(self, other: Case) -> None:
+        """Another's arguments into the tensors of this one, as large or larger."""
+        for held, new in zip(self.args, other.args, strict=True):
+            if held is not None and held.shape == new.shape:
+                held.copy_(new)
+            elif held is not None:  # smaller pools and tables
+                held.view(torch.uint8).fill_(255)
+                held[tuple(slice(n) for n in new.shape)] = new
+
     def run(self, parts: int | None = None, unpack: bool | None = None) -> torch.Tensor:
         how = {name: value for name, value in self.how.items() if name != "rope_dim"}
         return kernel(*self.args, **how, parts=parts, unpack=unpack)

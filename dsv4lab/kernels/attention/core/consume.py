@@ -132,7 +132,9 @@ class Consume:
         theirs = 1 - me
         phase, turn = Int32(0), Int32(0)  # of the stage; of the items
         for item in cutlass.range(first, items, stride, unroll=1):
-            self._begin(f)
+            f.output.fill(0.0)
+            f.high.fill(_LOWEST)
+            f.total.fill(0.0)
             blocks = self._blocks(turn)
             if blocks <= me and lane == 0:
                 cute.arch.mbarrier_arrive(self.queries + 1)  # has no need of them
@@ -193,12 +195,6 @@ class Consume:
             warpgroup.wait_group(0)  # of nothing, which ptxas does not know
             self._finish(f, me, lane, warp, self.work.item(item), turn)
             turn = turn ^ 1
-
-    @cute.jit
-    def _begin(self, f: cutlass.Constexpr) -> None:
-        f.output.fill(0.0)
-        f.high.fill(_LOWEST)
-        f.total.fill(0.0)
 
     @cute.jit
     def _blocks(self, turn: Any) -> Any:

@@ -27,8 +27,8 @@ from dsv4lab.kernels._common.ptx import copy_or_zeros, load_words, store_words
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import GATHER_WARPS, HALVES, KEYS, TILE, TILES
 from dsv4lab.kernels.attention.core.decode import CODE_WORDS, SCALE_WORDS, decode, factors
+from dsv4lab.kernels.cache.unpack.config import GROUP
 
-GROUP = 8  # keys that are next to each other in every tile
 ROW_BYTES = TILE * 2
 TILE_BYTES = GROUP * ROW_BYTES
 GROUP_BYTES = TILES // HALVES * TILE_BYTES  # of half the dims

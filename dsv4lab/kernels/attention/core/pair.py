@@ -27,7 +27,6 @@ from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import GATHER_WARPS, HALVES, KEYS, STAGES, TILES
 from dsv4lab.kernels.attention.core.decode import CODE_WORDS, SCALE_WORDS, decode, factors
 from dsv4lab.kernels.attention.core.gather import (
-    GROUP,
     HALF_BYTES,
     STAGE_BYTES,
     TILE_BYTES,
@@ -36,6 +35,7 @@ from dsv4lab.kernels.attention.core.gather import (
     read_scales,
     row_place,
 )
+from dsv4lab.kernels.cache.unpack.config import GROUP
 
 _ROWS = KEYS // 2  # of a block that a CTA decodes
 _KEYS = _ROWS // GATHER_WARPS  # of a warp: eight lanes have one

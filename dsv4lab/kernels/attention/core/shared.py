@@ -25,8 +25,9 @@ from cutlass.cute.nvgpu import cpasync
 from dsv4lab.kernels._common.ptx import store_words
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import DIM, HALVES, KEYS, STAGES, THREADS
-from dsv4lab.kernels.attention.core.gather import GROUP, GROUP_BYTES, STAGE_BYTES
+from dsv4lab.kernels.attention.core.gather import GROUP_BYTES, STAGE_BYTES
 from dsv4lab.kernels.attention.core.pair import leave
+from dsv4lab.kernels.cache.unpack.config import GROUP
 
 _GROUPS = KEYS // GROUP  # of a block
 _WORDS = KEYS // 32  # of its mask

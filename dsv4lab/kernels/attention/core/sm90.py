@@ -62,11 +62,12 @@ from dsv4lab.kernels.attention.core.config import (
     AttentionConfig,
 )
 from dsv4lab.kernels.attention.core.consume import Consume
-from dsv4lab.kernels.attention.core.gather import GROUP, Gather, packed_words
+from dsv4lab.kernels.attention.core.gather import Gather, packed_words
 from dsv4lab.kernels.attention.core.pair import PairGather
 from dsv4lab.kernels.attention.core.pair import packed_words as pair_words
 from dsv4lab.kernels.attention.core.shared import Shared
 from dsv4lab.kernels.attention.core.work import Work
+from dsv4lab.kernels.cache.unpack.config import GROUP
 
 _CONSUME_REGISTERS, _GATHER_REGISTERS = 192, 64  # of a thread; it is launched with 128
 _CONSUME_WARPS = 8

@@ -9,7 +9,7 @@ from dsv4lab.kernels.cache.plan import WARP, KeyPlan
 WARPS = 32
 THREADS = WARPS * WARP  # of a CTA, one a multiprocessor: each reads all positions, so few large ones; a thread a sequence
 MAX_SEQS = THREADS
-GROUP = 8  # rows that attention copies together, where pools are one row of sequences
+GROUP = 8  # rows that attention has next to each other, and copies together where they are in line
 
 
 def rows_in_line(queries: int, rings: int, *, ring_len: int, entries: int) -> int:
