@@ -39,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.child:
         measure(suites[0], options)
         return
+    if not (options.compile_only or torch.cuda.is_available()):
+        raise SystemExit("a GPU must be there to measure, but torch sees no CUDA device; --compile-only needs none")
     if not options.no_compile:
         failures = compiling.compile_all(suites, quick=options.quick, match=options.match, processes=options.jobs)
         if options.compile_only:
             raise SystemExit(1 if failures else 0)
-    if not torch.cuda.is_available():
-        raise SystemExit("a GPU must be there to measure, but torch sees no CUDA device; --compile-only needs none")
     out = Path(options.out) if options.out else default_path(torch.cuda.get_device_name())
     out.parent.mkdir(parents=True, exist_ok=True)
     ended = {suite: run(suite, out, options) for suite in suites}

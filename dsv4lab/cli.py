@@ -1,4 +1,4 @@
-"""The command line: `dsv4lab doctor | run | report | sim | generate | quantize | bench`.
+"""The command line: `dsv4lab doctor | run | report | publish | sim | generate | quantize | bench`.
 
 Heavy imports wait until a command needs them, so that `dsv4lab --help` answers at once. Exit status: 0 done, 1 something
 fell short, 2 the request could not be carried out (one message on stderr; `--debug` shows the traceback), 130 interrupted.
@@ -236,8 +236,12 @@ def _generate(options: argparse.Namespace) -> int:
     if not ids:
         raise CommandError("PROMPT must not be empty together with --no-bos")
     decoder = tokenizer.stream(skip_special=True)
-    if not options.chat:
-        print(options.prompt, end="", flush=True)
+    begun = [] if options.chat else [options.prompt]  # shown with the first token, when all arguments have been taken
+
+    def show(_: int, token: int) -> None:
+        print(*begun, decoder.push(token), sep="", end="", flush=True)
+        begun.clear()
+
     start = time.perf_counter()
     (completion,) = model.complete(
         [ids],
@@ -247,9 +251,9 @@ def _generate(options: argparse.Namespace) -> int:
         top_k=options.top_k,
         seed=options.seed,
         num_drafts=options.drafts,
-        on_token=lambda _, token: print(decoder.push(token), end="", flush=True),
+        on_token=show,
     )
-    print(decoder.finish())
+    print(*begun, decoder.finish(), sep="")
     if options.stats:
         print(_stats(len(ids), completion, time.perf_counter() - start), file=sys.stderr)
     return OK

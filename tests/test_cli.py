@@ -92,6 +92,12 @@ def test_generate_streams_what_the_model_gives(tiny_checkpoint: Path, capsys: py
     assert "5 prompt tokens, 12 new in" in shown.err and "draft 1:" in shown.err
 
 
+def test_generate_shows_nothing_of_what_it_refuses(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "def ", "--checkpoint", str(tiny_checkpoint), "--top-p", "0"]) == cli.USAGE
+    shown = capsys.readouterr()
+    assert not shown.out and "top_p must be" in shown.err
+
+
 def test_generate_leaves_the_dtype_to_the_device(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, torch.dtype | None]] = []
 

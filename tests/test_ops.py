@@ -223,7 +223,7 @@ def test_every_operator_has_a_case() -> None:
 
 
 @each_case
-def test_result_is_the_reference(case: Case) -> None:
+def test_arguments_and_results_pass_through(case: Case) -> None:
     before = pytree.tree_map_only(torch.Tensor, torch.clone, [parts(a) for a in case.args])
     call, args, result = observed(case)
     expected_args = case.fresh()
@@ -250,7 +250,8 @@ def test_operator_passes_torch_library_checks(case: Case) -> None:
     for name, written in zip(names, case.written, strict=True):  # give it the state before the call
         by_name[name] = case.args[written].clone()
     positional = tuple(by_name.pop(a.name) for a in op._schema.arguments if not a.kwarg_only)
-    # Torch's schema check multiplies its inputs, which float8 cannot; `test_result_is_the_reference` looks at the same things.
+    # Torch's schema check multiplies its inputs, which float8 cannot; `test_arguments_and_results_pass_through` looks at
+    # the same things.
     narrow = any(t.dtype in FLOAT8 for t in pytree.tree_leaves((positional, by_name)) if isinstance(t, torch.Tensor))
     checks = [name for name in CHECKS if not (narrow and name == "test_schema")]
     if case is not next(c for c in CASES if c.operator == case.operator):

@@ -11,6 +11,9 @@ operation, with a shape function for meta tensors. What runs is decided by the a
 - "kernel": the kernel on the GPU; "sim": the same kernel, of the architecture named, in the simulator on CPU tensors.
   MissingKernel where there is none.
 
+Kernels keep what they make of a weight once. `forget_prepared()` after changing one through `.data` or in inference mode, which
+nobody sees. Slots, tables and ids are looked at on the CPU, on a GPU where that is asked for: `dsv4lab.paging`.
+
 `observe()` collects every call with its inputs and outputs, for pictures and for checking kernels on real activations.
 """
 
@@ -27,6 +30,7 @@ from dsv4lab.dispatch import (
     scope,
 )
 from dsv4lab.kernels._common.aside import starting
+from dsv4lab.kernels._common.kept import forget as forget_prepared
 from dsv4lab.kernels.registry import KERNELS
 from dsv4lab.ops.cache import cache_read, cache_write, compress
 from dsv4lab.ops.decoding import advance_decode, decode_plan, match_drafts
@@ -71,6 +75,7 @@ __all__ = [
     "decode_plan",
     "dequantize",
     "embed_streams",
+    "forget_prepared",
     "grouped_linear",
     "implementations",
     "index_query",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsv4lab.paging import check_keys
 from dsv4lab.reference.cache import cache_read
 
 _QUERY_BLOCK = 64  # queries that share a score matrix: bounds memory at 64 * H * (window + entries) floats
@@ -108,8 +109,12 @@ def attention(
     s * ring_len + p mod ring_len; entry_pages: pool of compressed entries or None (SWA); block_table (num_seqs, nb) int: the
     page of entries [b * entry_page, (b + 1) * entry_page); positions, seq_idx (M,) int64; topk_indices (M, k) int32, -1 =
     empty, or None = every visible entry; ratio: tokens per entry; record: of the keys, "plain", "fp8" or "nvfp4"
-    -> (M, H, c) of q.dtype, values still carrying the key rotation (see `inverse_rope`).
+    -> (M, H, c) of q.dtype, values still carrying the key rotation (see `inverse_rope`). Raises ValueError on an entry without
+    a page.
     """
+    rings, pages = window_pages.shape[0] * window_page // ring_len, 0 if entry_pages is None else entry_pages.shape[0]
+    paged = dict(rings=rings, num_pages=pages, page_size=entry_page, ratio=ratio)
+    check_keys(block_table, positions, seq_idx, topk_indices, **paged)
     out = torch.empty_like(q)
     for s in seq_idx.unique().tolist():
         rows = (seq_idx == s).nonzero(as_tuple=True)[0]

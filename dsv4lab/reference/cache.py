@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from dsv4lab.formats import NVFP4
+from dsv4lab.paging import check_slots
 from dsv4lab.records import KV_RECORDS, NOPE_GROUP, kv_record
 from dsv4lab.reference.norm import rmsnorm
 from dsv4lab.reference.quant import (
@@ -49,9 +50,11 @@ def cache_write(
     """Normalise, rotate, quantise and store keys, in place.
 
     x (M, c) float: the kv projection's rows, or pooled entries; positions (M,): a token's own, or an entry's first token's;
-    slots (M,) int64, -1 = do not store; pages: a pool of `record` ("plain", "fp8" or "nvfp4"). Raises ValueError on the name.
+    slots (M,) int64, -1 = do not store; pages: a pool of `record` ("plain", "fp8" or "nvfp4"). Raises ValueError on the name,
+    and on slots beyond the pool or named twice (see `paging`).
     """
     _check(record)
+    check_slots(slots, pages.shape[0], page_size, written=True)
     key = kv_norm_rope(x, norm_weight, positions, inv_freq, eps=eps)
     key, page, place = addressed(key, slots, page_size=page_size)
     if record == "plain":
@@ -72,8 +75,11 @@ def cache_write(
 def cache_read(
     pages: torch.Tensor, slots: torch.Tensor, *, record: str, page_size: int, dim: int, rope_dim: int
 ) -> torch.Tensor:
-    """Gather and dequantise keys: slots (N,) int64 -> (N, dim) f32; slot -1 gives zeros. Raises ValueError on the name."""
+    """Gather and dequantise keys: slots (N,) int64 -> (N, dim) f32; slot -1 gives zeros. Raises ValueError on the name and
+    on slots beyond the pool.
+    """
     _check(record)
+    check_slots(slots, pages.shape[0], page_size)
     page, place = slots.clamp(min=0) // page_size, slots.clamp(min=0) % page_size
     if record == "plain":
         key = pages[page, place].float()

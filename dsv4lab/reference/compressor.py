@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from dsv4lab.paging import check_range
 from dsv4lab.reference.cache import cache_write
 from dsv4lab.reference.indexer import index_key_write
 
@@ -43,10 +44,13 @@ def compress(
     norm_weight (d,); inv_freq (rd/2,) f32; pages: a pool of `record`, of keys ("kv") or of index keys ("index"), into which
     block_table (num_seqs, nb) int leads: entry j of sequence s is place j mod page_size of page block_table[s, j / page_size],
     -1: not stored. rounded: to BF16, the pooled sum and all that comes after it. The others as in `compressor_pool` and
-    `compressor_state_update`. Writes pages and state, in place. Raises ValueError on the names of key and record.
+    `compressor_state_update`. Writes pages and state, in place. Raises ValueError on the names of key and record, and on pages
+    and sequences that are not there.
     """
     if key not in KEYS:
         raise ValueError(f"key must be one of {KEYS}, got {key!r}")
+    check_range("seq_idx", seq_idx, state.shape[0], start=0)
+    check_range("block_table", block_table, pages.shape[0])
     last_row = ((positions + 1) % ratio == 0).nonzero(as_tuple=True)[0]
     pooled = compressor_pool(
         values, scores, ape, state, positions, seq_idx, first_row, last_row, ratio=ratio, overlap=overlap

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from dsv4lab.paging import check_entries, check_slots
 from dsv4lab.records import index_record
 from dsv4lab.reference.cache import addressed, kv_norm_rope
 from dsv4lab.reference.quant import (
@@ -65,7 +66,9 @@ def index_key_write(
     """Norm, RoPE, Hadamard, quantise and store index keys, in place.
 
     x (E, ci): pooled entries; positions (E,): each entry's first token; slots (E,) int64, -1 = do not store.
+    Raises ValueError on slots beyond the pool or named twice.
     """
+    check_slots(slots, pages.shape[0], page_size, written=True)
     key = kv_norm_rope(x, norm_weight, positions, inv_freq, eps=eps)
     key, page, place = addressed(key, slots, page_size=page_size)
     if record == "plain":
@@ -112,7 +115,9 @@ def index_scores(
 
     q (M, Hi, ci) from `index_query`; head_weights (M, Hi) f32; scale: ci^-1/2 Hi^-1/2 in the model; block_table (num_seqs, nb)
     int, pages of `page_size` entries; num_visible (M,) int -> (M, max_entries) f32, -inf from num_visible on.
+    Raises ValueError on a visible entry without a page.
     """
+    check_entries(block_table, seq_idx, pages.shape[0], page_size, visible=num_visible.clamp(max=max_entries))
     out = torch.full((q.shape[0], max_entries), -torch.inf, device=q.device)
     head_weights = head_weights * scale
     entry = torch.arange(max_entries, device=q.device)

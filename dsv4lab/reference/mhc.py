@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import torch
 
+from dsv4lab.paging import check_range
 from dsv4lab.reference.gemm import matmul_rows
 from dsv4lab.reference.norm import rmsnorm
 
 
 def embed_streams(token_ids: torch.Tensor, weight: torch.Tensor, *, num_streams: int) -> torch.Tensor:
-    """Look up embeddings and copy each into every stream. token_ids (M,) int; weight (V, D) -> (M, S, D) of weight.dtype."""
+    """Look up embeddings and copy each into every stream. token_ids (M,) int; weight (V, D) -> (M, S, D) of weight.dtype.
+
+    Negative ids count from the end.  Raises ValueError on ids outside the table.
+    """
+    check_range("token_ids", token_ids, weight.shape[0], start=-weight.shape[0])
     return weight[token_ids][:, None, :].repeat(1, num_streams, 1)
 
 

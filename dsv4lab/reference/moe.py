@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dsv4lab.formats import PackedWeight
+from dsv4lab.paging import check_range
 from dsv4lab.reference.gemm import linear, matmul_rows
 from dsv4lab.reference.quant import quantize_fp8_rows, quantize_nvfp4
 
@@ -33,7 +34,9 @@ def router_hash(
     """Route by token id: the table chooses, the learned score still weighs.
 
     x (M, D); gate_weight (E, D); tid2eid (V, top_k) int; token_ids (M,) int -> weights (M, top_k) f32, ids (M, top_k) int64.
+    Raises ValueError on ids outside the table.
     """
+    check_range("token_ids", token_ids, tid2eid.shape[0], start=0)
     expert_idx = tid2eid[token_ids].long()
     return _route_weights(router_scores(x, gate_weight), expert_idx, route_scale), expert_idx
 

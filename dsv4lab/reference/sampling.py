@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4lab.paging import check_range
+
 SAMPLE, ACCEPT, RESIDUAL = 0, 1, 2  # streams: token draws, acceptance of drafts, the token after the accepted drafts
 
 _MIN_TEMPERATURE = 1e-5  # spec 15: logits / max(T, 1e-5)
@@ -90,6 +92,7 @@ def accept_drafts(
     if draft_ids.dtype != torch.int64:
         raise TypeError(f"draft_ids must be int64, got {draft_ids.dtype}")
     check_vectors(batch, seed=seed, position=position)
+    check_range("draft_ids", draft_ids, vocab, start=0)
 
     at = position[:, None] + torch.arange(length, device=position.device)  # (B, n + 1)
     p_draft = target_probs[:, :drafts].gather(-1, draft_ids[..., None]).squeeze(-1)

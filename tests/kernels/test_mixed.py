@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsv4lab import sim
+from dsv4lab import ops, sim
 from dsv4lab.formats import F32, FP8_BLOCK, PackedWeight, get_format
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.gemm.mixed.api import linear
@@ -153,6 +153,18 @@ def test_a_prepared_weight_is_remade_when_the_weight_changes() -> None:
     assert prepared(weight) is not first
     other = random_weight("nvfp4", 64, 128, seed=6)
     assert prepared(other) is not first and prepared(weight, other).paired
+
+
+def test_a_change_that_nobody_sees_is_told_of() -> None:
+    with torch.inference_mode():
+        weight = random_weight("nvfp4", 64, 128, seed=6)
+        first = prepared(weight)
+        weight.codes ^= 1
+    assert prepared(weight) is first
+    ops.forget_prepared()
+    second = prepared(weight)
+    assert second is not first and prepared(weight) is second
+    assert not second.records.equal(first.records)
 
 
 def test_bad_input_is_refused() -> None:

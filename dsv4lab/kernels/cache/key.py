@@ -111,13 +111,14 @@ class KeyRow:
     # ---- records ---------------------------------------------------------------------------------------------------------
     @cute.jit
     def store(self, words: Any, pair: Any, pages: Any, slot: Any, lane: Any) -> None:
-        """Quantise what `key` gave and put it into a slot of a pool; a negative slot is nowhere.
+        """Quantise what `key` gave and put it into a slot of a pool; a slot outside the pool is nowhere.
 
-        pages: (P, page_bytes) u8, or (P, page_size, dim) of a plain pool; slot: an integer from -2^31 to its P * page_size - 1.
+        pages: (P, page_bytes) u8, or (P, page_size, dim) of a plain pool; slot: 32 bits.
         """
         plan = self.plan
-        here = Int32(slot) >= 0
-        place = Uint32(cutlass.max(Int32(slot), 0))
+        last = Int32(pages.shape[0]) * plan.page_size - 1
+        here = Int32(slot) >= 0 and Int32(slot) <= last
+        place = Uint32(cutlass.max(cutlass.min(Int32(slot), last), 0))
         page, inside = place // Uint32(plan.page_size), place % Uint32(plan.page_size)
         layout = plan.layout
         start = pages.iterator.toint() + Int64(page) * plan.page_bytes

@@ -14,6 +14,7 @@ from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.cache.plan import ROPE_DIM
 from dsv4lab.kernels.cache.pool import bytes_of, plan_of
 from dsv4lab.kernels.compressor.config import LANE, MAX_ELEMENTS, CompressConfig
+from dsv4lab.paging import check_range
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 
@@ -77,6 +78,8 @@ def compress(
             raise ValueError(f"{name} must be contiguous ({tokens},), got {tuple(plan.shape)}")
     if not tokens:
         return
+    check_range("seq_idx", seq_idx, state.shape[0], start=0)
+    check_range("block_table", block_table, pages.shape[0])
     runtime = runtime_of(values)
     runtime.call(
         _compiled(config, runtime),

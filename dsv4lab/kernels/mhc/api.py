@@ -22,6 +22,7 @@ from dsv4lab.kernels.mhc.config import (
     TogetherConfig,
 )
 from dsv4lab.kernels.mhc.prepared import prepared, prepared_fragments
+from dsv4lab.paging import check_range
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 _INTEGER = {torch.int32: "i32", torch.int64: "i64"}
@@ -137,7 +138,7 @@ def embed_streams(
     """Look up embeddings and copy each into every stream.
 
     token_ids (M,) i32 or i64; weight (V, D) bf16 or f32, rows of a multiple of 16 bytes; contiguous -> (M, num_streams, D) like
-    weight. Negative ids count from the end; ids outside the table, which cannot be checked without waiting for the device,
+    weight. Negative ids count from the end; ids outside the table, which `paging` finds,
     take its first or last row.  Raises ValueError on shapes, TypeError on dtypes.  Source: `reference.mhc.embed_streams`.
     """
     if token_ids.dtype not in _INTEGER or weight.dtype not in ELEMENT:
@@ -157,6 +158,7 @@ def embed_streams(
     out = torch.empty(m, num_streams, weight.shape[1], dtype=weight.dtype, device=weight.device)
     if not m:
         return out
+    check_range("token_ids", token_ids, weight.shape[0], start=-weight.shape[0])
     config = config or EmbedConfig(num_streams, row // _ALIGN, _INTEGER[token_ids.dtype])
     config.check()
     if (config.streams, config.words, config.token) != (num_streams, row // _ALIGN, _INTEGER[token_ids.dtype]):

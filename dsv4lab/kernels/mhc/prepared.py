@@ -11,28 +11,10 @@ along K alike, which a sum does not mind, and are read 8 bytes a lane.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
-
 import torch
 
+from dsv4lab.kernels._common.kept import kept
 from dsv4lab.kernels.mhc.config import BLOCK, HALVES, PARTS, STREAMS, WARP
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """What was made, and of what: the tensor itself, since an id may come again, as it then was."""
-
-    source: weakref.ref[torch.Tensor]
-    state: tuple[int, int]
-    made: Any
-
-
-Made = TypeVar("Made")
-_known: dict[tuple[int, str], _Entry] = {}
 
 
 def _parts(numbers: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -83,27 +65,10 @@ def prepare_fragments(fn: torch.Tensor, *, scaled: bool) -> tuple[torch.Tensor, 
 
 
 def prepared(fn: torch.Tensor) -> torch.Tensor:
-    """`prepare`, from memory where `fn` has not changed since.
-
-    Making it waits for the device: kernels read it before the kernel ahead of them has ended.
-    """
-    return _remembered(fn, "parts", prepare)
+    """`prepare`, from memory where `fn` has not changed since."""
+    return kept((id(fn), "parts"), [fn], lambda: prepare(fn))
 
 
 def prepared_fragments(fn: torch.Tensor, *, scaled: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`prepare_fragments`, likewise."""
-    return _remembered(fn, "scaled" if scaled else "fragments", partial(prepare_fragments, scaled=scaled))
-
-
-def _remembered(fn: torch.Tensor, form: str, make: Callable[[torch.Tensor], Made]) -> Made:
-    state = fn.data_ptr(), -1 if fn.is_inference() else fn._version
-    key = id(fn), form
-    found = _known.get(key)
-    if found is None or found.source() is not fn or found.state != state:
-        made = make(fn)
-        if fn.device.type == "cuda":
-            torch.cuda.current_stream(fn.device).synchronize()
-        if found is None:
-            weakref.finalize(fn, _known.pop, key, None)
-        found = _known[key] = _Entry(weakref.ref(fn), state, made)
-    return found.made
+    return kept((id(fn), scaled), [fn], lambda: prepare_fragments(fn, scaled=scaled))

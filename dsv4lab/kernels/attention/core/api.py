@@ -23,6 +23,7 @@ from dsv4lab.kernels.attention.core.config import (
     unpacks,
 )
 from dsv4lab.kernels.cache.unpack.api import unpack_keys
+from dsv4lab.paging import check_keys
 
 ARCHITECTURES = ("sm_90a",)
 _LOG2_E = 1.4426950408889634
@@ -55,7 +56,8 @@ def attention(
     """Attend from every query to its window and its compressed entries.
 
     q (M, H, 512) bf16; sinks (H,) f32; pages: pools of `record`, plain ones in bf16; block_table (sequences, pages) and
-    topk_indices (M, k) i32, no entry twice; positions, seq_idx (M,) i64; all contiguous; scale positive -> (M, H, 512) bf16.
+    topk_indices (M, k) i32, no entry twice, each that is read with a page (`paging` finds those without);
+    positions, seq_idx (M,) i64; all contiguous; scale positive -> (M, H, 512) bf16.
 
     Scores and sums are float32, probabilities BF16 when they meet the values. parts: CTAs among which a query's keys are
     divided, by default `config.divide`'s; the result depends on it as on any order of summation, and on nothing else. unpack:
@@ -93,8 +95,10 @@ def attention(
     near = _bytes("window_pages", window_pages, config, window_page)
     far = None if entry_pages is None else _bytes("entry_pages", entry_pages, config, entry_page)
     tokens, held = near.shape[0] * window_page, 0 if far is None else far.shape[0] * entry_page
+    rings, pages = tokens // ring_len, held // entry_page if held else 0
+    paged = dict(rings=rings, num_pages=pages, page_size=entry_page, ratio=ratio)
+    check_keys(block_table, positions, seq_idx, topk_indices, **paged)
     reach = 0 if far is None else block_table.shape[1] * entry_page  # of a sequence
-    rings = tokens // ring_len
     free = unpack is None and pair is None and merge is None and count == 1
     if unpack is None:
         most = min(held, min(m, block_table.shape[0]) * reach)

@@ -12,6 +12,7 @@ from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.cache.plan import ROPE_DIM
 from dsv4lab.kernels.cache.pool import PAGE_ALIGN, bytes_of, plan_of
 from dsv4lab.kernels.cache.read.config import ReadConfig
+from dsv4lab.paging import check_slots
 
 MAX_ELEMENTS = 2**31  # of the result: indices are 32 bits wide
 
@@ -28,9 +29,9 @@ def read_keys(
 ) -> torch.Tensor:
     """Gather and dequantise keys: pages, a contiguous pool; slots (N,) i64 below P * page_size -> (N, dim) f32.
 
-    -1, or any slot down to -2^31, gives zeros. A slot beyond the pool is not looked for: what is read there is undefined, or a
-    fault. record "plain" (BF16 or f32 pages), "fp8" or "nvfp4"; dim a multiple of 16 from 80 to 512, rope_dim 64. Numbers are
-    the reference's in every bit.  Raises ValueError on shapes and names, TypeError on dtypes.
+    -1, or any slot down to -2^31, gives zeros, as one beyond the pool does (`paging` finds those). record "plain"
+    (BF16 or f32 pages), "fp8" or "nvfp4"; dim a multiple of 16 from 80 to 512, rope_dim 64. Numbers are the reference's in
+    every bit.  Raises ValueError on shapes and names, TypeError on dtypes.
     Source: `reference.cache.cache_read`.
     """
     if slots.dtype != torch.int64:
@@ -48,6 +49,7 @@ def read_keys(
         return out
     if not pages.shape[0]:
         raise ValueError(f"pages must be at least one, got none for {rows} slots")
+    check_slots(slots, pages.shape[0], page_size)
     config = config or ReadConfig.for_shape(rows, key)
     config.check()
     if config.key != key:

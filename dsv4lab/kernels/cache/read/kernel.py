@@ -1,7 +1,8 @@
 """Slots of a page pool -> keys as float32: gather and dequantise, every bit the reference's.
 
 A warp has a row, whose record it decodes as `record` says: a store of the warp is 512 bytes in a row, all loads of a row are
-in flight before the first value is decoded. A slot of -1 reads slot 0, which is there as in any pool, and gives zeros.
+in flight before the first value is decoded. A slot outside the pool reads slot
+0, which is there as in any pool, and gives zeros.
 
 Bytes of a row of 512: 584 (fp8), 384 (nvfp4) or 1024 (plain BF16) read, 2048 written. sm_90a and sm_100a.
 
@@ -43,7 +44,9 @@ class ReadKeys:
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
         if row < out.shape[0]:
-            self._read(pages, Int32(slots[row]), out, row, thread % WARP)
+            slot = Int32(slots[row])
+            inside = slot <= Int32(pages.shape[0]) * self.plan.key.page_size - 1
+            self._read(pages, cutlass.select_(inside, slot, Int32(-1)), out, row, thread % WARP)
 
     @cute.jit
     def _read(self, pages: Any, slot: Any, out: Any, row: Any, lane: Any) -> None:

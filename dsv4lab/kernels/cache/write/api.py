@@ -14,6 +14,7 @@ from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.cache.plan import ROPE_DIM, WARP
 from dsv4lab.kernels.cache.pool import PAGE_ALIGN, bytes_of, plan_of
 from dsv4lab.kernels.cache.write.config import WriteConfig
+from dsv4lab.paging import check_slots
 
 MAX_ELEMENTS = 2**31  # of x: indices are 32 bits wide
 _ALIGN = 16  # bytes: of the first row, for vectors
@@ -39,7 +40,7 @@ def write_keys(
     x (M, c) and norm_weight (c,) bf16 or f32; positions (M,) i64 up to 2^20; inv_freq (32,) f32, at most 1; slots (M,) i64
     below P * page_size, -1 (or any down to -2^31) = do not store, no slot twice; pages: a contiguous pool of P pages.
     kind "kv": c a multiple of 16 from 80 to 512, record "plain", "fp8" or "nvfp4"; "index": c = 128, record "plain", "fp8" or
-    "fp4". A slot beyond the pool is not looked for: what lies behind the pool is overwritten. Stored bytes are the reference's
+    "fp4". What has a slot beyond the pool is not stored (`paging` finds those, and doubles). Stored bytes are the reference's
     wherever float32 sums and rotations round to the same `x.dtype` as the reference's float64 ones. settled: norm_weight and
     inv_freq are no results of the kernel before, which may still run when they are read.
     Raises ValueError on shapes, names and page sizes, TypeError on dtypes.  Source: `reference.cache.cache_write`,
@@ -48,6 +49,7 @@ def write_keys(
     _check_rows(x, norm_weight, positions, inv_freq, slots)
     elements = dict(element=ELEMENT[x.dtype], weight=ELEMENT[norm_weight.dtype])
     key = plan_of(pages, kind=kind, record=record, page_size=page_size, dim=x.shape[1], **elements)
+    check_slots(slots, pages.shape[0], page_size, written=True)
     rows = x.shape[0]
     if x.numel() >= MAX_ELEMENTS:
         raise ValueError(f"x must have less than 2^31 elements, got {tuple(x.shape)}")

@@ -10,6 +10,7 @@ import torch
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.head.sampler.config import AcceptConfig, SamplerConfig
+from dsv4lab.paging import check_range
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 _INTEGER = {torch.int32: "i32", torch.int64: "i64"}
@@ -90,6 +91,7 @@ def accept_drafts(
             raise ValueError(f"{name} must be contiguous {shape}, got {tuple(value.shape)}, strides {value.stride()}")
     _check_vectors(batch, seed=seed, position=position)
     _check_size(batch, target_probs.numel())
+    check_range("draft_ids", draft_ids, vocab, start=0)
     count, token = (torch.empty(batch, dtype=torch.int64, device=target_probs.device) for _ in range(2))
     if not batch:
         return count, token

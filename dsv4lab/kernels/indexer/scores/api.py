@@ -10,6 +10,7 @@ import torch
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.indexer.scores.config import DIM, MAX_COLUMNS, IndexScoresConfig
+from dsv4lab.paging import check_entries
 from dsv4lab.records import INDEX_RECORDS, index_record
 
 INTEGERS = {torch.int32: "i32", torch.int64: "i64"}
@@ -35,7 +36,8 @@ def index_scores(
     q (M, Hi, 128) bf16, Hi <= 256; head_weights (M, Hi) f32; pages of `page_size` records, a multiple of 4: plain (P,
     page_size, 128) bf16, fp8 and fp4 (P, page bytes) u8; block_table (num_seqs, nb) i32, page numbers; seq_idx and num_visible
     (M,) i32 or i64, rows of one sequence next to each other for speed; all contiguous; max_entries up to 2^28
-    -> (M, max_entries) f32, -inf from num_visible on. num_visible is cut to max_entries; a page of -1 counts as page 0.
+    -> (M, max_entries) f32, -inf from num_visible on. num_visible is cut to max_entries; a visible entry must
+    have a page (`paging` finds those without: -1 counts as page 0).
     A weight times scale is rounded once. Products are exact, sums float32's: a score is within 2^-17 sum |w relu(q . k)| +
     2^-21 sum |w| sum |q k| of the exact one (2^-18 sum |w relu(q . k)| in the simulator, whose tensor core cuts
     nothing off). `decode` has the limits of scales. A NaN in a query, a plain key or a scale leaves its scores
@@ -59,6 +61,7 @@ def index_scores(
     kinds = dict(visible=INTEGERS[num_visible.dtype], sequence=INTEGERS[seq_idx.dtype])
     if not pages.shape[0] or not block_table.numel():
         return out.fill_(-torch.inf)  # there are no entries to see
+    check_entries(block_table, seq_idx, pages.shape[0], page_size, visible=num_visible.clamp(max=max_entries))
     if config is None:
         config = IndexScoresConfig.for_shape(q.shape[0], block_table.shape[0], q.shape[1], record, page_size, **kinds)
     config.check()

@@ -12,6 +12,7 @@ from dsv4lab.kernels._common.counters import counters
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.moe.router.config import STEP, RouterConfig, choose
+from dsv4lab.paging import check_range
 
 _INTEGER = {torch.int32: "i32", torch.int64: "i64"}
 
@@ -65,6 +66,7 @@ def router_hash(
         raise ValueError(f"tid2eid must be contiguous (V, k), got {tuple(tid2eid.shape)}, strides {tid2eid.stride()}")
     if token_ids.shape != (tokens,) or not token_ids.is_contiguous():
         raise ValueError(f"token_ids must be contiguous ({tokens},), got {tuple(token_ids.shape)}")
+    check_range("token_ids", token_ids, tid2eid.shape[0], start=0)
     bias = torch.empty(experts, dtype=torch.float32, device=x.device)
     return _launch(x, gate_weight, bias, tid2eid, token_ids, tid2eid.shape[1], route_scale, config, "hash")
 
