@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dsv4lab.arguments import check_shape
+
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E8M0_BIAS = 127
@@ -66,6 +68,10 @@ FP8_ROW = Format("fp8_row", torch.float8_e4m3fn, 1, (1, 128), torch.float8_e8m0f
 BF16 = Format("bf16", torch.bfloat16, 1, None, None, torch.finfo(torch.bfloat16).max)
 F32 = Format("f32", torch.float32, 1, None, None, torch.finfo(torch.float32).max)
 
+# Scales that are read besides E8M0: its bytes, and floats, as the Base releases have them.
+_FP8_SCALES = (torch.uint8, torch.float32, torch.bfloat16)
+_OTHER_SCALES = {MXFP4: (torch.uint8,), FP8_BLOCK: _FP8_SCALES, FP8_ROW: _FP8_SCALES}
+
 FORMATS = {f.name: f for f in (NVFP4, MXFP4, FP8_BLOCK, FP8_ROW, BF16, F32)}
 
 
@@ -100,6 +106,34 @@ class PackedWeight:
         """Stored bytes, scales included."""
         return sum(t.nbytes for t in self.tensors().values())
 
+    def check(self) -> None:
+        """Raises ValueError on a part that is missing, too much or of another shape, TypeError on dtypes. Reads no values."""
+        form, packed = self.format, self.format.codes_per_byte > 1
+        if self.codes.dtype != form.code_dtype and not (packed and self.codes.dtype == torch.int8):
+            raise TypeError(f"codes of a {form.name} weight must be {form.code_dtype}, got {self.codes.dtype}")
+        if self.codes.dim() < 2 or (packed and self.shape[-1] % form.group):
+            rule = f" with K % {form.group} == 0" if packed else ""
+            raise ValueError(f"a {form.name} weight must be (..., N, K){rule}, got {self.shape}")
+        *stack, n, k = self.shape
+        blocks, one = form.scale_shape(n, k), (*stack,)
+        wanted: dict[str, tuple[int, ...] | None] = {"scale": None if blocks is None else (*stack, *blocks)}
+        wanted |= {
+            "global_scale": one if form.has_global_scale else None,
+            "input_scale": None if self.input_scale is None else one,
+        }
+        for part, shape in wanted.items():
+            value = getattr(self, part)
+            if value is None and shape is None:
+                continue
+            if value is None or shape is None:
+                raise ValueError(
+                    f"a {form.name} weight must have {f'a {part}, got None' if value is None else f'no {part}, got one'}"
+                )
+            dtypes = (form.scale_dtype, *_OTHER_SCALES.get(form, ())) if part == "scale" else (torch.float32,)
+            if value.dtype not in dtypes:
+                raise TypeError(f"{part} of a {form.name} weight must be {dtypes[0]}, got {value.dtype}")
+            check_shape(f"{part} of a {self.shape} {form.name} weight", value, shape)
+
     def __getitem__(self, index: int) -> PackedWeight:
         """One matrix of a stack."""
         return PackedWeight(self.format, **{name: t[index] for name, t in self.tensors().items()})
@@ -117,10 +151,13 @@ class PackedWeight:
 def weights_of(fmts: str, *parts: list[torch.Tensor]) -> list[PackedWeight]:
     """Weights from lists of their parts (codes, scales, ...), as operators take them; a missing part is an empty tensor.
 
-    fmts: the formats' names, commas between.
+    fmts: the formats' names, commas between. Raises as `PackedWeight.check`.
     """
     columns = [[t if t.numel() else None for t in part] for part in parts[1:]]
-    return [PackedWeight(get_format(name), parts[0][i], *(c[i] for c in columns)) for i, name in enumerate(fmts.split(","))]
+    found = [PackedWeight(get_format(name), parts[0][i], *(c[i] for c in columns)) for i, name in enumerate(fmts.split(","))]
+    for weight in found:
+        weight.check()
+    return found
 
 
 # ---- scale layout atom128x4 ------------------------------------------------------------------------------------------

@@ -38,7 +38,9 @@ def factor_of(input_scale: torch.Tensor | None) -> str:
 
 
 def _weight(fmt: str, *parts: torch.Tensor | None) -> PackedWeight:
-    return PackedWeight(get_format(fmt), *parts)  # type: ignore[arg-type]
+    weight = PackedWeight(get_format(fmt), *parts)  # type: ignore[arg-type]
+    weight.check()
+    return weight
 
 
 def linear_sm90(
@@ -51,8 +53,11 @@ def linear_sm90(
     act: str,
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """`linear` on Hopper: quantised activations are exact in BF16; those of float32 that are not go as three BF16 parts."""
-    weight, out = prepared(_weight(fmt, codes, scale, global_scale)), out_dtype or x.dtype
+    """`linear` on Hopper: quantised activations are exact in BF16; those of float32 that are not go as three BF16 parts.
+
+    Raises ValueError on shapes, TypeError on dtypes, here and below.
+    """
+    weight, out = prepared(_weight(fmt, codes, scale, global_scale, input_scale)), out_dtype or x.dtype
     if act == "none" and x.dtype == torch.float32:
         return _exact(x, weight).to(out)
     values, factor = activations(x, act, input_scale)
@@ -104,7 +109,7 @@ def grouped_linear_sm90(
     act: str,
 ) -> torch.Tensor:
     """`grouped_linear` on Hopper, all groups in one launch."""
-    weight = prepared(_weight(fmt, codes, scale, global_scale))
+    weight = prepared(_weight(fmt, codes, scale, global_scale, input_scale))
     if act == "none" and x.dtype == torch.float32:
         return _exact(x, weight)
     values, factor = activations(x.flatten(0, 1), act, input_scale)
@@ -150,6 +155,7 @@ def linear_sm100(
     x enters the product as code * block scale * global scale, exactly; the reference rounds that to x's dtype first. Block
     scales of the weight are brought into atom128x4 order by torch, at every call.
     """
+    _weight(fmt, codes, scale, global_scale, input_scale)
     rows = x.contiguous()
     if input_scale is None:
         x_codes, x_scale, row_scale = quantize_nvfp4(rows, layout="atom128x4", per_row=True)
@@ -172,8 +178,8 @@ def why_not_mixed(x: torch.Tensor, fmt: str, codes: torch.Tensor, scale: torch.T
     """Why the mixed kernel takes no such operands; None where it does."""
     if fmt not in PLANES:
         return f"weight must be one of {', '.join(PLANES)}, got {fmt}"
-    if fmt == FP8_BLOCK.name and (scale is None or scale.dtype == torch.float32):
-        return "scale of an fp8_block weight must be float8_e8m0fnu, got float32"
+    if fmt == FP8_BLOCK.name and scale is not None and scale.element_size() > 1:
+        return f"scale of an fp8_block weight must be float8_e8m0fnu, got {scale.dtype}"
     rows, columns = codes.shape[-2], codes.shape[-1] * get_format(fmt).codes_per_byte
     if rows % 8 or columns % 8:
         return f"weight must have N % 8 == 0 and K % 8 == 0, got N={rows}, K={columns}"

@@ -33,9 +33,10 @@ _known: dict[tuple[int, ...], _Entry] = {}
 def prepared(weight: PackedWeight, up: PackedWeight | None = None) -> PreparedWeight:
     """`layout.prepare` of a weight, or of a gate-up pair, from memory where nothing has changed since.
 
-    Making one waits for the device: kernels read weights before the kernel ahead of them has ended.
+    Making one waits for the device: kernels read weights before the kernel ahead of them has ended. Raises as `prepare`.
     """
-    tensors = [t for w in (weight, up) if w is not None for t in w.tensors().values()]
+    parts = [w.tensors() for w in (weight, up) if w is not None]
+    tensors = [t for part in parts for name, t in part.items() if name != "input_scale"]  # what `prepare` reads
     key = tuple(id(w.codes) for w in (weight, up) if w is not None)
     found = _known.get(key)
     if found is None or not found.is_of(tensors):
