@@ -20,11 +20,7 @@ def index_scores(
     block_table: Tensor,
     seq_idx: Tensor,
     num_visible: Tensor,
-    *,
-    record: str,
-    page_size: int,
-    max_entries: int,
-    scale: float = 1.0,
+    **how: Any,
 ) -> Tensor:
     return _scores.index_scores(
         q.contiguous(),
@@ -33,10 +29,7 @@ def index_scores(
         block_table.contiguous(),
         seq_idx.contiguous(),
         num_visible.contiguous(),
-        record=record,
-        page_size=page_size,
-        max_entries=max_entries,
-        scale=scale,
+        **how,
     )
 
 

@@ -13,7 +13,8 @@ def index_query(q: Tensor, positions: Tensor, inv_freq: Tensor, *, record: str) 
 
 
 def _refuses(q: Tensor, positions: Tensor, inv_freq: Tensor, *, record: str) -> str | None:
-    return api.wrong_dtype(q, positions, inv_freq) or api.wrong_shape(q, positions, inv_freq, record)
+    why = api.refuses(q, positions, inv_freq, record=record)
+    return None if why is None else str(why)
 
 
 ENTRIES = tuple(Entry(index_query.__name__, arch, index_query, _refuses) for arch in api.ARCHITECTURES)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_contiguous
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.indexer.scores.config import DIM, MAX_COLUMNS, IndexScoresConfig
@@ -47,12 +48,9 @@ def index_scores(
     )
     if why is not None:
         raise why
-    tensors = dict(
+    check_contiguous(
         q=q, head_weights=head_weights, pages=pages, block_table=block_table, seq_idx=seq_idx, num_visible=num_visible
     )
-    for name, value in tensors.items():
-        if not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {value.stride()} of {tuple(value.shape)}")
     out = torch.empty(q.shape[0], max_entries, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out
