@@ -9,9 +9,11 @@ Source: spec 4.3, 4.5.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_ring
 from dsv4lab.reference.cache import cache_read
 
 _QUERY_BLOCK = 64  # queries that share a score matrix: bounds memory at 64 * H * (window + entries) floats
@@ -109,7 +111,10 @@ def attention(
     page of entries [b * entry_page, (b + 1) * entry_page); positions, seq_idx (M,) int64; topk_indices (M, k) int32, -1 =
     empty, or None = every visible entry; ratio: tokens per entry; record: of the keys, "plain", "fp8" or "nvfp4"
     -> (M, H, c) of q.dtype, values still carrying the key rotation (see `inverse_rope`).
+    Raises ValueError unless 1 <= window <= ring_len, and as `cache_read`.
     """
+    check_ring(window, ring_len)
+    pages: dict[str, Any] = dict(record=record, window_page=window_page, entry_page=entry_page, rope_dim=rope_dim)
     out = torch.empty_like(q)
     for s in seq_idx.unique().tolist():
         rows = (seq_idx == s).nonzero(as_tuple=True)[0]
@@ -124,11 +129,8 @@ def attention(
                 window=window,
                 ring_len=ring_len,
                 ratio=ratio,
-                record=record,
-                window_page=window_page,
-                entry_page=entry_page,
                 dim=q.shape[-1],
-                rope_dim=rope_dim,
+                **pages,
             )
             p, _ = attention_probabilities(q[block], keys, sinks, scale=scale)
             out[block] = (p @ keys.keys.double()).to(q.dtype)

@@ -21,7 +21,10 @@ def sinkhorn(logits: torch.Tensor, *, iters: int, eps: float) -> torch.Tensor:
     """Turn a (..., S, S) matrix of logits into a nearly doubly stochastic one, in float64.
 
     Softmax over the last index and a first column step count as iteration one; each further one is a row then a column step.
+    Raises ValueError on iters.
     """
+    if iters < 1:
+        raise ValueError(f"sinkhorn_iters must be at least 1, got {iters}")
     a = torch.softmax(logits.double(), dim=-1) + eps
     a = a / (a.sum(-2, keepdim=True) + eps)
     for _ in range(iters - 1):
@@ -50,7 +53,7 @@ def mhc_coefficients(
     """The three coefficient sets of one sub-layer: pre (M, S), post (M, S), comb (M, S, S), all f32.
 
     streams (M, S, D); fn ((2+S)*S, S*D), base ((2+S)*S,), scale (3,) f32. eps in x^2 units; hc_eps is added to pre and inside
-    Sinkhorn. Source: spec 3.
+    Sinkhorn. Raises as `sinkhorn`. Source: spec 3.
     """
     s = streams.shape[1]
     mix = mhc_mix(streams, fn, eps=eps)

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from dsv4lab.arguments import check_shape
 from dsv4lab.config import RopeScaling
 from dsv4lab.reference.quant import quantize_fp8_rows, quantize_nvfp4
 
@@ -37,8 +38,11 @@ def rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> to
 
     x (M, ..., c) float, c >= rd; positions (M,) int; inv_freq (rd/2,) f32 -> like x.
     The angle is a float32 product, as the model's reference has it, also near position one million; its sine and cosine and the
-    rotation are exact to the last bit.
+    rotation are exact to the last bit.  Raises ValueError on shapes.
     """
+    check_shape("positions", positions, x.shape[:1])
+    if 2 * inv_freq.shape[0] > x.shape[-1]:
+        raise ValueError(f"inv_freq must have at most c / 2 frequencies for c={x.shape[-1]}, got {inv_freq.shape[0]}")
     angle = positions.float()[:, None] * inv_freq.float()
     angle = angle.view(positions.shape[0], *[1] * (x.dim() - 2), inv_freq.shape[0])
     cos, sin = angle.double().cos(), angle.double().sin()
