@@ -67,15 +67,11 @@ def linear_sm90(
 def two_linears_sm90(
     x: torch.Tensor,
     fmts: str,
-    codes: list[torch.Tensor],
-    scale: list[torch.Tensor],
-    global_scale: list[torch.Tensor],
-    input_scale: list[torch.Tensor],
-    *,
+    *parts: list[torch.Tensor],
     act: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`two_linears` on Hopper: x is quantised once, but for NVFP4 whose given scales are not one and the same tensor."""
-    first, second = weights_of(fmts, codes, scale, global_scale, input_scale)
+    first, second = weights_of(fmts, *parts)
     if act == "none" and x.dtype == torch.float32:
         y, z = (_exact(x, prepared(w)).to(x.dtype) for w in (first, second))
         return y, z
@@ -125,17 +121,13 @@ def lm_head_sm90(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def two_linears_sm100(
     x: torch.Tensor,
     fmts: str,
-    codes: list[torch.Tensor],
-    scale: list[torch.Tensor],
-    global_scale: list[torch.Tensor],
-    input_scale: list[torch.Tensor],
-    *,
+    *parts: list[torch.Tensor],
     act: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`two_linears` with NVFP4 weights and activations, one after the other."""
     y, z = (
         linear_sm100(x, w.format.name, w.codes, w.scale, w.global_scale, w.input_scale, act, None)  # type: ignore[arg-type]
-        for w in weights_of(fmts, codes, scale, global_scale, input_scale)
+        for w in weights_of(fmts, *parts)
     )
     return y, z
 
@@ -257,16 +249,11 @@ def _two_refused(refuses: Callable[..., str | None]) -> Callable[..., str | None
     def refuse(
         x: torch.Tensor,
         fmts: str,
-        codes: list[torch.Tensor],
-        scale: list[torch.Tensor],
-        global_scale: list[torch.Tensor],
-        input_scale: list[torch.Tensor],
-        *,
+        *parts: list[torch.Tensor],
         act: str,
     ) -> str | None:
-        weights = weights_of(fmts, codes, scale, global_scale, input_scale)
-        parts = ((w.format.name, w.codes, w.scale, w.global_scale, w.input_scale) for w in weights)
-        return next((why for part in parts if (why := refuses(x, *part, act, None))), None)
+        of = ((w.format.name, w.codes, w.scale, w.global_scale, w.input_scale) for w in weights_of(fmts, *parts))
+        return next((why for part in of if (why := refuses(x, *part, act, None))), None)
 
     return refuse
 

@@ -37,17 +37,7 @@ def index_topk(scores: Tensor, num_visible: Tensor, *, k: int) -> Tensor:
     return _topk.index_topk(scores.contiguous(), num_visible.contiguous(), k=k)
 
 
-def _scores_refuses(*args: Any, **kwargs: Any) -> str | None:
-    why = _scores.refuses(*args, **kwargs)
-    return None if why is None else str(why)
-
-
-def _topk_refuses(*args: Any, **kwargs: Any) -> str | None:
-    why = _topk.refuses(*args, **kwargs)
-    return None if why is None else str(why)
-
-
 ENTRIES = (
-    Entry("index_scores", "sm_90a", index_scores, _scores_refuses),
-    *(Entry("index_topk", arch, index_topk, _topk_refuses) for arch in TOPK_ARCHITECTURES),
+    Entry("index_scores", "sm_90a", index_scores, _scores.refuses),
+    *(Entry("index_topk", arch, index_topk, _topk.refuses) for arch in TOPK_ARCHITECTURES),
 )

@@ -12,7 +12,7 @@ from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.indexer.query.config import HEAD_DIM, RECORDS, ROPE_DIM, QueryConfig
-from dsv4lab.kernels.rope.heads.api import wrong_heads
+from dsv4lab.kernels.rope.heads import api as heads_api
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 _ALIGN = 16  # bytes of a vector
@@ -52,7 +52,7 @@ def refuses(q: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *,
     """What is wrong with these arguments."""
     if record not in RECORDS:
         return ValueError(f"record must be one of {', '.join(RECORDS)}, got {record!r}")
-    return wrong_heads("q", q, positions, inv_freq, HEAD_DIM)
+    return heads_api.refuses(q, positions, inv_freq, name="q", dim=HEAD_DIM)
 
 
 def _compiled(config: QueryConfig, runtime: Runtime) -> Callable[..., Any]:

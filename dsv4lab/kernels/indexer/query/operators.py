@@ -12,9 +12,4 @@ def index_query(q: Tensor, positions: Tensor, inv_freq: Tensor, *, record: str) 
     return api.index_query(q.contiguous(), positions.contiguous(), inv_freq.contiguous(), record=record)
 
 
-def _refuses(q: Tensor, positions: Tensor, inv_freq: Tensor, *, record: str) -> str | None:
-    why = api.refuses(q, positions, inv_freq, record=record)
-    return None if why is None else str(why)
-
-
-ENTRIES = tuple(Entry(index_query.__name__, arch, index_query, _refuses) for arch in api.ARCHITECTURES)
+ENTRIES = tuple(Entry(index_query.__name__, arch, index_query, api.refuses) for arch in api.ARCHITECTURES)

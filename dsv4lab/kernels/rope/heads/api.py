@@ -104,15 +104,9 @@ def inverse_rope_nvfp4(
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------------
-def refuses(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> str | None:
-    """Why heads (M, H, 512) with these positions and frequencies are not taken; None where they are."""
-    why = wrong_heads("x", x, positions, inv_freq, HEAD_DIM)
-    return None if why is None else str(why)
-
-
-def wrong_heads(
-    name: str, x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, dim: int
-) -> TypeError | ValueError | None:
+def refuses(
+    x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, name: str = "x", dim: int = HEAD_DIM
+) -> Exception | None:
     """What is wrong with heads (M, H, dim) of that name, their positions and frequencies; None where nothing is."""
     if x.dtype not in ELEMENT:
         return TypeError(f"{name} must be bfloat16 or float32, got {x.dtype}")
@@ -131,7 +125,7 @@ def wrong_heads(
 
 
 def _check(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> None:
-    why = wrong_heads("x", x, positions, inv_freq, HEAD_DIM)
+    why = refuses(x, positions, inv_freq)
     if why is not None:
         raise why
     check_contiguous(x=x, positions=positions, inv_freq=inv_freq)
