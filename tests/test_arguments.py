@@ -22,7 +22,7 @@ IDS = torch.zeros(3, dtype=torch.int64)
 # ---- weights -----------------------------------------------------------------------------------------------------------
 WRONG: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("fp8_block", "scale", lambda s: s[:, :1], r"scale of a .* must be .*2, 2\), got .*2, 1\)"),
-    ("fp8_block", "scale", lambda s: s[:1], r"scale of a .* must be .*2, 2\), got .*1, 2\)"),
+    ("fp8_block", "scale", lambda s: s[:1], r"2, 2\), got .*1, 2\)"),
     ("fp8_block", "codes", lambda c: c.view(torch.uint8), "codes of a fp8_block weight must be"),
     ("nvfp4", "codes", lambda c: c[:, :12], r"nvfp4 weight must be .* with K % 16 == 0, got"),
     ("nvfp4", "scale", lambda s: s[:, ::2], r"must be .*256, 16\), got .*256, 8\)"),
@@ -99,8 +99,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: mhc.sinkhorn(F32, iters=0, eps=0.0), "sinkhorn_iters must be at least 1, got 0"),
     (lambda: indexer.index_topk(F32, IDS, k=-1), "k must be at least 1, got -1"),
     (lambda: indexer.index_topk(F32, IDS[:1], k=1), r"num_visible must be \(3,\), got \(1,\)"),
-    (lambda: indexer.index_query(HEADS, IDS, TURNS, record="fp6"), "index record must be one of .*, got 'fp6'"),
-    (lambda: score("fp6"), "index record must be one of .*, got 'fp6'"),
+    (lambda: indexer.index_query(HEADS, IDS, TURNS, record="fp6"), "index record must be one of"),
+    (lambda: score("fp6"), "index record must be one of"),
     (lambda: score("fp8"), "fp8 pages must be uint8, got"),
     (lambda: score(weights=F32[:, :1]), r"head_weights must be \(3, 2\), got \(3, 1\)"),
     (lambda: write(FP8, "fp8", 8), r"fp8 pages must be \(P, 1728\), got \(2, 1152\)"),

@@ -82,7 +82,7 @@ def mhc_pre(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Coefficients, collapse and the following RMSNorm: what a sub-layer reads, and what `mhc_post` needs.
 
-    -> normalised input (M, D) of streams.dtype, post (M, S) f32, comb (M, S, S) f32.
+    -> normalised input (M, D) of streams.dtype, post (M, S) f32, comb (M, S, S) f32.  Raises as `sinkhorn`.
     """
     pre, post, comb = mhc_coefficients(streams, fn, base, scale, eps=eps, hc_eps=hc_eps, sinkhorn_iters=sinkhorn_iters)
     return rmsnorm(mhc_collapse(streams, pre), norm_weight, eps=eps), post, comb
@@ -110,7 +110,7 @@ def mhc_post_pre(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`mhc_post` of one sub-layer, then `mhc_pre` of the next: one pass over the streams in a kernel.
 
-    -> new streams (M, S, D), normalised input (M, D), post (M, S), comb (M, S, S).
+    -> new streams (M, S, D), normalised input (M, D), post (M, S), comb (M, S, S).  Raises as `sinkhorn`.
     """
     new = mhc_post(y, streams, post, comb)
     x, next_post, next_comb = mhc_pre(new, fn, base, scale, norm_weight, eps=eps, hc_eps=hc_eps, sinkhorn_iters=sinkhorn_iters)

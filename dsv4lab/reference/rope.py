@@ -55,19 +55,25 @@ def rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> to
 
 
 def inverse_rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Rotate by the negative angle: undoes `rope`. Applied to the attention output, whose values carry the key's rotation."""
+    """Rotate by the negative angle: undoes `rope`, raises as it does. For attention's output, which carries the keys' turns."""
     return rope(x, -positions, inv_freq)
 
 
 def inverse_rope_fp8(
     x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse rotation, then FP8 rows for `o_a`: x (M, H, c) -> codes (M, H, c) e4m3, scale (M, H, ceil(c / group)) e8m0."""
+    """Inverse rotation, then FP8 rows for `o_a`: x (M, H, c) -> codes (M, H, c) e4m3, scale (M, H, ceil(c / group)) e8m0.
+
+    Raises as both.
+    """
     return quantize_fp8_rows(inverse_rope(x, positions, inv_freq), group=group)
 
 
 def inverse_rope_nvfp4(
     x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, global_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inverse rotation, then NVFP4 for `o_a`: x (M, H, c) -> codes (M, H, c/2) u8, block_scale (M, H, c/16) e4m3, global."""
+    """Inverse rotation, then NVFP4 for `o_a`: x (M, H, c) -> codes (M, H, c/2) u8, block_scale (M, H, c/16) e4m3, global.
+
+    Raises as both.
+    """
     return quantize_nvfp4(inverse_rope(x, positions, inv_freq), global_scale=global_scale)
