@@ -16,8 +16,6 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4lab.arguments import check_shape
-
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E8M0_BIAS = 127
@@ -70,7 +68,7 @@ F32 = Format("f32", torch.float32, 1, None, None, torch.finfo(torch.float32).max
 
 # Scales that are read besides E8M0: its bytes, and floats, as the Base releases have them.
 _FP8_SCALES = (torch.uint8, torch.float32, torch.bfloat16)
-_OTHER_SCALES = {MXFP4: (torch.uint8,), FP8_BLOCK: _FP8_SCALES, FP8_ROW: _FP8_SCALES}
+_OTHER_SCALES = {"mxfp4": (torch.uint8,), "fp8_block": _FP8_SCALES, "fp8_row": _FP8_SCALES}
 
 FORMATS = {f.name: f for f in (NVFP4, MXFP4, FP8_BLOCK, FP8_ROW, BF16, F32)}
 
@@ -116,23 +114,21 @@ class PackedWeight:
             raise ValueError(f"a {form.name} weight must be (..., N, K){rule}, got {self.shape}")
         *stack, n, k = self.shape
         blocks, one = form.scale_shape(n, k), (*stack,)
-        wanted: dict[str, tuple[int, ...] | None] = {"scale": None if blocks is None else (*stack, *blocks)}
-        wanted |= {
-            "global_scale": one if form.has_global_scale else None,
-            "input_scale": None if self.input_scale is None else one,
-        }
-        for part, shape in wanted.items():
-            value = getattr(self, part)
+        for part, value, shape in (
+            ("scale", self.scale, None if blocks is None else (*stack, *blocks)),
+            ("global_scale", self.global_scale, one if form.has_global_scale else None),
+            ("input_scale", self.input_scale, None if self.input_scale is None else one),
+        ):
             if value is None and shape is None:
                 continue
             if value is None or shape is None:
-                raise ValueError(
-                    f"a {form.name} weight must have {f'a {part}, got None' if value is None else f'no {part}, got one'}"
-                )
-            dtypes = (form.scale_dtype, *_OTHER_SCALES.get(form, ())) if part == "scale" else (torch.float32,)
-            if value.dtype not in dtypes:
-                raise TypeError(f"{part} of a {form.name} weight must be {dtypes[0]}, got {value.dtype}")
-            check_shape(f"{part} of a {self.shape} {form.name} weight", value, shape)
+                have = f"a {part}, got None" if value is None else f"no {part}, got one"
+                raise ValueError(f"a {form.name} weight must have {have}")
+            want = form.scale_dtype if part == "scale" else torch.float32
+            if value.dtype != want and not (part == "scale" and value.dtype in _OTHER_SCALES.get(form.name, ())):
+                raise TypeError(f"{part} of a {form.name} weight must be {want}, got {value.dtype}")
+            if value.shape != shape:
+                raise ValueError(f"{part} of a {self.shape} {form.name} weight must be {shape}, got {tuple(value.shape)}")
 
     def __getitem__(self, index: int) -> PackedWeight:
         """One matrix of a stack."""
