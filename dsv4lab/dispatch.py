@@ -69,7 +69,7 @@ class Call:
 @dataclass(frozen=True)
 class _Kernel:
     function: Callable[..., Any]
-    refuses: Callable[..., Optional[str]]
+    refuses: Callable[..., object]
 
 
 @dataclass
@@ -154,7 +154,7 @@ def register_kernel(
     arch: str,
     function: Callable[..., Any],
     *,
-    refuses: Callable[..., Optional[str]] = lambda *args, **kwargs: None,
+    refuses: Callable[..., object] = lambda *args, **kwargs: None,
 ) -> None:
     """Give operation `name` a kernel for an architecture ("sm_90a"), called like the raw operator: on its GPU or simulated.
 

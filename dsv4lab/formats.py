@@ -66,6 +66,10 @@ FP8_ROW = Format("fp8_row", torch.float8_e4m3fn, 1, (1, 128), torch.float8_e8m0f
 BF16 = Format("bf16", torch.bfloat16, 1, None, None, torch.finfo(torch.bfloat16).max)
 F32 = Format("f32", torch.float32, 1, None, None, torch.finfo(torch.float32).max)
 
+# Scales that are read besides E8M0: its bytes, and floats, as the Base releases have them.
+_FP8_SCALES = (torch.uint8, torch.float32, torch.bfloat16)
+_OTHER_SCALES = {"mxfp4": (torch.uint8,), "fp8_block": _FP8_SCALES, "fp8_row": _FP8_SCALES}
+
 FORMATS = {f.name: f for f in (NVFP4, MXFP4, FP8_BLOCK, FP8_ROW, BF16, F32)}
 
 
@@ -100,6 +104,32 @@ class PackedWeight:
         """Stored bytes, scales included."""
         return sum(t.nbytes for t in self.tensors().values())
 
+    def check(self) -> None:
+        """Raises ValueError on a part that is missing, too much or of another shape, TypeError on dtypes. Reads no values."""
+        form, packed = self.format, self.format.codes_per_byte > 1
+        if self.codes.dtype != form.code_dtype and not (packed and self.codes.dtype == torch.int8):
+            raise TypeError(f"codes of a {form.name} weight must be {form.code_dtype}, got {self.codes.dtype}")
+        if self.codes.dim() < 2 or (packed and self.shape[-1] % form.group):
+            rule = f" with K % {form.group} == 0" if packed else ""
+            raise ValueError(f"a {form.name} weight must be (..., N, K){rule}, got {self.shape}")
+        *stack, n, k = self.shape
+        blocks, one = form.scale_shape(n, k), (*stack,)
+        for part, value, shape in (
+            ("scale", self.scale, None if blocks is None else (*stack, *blocks)),
+            ("global_scale", self.global_scale, one if form.has_global_scale else None),
+            ("input_scale", self.input_scale, None if self.input_scale is None else one),
+        ):
+            if value is None and shape is None:
+                continue
+            if value is None or shape is None:
+                have = f"a {part}, got None" if value is None else f"no {part}, got one"
+                raise ValueError(f"a {form.name} weight must have {have}")
+            want = form.scale_dtype if part == "scale" else torch.float32
+            if value.dtype != want and not (part == "scale" and value.dtype in _OTHER_SCALES.get(form.name, ())):
+                raise TypeError(f"{part} of a {form.name} weight must be {want}, got {value.dtype}")
+            if value.shape != shape:
+                raise ValueError(f"{part} of a {self.shape} {form.name} weight must be {shape}, got {tuple(value.shape)}")
+
     def __getitem__(self, index: int) -> PackedWeight:
         """One matrix of a stack."""
         return PackedWeight(self.format, **{name: t[index] for name, t in self.tensors().items()})
@@ -117,10 +147,13 @@ class PackedWeight:
 def weights_of(fmts: str, *parts: list[torch.Tensor]) -> list[PackedWeight]:
     """Weights from lists of their parts (codes, scales, ...), as operators take them; a missing part is an empty tensor.
 
-    fmts: the formats' names, commas between.
+    fmts: the formats' names, commas between. Raises as `PackedWeight.check`.
     """
     columns = [[t if t.numel() else None for t in part] for part in parts[1:]]
-    return [PackedWeight(get_format(name), parts[0][i], *(c[i] for c in columns)) for i, name in enumerate(fmts.split(","))]
+    found = [PackedWeight(get_format(name), parts[0][i], *(c[i] for c in columns)) for i, name in enumerate(fmts.split(","))]
+    for weight in found:
+        weight.check()
+    return found
 
 
 # ---- scale layout atom128x4 ------------------------------------------------------------------------------------------

@@ -71,31 +71,65 @@ def kv_record(dim: int, rope_dim: int, record: str = "fp8") -> Record:
 
 
 def index_record(record: str, dim: int) -> Record:
-    """An index key: `fp8` is dim E4M3 codes and one f32 scale (132 bytes at 128), `fp4` packed E2M1 and E8M0 per 32 (68)."""
+    """An index key: `fp8` is dim E4M3 codes and one f32 scale (132 bytes at 128), `fp4` packed E2M1 and E8M0 per 32 (68).
+
+    Raises ValueError on the name.
+    """
     if record == "fp8":
         return Record(data_bytes=dim, scale_bytes=4)
-    return Record(data_bytes=dim // 2, scale_bytes=-(-dim // INDEX_FP4_GROUP))
+    if record == "fp4":
+        return Record(data_bytes=dim // 2, scale_bytes=-(-dim // INDEX_FP4_GROUP))
+    raise ValueError(f"packed index record must be one of {INDEX_RECORDS[1:]}, got {record!r}")
+
+
+def check_record(kind: str, record: str) -> None:
+    """Raises ValueError unless "key" or "index" records, as kind has it, come in this form."""
+    known = KV_RECORDS if kind == "key" else INDEX_RECORDS
+    if record not in known:
+        raise ValueError(f"{kind} record must be one of {known}, got {record!r}")
+
+
+def _packed(kind: str, record: str, dim: int, rope_dim: int) -> Record | None:
+    """None for plain ones."""
+    check_record(kind, record)
+    if record == "plain":
+        return None
+    return kv_record(dim, rope_dim, record) if kind == "key" else index_record(record, dim)
+
+
+def check_pool(pages: torch.Tensor, kind: str, record: str, *, page_size: int, dim: int, rope_dim: int = 0) -> Record | None:
+    """The records of a page pool, as `_allocate` makes it; None for plain ones.
+
+    Raises ValueError on the name, on page_size, and on a pool of other pages, TypeError on its dtype.
+    """
+    packed = _packed(kind, record, dim, rope_dim)
+    if page_size < 1:
+        raise ValueError(f"page_size must be at least 1, got {page_size}")
+    if (pages.dtype != torch.uint8) if packed else not pages.is_floating_point():
+        raise TypeError(f"{record} pages must be {'uint8' if packed else 'floats'}, got {pages.dtype}")
+    want = (packed.page_bytes(page_size),) if packed else (page_size, dim)
+    if tuple(pages.shape[1:]) != want:
+        raise ValueError(f"{record} pages must be (P, {', '.join(map(str, want))}), got {tuple(pages.shape)}")
+    return packed
+
+
+def _allocate(
+    packed: Record | None, num_pages: int, page_size: int, dim: int, dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    if packed is None:
+        return torch.zeros(num_pages, page_size, dim, dtype=dtype, device=device)
+    return torch.zeros(num_pages, packed.page_bytes(page_size), dtype=torch.uint8, device=device)
 
 
 def allocate_kv_pages(
     record: str, *, num_pages: int, page_size: int, dim: int, rope_dim: int, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
     """A zeroed key page pool: `plain` (P, page_size, dim) of dtype, else (P, page_bytes) u8. Raises ValueError on the name."""
-    if record == "plain":
-        return torch.zeros(num_pages, page_size, dim, dtype=dtype, device=device)
-    if record in KV_RECORDS:
-        size = kv_record(dim, rope_dim, record).page_bytes(page_size)
-        return torch.zeros(num_pages, size, dtype=torch.uint8, device=device)
-    raise ValueError(f"key record must be one of {KV_RECORDS}, got {record!r}")
+    return _allocate(_packed("key", record, dim, rope_dim), num_pages, page_size, dim, dtype, device)
 
 
 def allocate_index_pages(
     record: str, *, num_pages: int, page_size: int, dim: int, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
-    """A zeroed index-key page pool: `plain` (P, page_size, dim) of dtype, else (P, page_bytes) u8."""
-    if record == "plain":
-        return torch.zeros(num_pages, page_size, dim, dtype=dtype, device=device)
-    if record in INDEX_RECORDS:
-        size = index_record(record, dim).page_bytes(page_size)
-        return torch.zeros(num_pages, size, dtype=torch.uint8, device=device)
-    raise ValueError(f"index record must be one of {INDEX_RECORDS}, got {record!r}")
+    """A zeroed pool of index keys: `plain` (P, page_size, dim) of dtype, else (P, page_bytes) u8. Raises as for keys."""
+    return _allocate(_packed("index", record, dim, 0), num_pages, page_size, dim, dtype, device)

@@ -25,8 +25,9 @@ MAX_LINES, MAX_TREE_BYTES, MAX_EXECUTED_BYTES = 600, 8 << 20, 400_000
 MAX_CELL_LINES, MIN_CELLS, MAX_CELLS = 20, 15, 40
 
 # A room may import itself and what this table allows. `dsv4lab` is the package's own front door, `load` and `nano`.
-BASE = {"config", "formats", "paging", "records"}
+BASE = {"arguments", "config", "formats", "paging", "records"}
 ALLOWED: dict[str, set[str]] = {
+    "arguments": BASE,
     "config": BASE,
     "formats": BASE,
     "records": BASE,

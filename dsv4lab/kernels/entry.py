@@ -12,4 +12,4 @@ class Entry(NamedTuple):
     operation: str
     arch: str
     function: Callable[..., Any]
-    refuses: Callable[..., str | None]
+    refuses: Callable[..., str | Exception | None]

@@ -9,9 +9,11 @@ Source: spec 4.3, 4.5.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_ring
 from dsv4lab.paging import check_keys
 from dsv4lab.reference.cache import cache_read
 
@@ -109,12 +111,14 @@ def attention(
     s * ring_len + p mod ring_len; entry_pages: pool of compressed entries or None (SWA); block_table (num_seqs, nb) int: the
     page of entries [b * entry_page, (b + 1) * entry_page); positions, seq_idx (M,) int64; topk_indices (M, k) int32, -1 =
     empty, or None = every visible entry; ratio: tokens per entry; record: of the keys, "plain", "fp8" or "nvfp4"
-    -> (M, H, c) of q.dtype, values still carrying the key rotation (see `inverse_rope`). Raises ValueError on an entry without
-    a page.
+    -> (M, H, c) of q.dtype, values still carrying the key rotation (see `inverse_rope`).
+    Raises ValueError unless 1 <= window <= ring_len, on an entry without a page, and as `cache_read`.
     """
-    rings, pages = window_pages.shape[0] * window_page // ring_len, 0 if entry_pages is None else entry_pages.shape[0]
-    paged = dict(rings=rings, num_pages=pages, page_size=entry_page, ratio=ratio)
+    check_ring(window, ring_len)
+    rings, count = window_pages.shape[0] * window_page // ring_len, 0 if entry_pages is None else entry_pages.shape[0]
+    paged = dict(rings=rings, num_pages=count, page_size=entry_page, ratio=ratio)
     check_keys(block_table, positions, seq_idx, topk_indices, **paged)
+    pages: dict[str, Any] = dict(record=record, window_page=window_page, entry_page=entry_page, rope_dim=rope_dim)
     out = torch.empty_like(q)
     for s in seq_idx.unique().tolist():
         rows = (seq_idx == s).nonzero(as_tuple=True)[0]
@@ -129,11 +133,8 @@ def attention(
                 window=window,
                 ring_len=ring_len,
                 ratio=ratio,
-                record=record,
-                window_page=window_page,
-                entry_page=entry_page,
                 dim=q.shape[-1],
-                rope_dim=rope_dim,
+                **pages,
             )
             p, _ = attention_probabilities(q[block], keys, sinks, scale=scale)
             out[block] = (p @ keys.keys.double()).to(q.dtype)

@@ -9,7 +9,7 @@ import torch
 
 from dsv4lab.formats import NVFP4
 from dsv4lab.paging import check_slots
-from dsv4lab.records import KV_RECORDS, NOPE_GROUP, kv_record
+from dsv4lab.records import NOPE_GROUP, check_pool
 from dsv4lab.reference.norm import rmsnorm
 from dsv4lab.reference.quant import (
     decode_e8m0,
@@ -50,18 +50,19 @@ def cache_write(
     """Normalise, rotate, quantise and store keys, in place.
 
     x (M, c) float: the kv projection's rows, or pooled entries; positions (M,): a token's own, or an entry's first token's;
-    slots (M,) int64, -1 = do not store; pages: a pool of `record` ("plain", "fp8" or "nvfp4"). Raises ValueError on the name,
-    and on slots beyond the pool or named twice (see `paging`).
+    slots (M,) int64, -1 = do not store; pages: a pool of `record` ("plain", "fp8" or "nvfp4").
+    Raises ValueError on the name, the pool, shapes, and slots beyond the pool or named twice (see `paging`), TypeError on the
+    pool's dtype.
     """
-    _check(record)
+    rope_dim = 2 * inv_freq.shape[0]
+    packed = check_pool(pages, "key", record, page_size=page_size, dim=x.shape[1], rope_dim=rope_dim)
     check_slots(slots, pages.shape[0], page_size, written=True)
     key = kv_norm_rope(x, norm_weight, positions, inv_freq, eps=eps)
     key, page, place = addressed(key, slots, page_size=page_size)
-    if record == "plain":
+    if packed is None:
         pages[page, place] = key.to(pages.dtype)
         return
-    rope_dim = 2 * inv_freq.shape[0]
-    data, scales = kv_record(x.shape[1], rope_dim, record).parts(pages, page_size)
+    data, scales = packed.parts(pages, page_size)
     nope = key[:, : x.shape[1] - rope_dim]
     if record == "fp8":
         codes, scale = (part.view(torch.uint8) for part in quantize_fp8_rows(nope, group=NOPE_GROUP))
@@ -75,16 +76,14 @@ def cache_write(
 def cache_read(
     pages: torch.Tensor, slots: torch.Tensor, *, record: str, page_size: int, dim: int, rope_dim: int
 ) -> torch.Tensor:
-    """Gather and dequantise keys: slots (N,) int64 -> (N, dim) f32; slot -1 gives zeros. Raises ValueError on the name and
-    on slots beyond the pool.
-    """
-    _check(record)
+    """Gather and dequantise keys: slots (N,) int64 -> (N, dim) f32; slot -1 gives zeros. Raises as `cache_write`."""
+    packed = check_pool(pages, "key", record, page_size=page_size, dim=dim, rope_dim=rope_dim)
     check_slots(slots, pages.shape[0], page_size)
     page, place = slots.clamp(min=0) // page_size, slots.clamp(min=0) % page_size
-    if record == "plain":
+    if packed is None:
         key = pages[page, place].float()
     else:
-        data, scales = kv_record(dim, rope_dim, record).parts(pages, page_size)
+        data, scales = packed.parts(pages, page_size)
         rows, scale = data[page, place], scales[page, place]
         codes, rotary = (part.contiguous() for part in rows.split([rows.shape[1] - 2 * rope_dim, 2 * rope_dim], dim=1))
         if record == "fp8":
@@ -95,11 +94,6 @@ def cache_read(
             nope = _from_nvfp4(codes, scale)
         key = torch.cat((nope, rotary.view(torch.bfloat16).float()), dim=1)
     return torch.where((slots >= 0)[:, None], key, 0.0)
-
-
-def _check(record: str) -> None:
-    if record not in KV_RECORDS:
-        raise ValueError(f"key record must be one of {KV_RECORDS}, got {record!r}")
 
 
 def _to_nvfp4(nope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,8 +44,8 @@ def compress(
     norm_weight (d,); inv_freq (rd/2,) f32; pages: a pool of `record`, of keys ("kv") or of index keys ("index"), into which
     block_table (num_seqs, nb) int leads: entry j of sequence s is place j mod page_size of page block_table[s, j / page_size],
     -1: not stored. rounded: to BF16, the pooled sum and all that comes after it. The others as in `compressor_pool` and
-    `compressor_state_update`. Writes pages and state, in place. Raises ValueError on the names of key and record, and on pages
-    and sequences that are not there.
+    `compressor_state_update`. Writes pages and state, in place. Raises ValueError on key, on pages and sequences that are not
+    there, and as `cache_write`.
     """
     if key not in KEYS:
         raise ValueError(f"key must be one of {KEYS}, got {key!r}")

@@ -23,7 +23,7 @@ def quantize_activation(x: torch.Tensor, act: str, input_scale: torch.Tensor | N
     """Quantise and dequantise activations: `act` is "none", "fp8" (rows per 128) or "nvfp4" (per 16, 4 bits).
 
     x (M, K) float -> like x. input_scale () f32 is NVFP4's static global scale; absent, every row gets its own from its amax,
-    so that a token does not depend on its neighbours.
+    so that a token does not depend on its neighbours.  Raises ValueError on act, K and input_scale's shape.
     """
     if act == "none":
         return x
@@ -40,21 +40,25 @@ def linear(x: torch.Tensor, weight: PackedWeight, *, act: str, out_dtype: torch.
     """y = x W^T, rounded to float32 and then to the output dtype.
 
     x (M, K) float; weight (N, K) of any format; act: activation quantisation, see `quantize_activation`
-    -> (M, N) of out_dtype, x.dtype where None.
+    -> (M, N) of out_dtype, x.dtype where None.  Raises as `PackedWeight.check` and `quantize_activation`.
     """
-    xq = quantize_activation(x, act, weight.input_scale)
-    return matmul_rows(xq.float(), dequantize(weight)).to(out_dtype or x.dtype)
+    w = dequantize(weight)
+    return matmul_rows(quantize_activation(x, act, weight.input_scale).float(), w).to(out_dtype or x.dtype)
 
 
 def two_linears(x: torch.Tensor, first: PackedWeight, second: PackedWeight, *, act: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear` of one x with two weights, (M, N1) and (M, N2) like x: what a kernel quantises once for both."""
+    """`linear` of one x with two weights, (M, N1) and (M, N2) like x: what a kernel quantises once for both.
+
+    Raises as that.
+    """
     return linear(x, first, act=act), linear(x, second, act=act)
 
 
 def grouped_linear(x: torch.Tensor, weight: PackedWeight, *, act: str) -> torch.Tensor:
     """One matrix a group: z[g] = W[g] x[g], the low-rank half of the output projection.
 
-    x (M, G, K) float; weight (G*N, K), rows of group g contiguous; act as in `linear` -> (M, G, N) like x.  Source: spec 4.7.
+    x (M, G, K) float; weight (G*N, K), rows of group g contiguous; act as in `linear` -> (M, G, N) like x.  Raises as that.
+    Source: spec 4.7.
     """
     groups = x.shape[1]
     w = dequantize(weight).unflatten(0, (groups, -1))

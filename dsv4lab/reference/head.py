@@ -27,7 +27,7 @@ def mtp_input(
     """Y[j] = e_proj(norm(embedding of the next token)) + h_proj(norm(X[j])): what the prediction block starts from.
 
     embedding (M, D); streams (M, S, D) before the head collapse; enorm_weight, hnorm_weight (D,); e_proj, h_proj (D, D);
-    act as in `linear` -> (M, S, D) of streams.dtype.  Source: spec 7.
+    act as in `linear` -> (M, S, D) of streams.dtype.  Raises as `rmsnorm` and `linear`.  Source: spec 7.
     """
     e = linear(rmsnorm(embedding, enorm_weight, eps=eps), e_proj, act=act)
     f = linear(rmsnorm(streams, hnorm_weight, eps=eps).flatten(0, 1), h_proj, act=act)
@@ -38,7 +38,7 @@ def lm_head_greedy(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The id of each row's largest logit, the lowest of equals: `sampling.sample` at temperature 0 of `gemm.lm_head`'s logits.
 
     x (M, D) float, weight (V, D) float, V >= 1 -> ids (M,) int64. Zeros of both signs are equal. A NaN counts as larger than
-    every number, as in torch's argmax, so that a row with NaN logits gets the first one's id.
+    every number, as in torch's argmax, so that a row with NaN logits gets the first one's id.  Source: spec 6, 15.
     """
     return lm_head(x, weight).argmax(-1)
 
@@ -49,6 +49,6 @@ def lm_head_sample(
     """`sampling.sample` of `gemm.lm_head`'s logits, without filters: the draw needs the largest of logits / T + noise alone.
 
     x (M, D) float, weight (V, D) float; temperature (M,) f32, 0 = greedy; seed, position (M,) int64 -> ids (M,) int64.
-    Raises ValueError on shapes, TypeError on dtypes. Logits must not be NaN.
+    Raises ValueError on shapes, TypeError on dtypes. Logits must not be NaN.  Source: spec 6, 15.
     """
     return sample(lm_head(x, weight), temperature=temperature, seed=seed, position=position)

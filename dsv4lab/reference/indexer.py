@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from dsv4lab.arguments import check_shape
 from dsv4lab.paging import check_entries, check_slots
-from dsv4lab.records import index_record
+from dsv4lab.records import check_pool, check_record
 from dsv4lab.reference.cache import addressed, kv_norm_rope
 from dsv4lab.reference.quant import (
     dequantize_mxfp4,
@@ -43,7 +44,9 @@ def index_query(q: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor
     """RoPE, Hadamard, quantise and dequantise index queries.
 
     q (M, Hi, ci) float; positions (M,); inv_freq (rd/2,) f32; record "plain", "fp8" or "fp4" -> like q.
+    Raises ValueError on the name and as `rope`.
     """
+    check_record("index", record)
     q = rope(q, positions, inv_freq)
     if record == "plain":
         return q
@@ -66,15 +69,16 @@ def index_key_write(
     """Norm, RoPE, Hadamard, quantise and store index keys, in place.
 
     x (E, ci): pooled entries; positions (E,): each entry's first token; slots (E,) int64, -1 = do not store.
-    Raises ValueError on slots beyond the pool or named twice.
+    Raises as `cache_write`.
     """
+    packed = check_pool(pages, "index", record, page_size=page_size, dim=x.shape[1])
     check_slots(slots, pages.shape[0], page_size, written=True)
     key = kv_norm_rope(x, norm_weight, positions, inv_freq, eps=eps)
     key, page, place = addressed(key, slots, page_size=page_size)
-    if record == "plain":
+    if packed is None:
         pages[page, place] = key.to(pages.dtype)
         return
-    data, scales = index_record(record, x.shape[1]).parts(pages, page_size)
+    data, scales = packed.parts(pages, page_size)
     if record == "fp8":
         codes, e8m0 = quantize_fp8_rows(hadamard(key), group=x.shape[1])
         data[page, place] = codes.view(torch.uint8)
@@ -87,11 +91,12 @@ def index_key_write(
 
 
 def index_key_read(pages: torch.Tensor, slots: torch.Tensor, *, record: str, page_size: int, dim: int) -> torch.Tensor:
-    """Gather and dequantise index keys: slots (N,) int64 -> (N, dim) f32."""
+    """Gather and dequantise index keys: slots (N,) int64 -> (N, dim) f32. Raises as `cache_read`."""
+    packed = check_pool(pages, "index", record, page_size=page_size, dim=dim)
     page, place = slots.clamp(min=0) // page_size, slots.clamp(min=0) % page_size
-    if record == "plain":
+    if packed is None:
         return pages[page, place].float()
-    data, scales = index_record(record, dim).parts(pages, page_size)
+    data, scales = packed.parts(pages, page_size)
     rows, scale = data[page, place].contiguous(), scales[page, place].contiguous()
     if record == "fp8":
         return rows.view(torch.float8_e4m3fn).float() * scale.view(torch.float32)
@@ -115,8 +120,11 @@ def index_scores(
 
     q (M, Hi, ci) from `index_query`; head_weights (M, Hi) f32; scale: ci^-1/2 Hi^-1/2 in the model; block_table (num_seqs, nb)
     int, pages of `page_size` entries; num_visible (M,) int -> (M, max_entries) f32, -inf from num_visible on.
-    Raises ValueError on a visible entry without a page.
+    Raises ValueError on shapes, the name, the pool and a visible entry without a page, TypeError on the pool's dtype.
     """
+    check_pool(pages, "index", record, page_size=page_size, dim=q.shape[-1])
+    for name, value, want in (("head_weights", head_weights, 2), ("seq_idx", seq_idx, 1), ("num_visible", num_visible, 1)):
+        check_shape(name, value, q.shape[:want])
     check_entries(block_table, seq_idx, pages.shape[0], page_size, visible=num_visible.clamp(max=max_entries))
     out = torch.full((q.shape[0], max_entries), -torch.inf, device=q.device)
     head_weights = head_weights * scale
@@ -138,8 +146,14 @@ def index_scores(
 def index_topk(scores: torch.Tensor, num_visible: torch.Tensor, *, k: int) -> torch.Tensor:
     """The k best entries of every query, in ascending order, then -1. Ties go to the lower entry.
 
-    scores (M, T) f32; num_visible (M,) int -> (M, k) int32. All visible entries where there are at most k.
+    scores (M, T) f32, of any value from num_visible on; num_visible (M,) int -> (M, k) int32. All visible entries where there
+    are at most k.  Raises ValueError on num_visible and k.
     """
+    check_shape("num_visible", num_visible, scores.shape[:1])
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    # what is not visible comes last, behind visible entries of -inf, which are before it
+    scores = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= num_visible[:, None], -torch.inf)
     width = min(k, scores.shape[1])
     best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :width]
     best = torch.where(best < num_visible[:, None], best, scores.shape[1]).sort(-1).values

@@ -26,7 +26,10 @@ def sinkhorn(logits: torch.Tensor, *, iters: int, eps: float) -> torch.Tensor:
     """Turn a (..., S, S) matrix of logits into a nearly doubly stochastic one, in float64.
 
     Softmax over the last index and a first column step count as iteration one; each further one is a row then a column step.
+    Raises ValueError on iters.
     """
+    if iters < 1:
+        raise ValueError(f"sinkhorn_iters must be at least 1, got {iters}")
     a = torch.softmax(logits.double(), dim=-1) + eps
     a = a / (a.sum(-2, keepdim=True) + eps)
     for _ in range(iters - 1):
@@ -55,7 +58,7 @@ def mhc_coefficients(
     """The three coefficient sets of one sub-layer: pre (M, S), post (M, S), comb (M, S, S), all f32.
 
     streams (M, S, D); fn ((2+S)*S, S*D), base ((2+S)*S,), scale (3,) f32. eps in x^2 units; hc_eps is added to pre and inside
-    Sinkhorn. Source: spec 3.
+    Sinkhorn. Raises as `sinkhorn`. Source: spec 3.
     """
     s = streams.shape[1]
     mix = mhc_mix(streams, fn, eps=eps)
@@ -84,7 +87,7 @@ def mhc_pre(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Coefficients, collapse and the following RMSNorm: what a sub-layer reads, and what `mhc_post` needs.
 
-    -> normalised input (M, D) of streams.dtype, post (M, S) f32, comb (M, S, S) f32.
+    -> normalised input (M, D) of streams.dtype, post (M, S) f32, comb (M, S, S) f32.  Raises as `sinkhorn`.
     """
     pre, post, comb = mhc_coefficients(streams, fn, base, scale, eps=eps, hc_eps=hc_eps, sinkhorn_iters=sinkhorn_iters)
     return rmsnorm(mhc_collapse(streams, pre), norm_weight, eps=eps), post, comb
@@ -112,7 +115,7 @@ def mhc_post_pre(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`mhc_post` of one sub-layer, then `mhc_pre` of the next: one pass over the streams in a kernel.
 
-    -> new streams (M, S, D), normalised input (M, D), post (M, S), comb (M, S, S).
+    -> new streams (M, S, D), normalised input (M, D), post (M, S), comb (M, S, S).  Raises as `sinkhorn`.
     """
     new = mhc_post(y, streams, post, comb)
     x, next_post, next_comb = mhc_pre(new, fn, base, scale, norm_weight, eps=eps, hc_eps=hc_eps, sinkhorn_iters=sinkhorn_iters)

@@ -135,13 +135,15 @@ def quantize_nvfp4(
     x (..., K) float, K % 16 == 0; global_scale f32 () or x.shape[:-2], positive, computed over the whole of x if absent
     -> codes uint8 (..., K/2), block_scale float8_e4m3fn (..., K/16), global_scale f32.
     block_scale = E4M3(amax_block / (6 * global_scale)), at least 2^-9, 1 for a zero block; code = E2M1(x / (block_scale *
-    global_scale)). Raises ValueError on K.
+    global_scale)). Raises ValueError on K and global_scale's shape.
     """
     blocks = _grouped(x, NVFP4.group)
     if global_scale is None:
         magnitude = blocks.abs().nan_to_num(nan=0.0, posinf=_F32_MAX)
         amax = magnitude.amax() if magnitude.numel() else magnitude.new_zeros(())
         global_scale = nvfp4_global_scale(amax)
+    if global_scale.shape not in ((), x.shape[:-2]):
+        raise ValueError(f"global_scale must be () or x.shape[:-2] = {tuple(x.shape[:-2])}, got {tuple(global_scale.shape)}")
     global_scale = global_scale.float()
     factor = _over_matrix(global_scale)
     amax = blocks.abs().amax(-1).clamp(max=_F32_MAX)
@@ -186,7 +188,10 @@ def quantize_fp8_rows(x: torch.Tensor, *, group: int) -> tuple[torch.Tensor, tor
     """Quantise to E4M3 with one power-of-two scale a row and `group` consecutive values (spec 8.2).
 
     x (..., K) float; the last group may be partial -> codes float8_e4m3fn (..., K), scale float8_e8m0fnu (..., ceil(K/group)).
+    Raises ValueError on group.
     """
+    if group < 1:
+        raise ValueError(f"group must be at least 1, got {group}")
     columns = x.shape[-1]
     padded = functional.pad(x.float(), (0, -columns % group))
     blocks = padded.unflatten(-1, (padded.shape[-1] // group, group))
@@ -227,13 +232,13 @@ def dequantize_fp8_blocks(codes: torch.Tensor, scale: torch.Tensor) -> torch.Ten
 
 # ---- whole matrices --------------------------------------------------------------------------------------------------
 def dequantize(weight: PackedWeight) -> torch.Tensor:
-    """Any packed weight -> float32 (..., rows, columns)."""
-    name, codes = weight.format.name, weight.codes
-    if weight.format.block is None:
+    """Any packed weight -> float32 (..., rows, columns). Raises as `PackedWeight.check`."""
+    weight.check()
+    name, codes, scale = weight.format.name, weight.codes, weight.scale
+    if scale is None:
         return codes.float()
-    scale = _present(weight.scale, name, "scale")
-    if name == NVFP4.name:
-        return dequantize_nvfp4(codes, scale, _present(weight.global_scale, name, "global_scale"))
+    if weight.global_scale is not None:
+        return dequantize_nvfp4(codes, scale, weight.global_scale)
     if name == MXFP4.name:
         return dequantize_mxfp4(codes, scale)
     if name == FP8_ROW.name:
@@ -295,9 +300,3 @@ def _over_matrix(global_scale: torch.Tensor) -> torch.Tensor:
 
 def _scale_to_f32(scale: torch.Tensor) -> torch.Tensor:
     return scale.float() if scale.dtype in (torch.float32, torch.bfloat16) else decode_e8m0(scale)
-
-
-def _present(tensor: torch.Tensor | None, format_name: str, part: str) -> torch.Tensor:
-    if tensor is None:
-        raise ValueError(f"a {format_name} weight must have a {part}, got None")
-    return tensor

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from dsv4lab.arguments import check_shape
 from dsv4lab.config import RopeScaling
 from dsv4lab.reference.quant import quantize_fp8_rows, quantize_nvfp4
 
@@ -37,8 +38,11 @@ def rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> to
 
     x (M, ..., c) float, c >= rd; positions (M,) int; inv_freq (rd/2,) f32 -> like x.
     The angle is a float32 product, as the model's reference has it, also near position one million; its sine and cosine and the
-    rotation are exact to the last bit.
+    rotation are exact to the last bit.  Raises ValueError on shapes.
     """
+    check_shape("positions", positions, x.shape[:1])
+    if 2 * inv_freq.shape[0] > x.shape[-1]:
+        raise ValueError(f"inv_freq must have at most c / 2 frequencies for c={x.shape[-1]}, got {inv_freq.shape[0]}")
     angle = positions.float()[:, None] * inv_freq.float()
     angle = angle.view(positions.shape[0], *[1] * (x.dim() - 2), inv_freq.shape[0])
     cos, sin = angle.double().cos(), angle.double().sin()
@@ -51,19 +55,25 @@ def rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> to
 
 
 def inverse_rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Rotate by the negative angle: undoes `rope`. Applied to the attention output, whose values carry the key's rotation."""
+    """Rotate by the negative angle: undoes `rope`, raises as it does. For attention's output, which carries the keys' turns."""
     return rope(x, -positions, inv_freq)
 
 
 def inverse_rope_fp8(
     x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse rotation, then FP8 rows for `o_a`: x (M, H, c) -> codes (M, H, c) e4m3, scale (M, H, ceil(c / group)) e8m0."""
+    """Inverse rotation, then FP8 rows for `o_a`: x (M, H, c) -> codes (M, H, c) e4m3, scale (M, H, ceil(c / group)) e8m0.
+
+    Raises as both.
+    """
     return quantize_fp8_rows(inverse_rope(x, positions, inv_freq), group=group)
 
 
 def inverse_rope_nvfp4(
     x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, global_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inverse rotation, then NVFP4 for `o_a`: x (M, H, c) -> codes (M, H, c/2) u8, block_scale (M, H, c/16) e4m3, global."""
+    """Inverse rotation, then NVFP4 for `o_a`: x (M, H, c) -> codes (M, H, c/2) u8, block_scale (M, H, c/16) e4m3, global.
+
+    Raises as both.
+    """
     return quantize_nvfp4(inverse_rope(x, positions, inv_freq), global_scale=global_scale)

@@ -158,7 +158,7 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
         (1, sinks[:3], r"sinks must be contiguous \(4,\), got \(3,\)"),
         (4, table.long(), "block_table must be int32, got torch.int64"),
         (5, positions.int(), "positions must be int64, got torch.int32"),
-        (7, chosen[:1], r"topk_indices must be contiguous \(2, 64\), got \(1, 64\)"),
+        (7, chosen[:1], r"topk_indices must be contiguous \(2, k\), got \(1, 64\)"),
         (2, window[:, :-16].contiguous(), r"window_pages must be contiguous pages of 37440 bytes, got \(3, 37424\)"),
         (3, window.view(torch.int8), "entry_pages must be uint8 for fp8 records, got torch.int8"),
     ):

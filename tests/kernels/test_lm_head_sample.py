@@ -113,7 +113,7 @@ def test_bad_input_is_refused() -> None:
     ready = prepare(PackedWeight(BF16, weight))
     for call, message in (
         (lambda: partial_sample(x.repeat(9, 1), ready, draws), "x must have at most 16 rows, got 18"),
-        (lambda: partial_sample(x[:1], ready, draws), r"temperature must be contiguous \(1,\), one value a row, got \(2,\)"),
+        (lambda: partial_sample(x[:1], ready, draws), r"temperature must be contiguous \(1,\), got \(2,\)"),
         (lambda: partial_sample(x, ready, draws, config=replace(FEW, out="argmax")), "config must have out = sample"),
         (lambda: replace(FEW, scaled="row").check(), "sample needs one matrix's products as they are"),
         (lambda: replace(FEW, tokens=64, splits=1).check(), "tokens must be at most 16 for sample"),

@@ -197,7 +197,7 @@ def test_bad_input_is_refused() -> None:
         prepare(weight, random_weight("nvfp4", 32, 128, seed=0))
     block = random_weight("fp8_block", 128, 128, seed=0)
     assert block.scale is not None
-    with pytest.raises(TypeError, match="scale of an fp8_block weight must be float8_e8m0fnu, got float32"):
+    with pytest.raises(TypeError, match=r"scale of an fp8_block weight must be float8_e8m0fnu, got torch\.float32"):
         prepare(PackedWeight(FP8_BLOCK, block.codes, block.scale.float()))
     for choice, message in (
         (dict(format="f32"), "format must be one of"),

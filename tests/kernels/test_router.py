@@ -189,10 +189,10 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
     x, weight, bias = material(4, 8, 128)
     for args, message in (
         ((x.half(), weight, bias), "x and gate_weight must be bfloat16 or float32"),
-        ((x.t(), weight, bias), "x must be a contiguous matrix"),
+        ((x.t(), weight, bias), "x must be contiguous"),
         ((x[:, :96].contiguous(), weight, bias), "must share D % 64 == 0, got D=96 and 128"),
-        ((x, weight, bias.double()), r"bias must be contiguous \(8,\) float32, got \(8,\) torch\.float64"),
-        ((x, weight, bias[:7]), r"bias must be contiguous \(8,\) float32, got \(7,\)"),
+        ((x, weight, bias.double()), "bias must be float32, got torch"),
+        ((x, weight, bias[:7]), r"bias must be contiguous \(8,\), got \(7,\)"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             router_topk(*args, top_k=2, route_scale=1.0)

@@ -199,7 +199,7 @@ def test_bad_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         (given(0, window[:0]), "window_pages must have at least one page, got none"),
         (given(1, far.view(torch.int8)), "fp8 pages must be uint8, got torch.int8"),
         (given(2, table.long()), "block_table must be int32, got torch.int64"),
-        (given(2, table[:, ::2]), r"block_table must be contiguous with 2 dims, got"),
+        (given(2, table[:, ::2]), r"block_table must be contiguous \(sequences, pages\), got"),
         (given(2, table[:, :0].contiguous()), r"block_table must have pages where there are entries, got \(2, 0\)"),
         (given(3, positions[:0]), r"positions must be one a query, as seq_idx, got \(0,\), \(4,\)"),
         (given(4, seq_idx.int()), "seq_idx must be int64, got torch.int32"),

@@ -197,7 +197,7 @@ def test_the_ring_forgets_what_no_query_needs() -> None:
 
 # ---- sinks -------------------------------------------------------------------------------------------------------------
 def test_sinks_are_in_the_denominator_only() -> None:
-    scene = Scene([50], 4, ring=50)
+    scene = Scene([50], 4)
     q, _ = queries(1, 3, scene.dim)
     at = [(0, 49)]
     none = scene.attend(q, torch.full((3,), -torch.inf), at)
@@ -215,7 +215,7 @@ def test_sinks_are_in_the_denominator_only() -> None:
 
 
 def test_large_scores_do_not_overflow() -> None:
-    scene = Scene([20], 4, ring=20)
+    scene = Scene([20], 4)
     q, sinks = queries(1, 2, scene.dim)
     got = scene.attend(q * 1e4, sinks, [(0, 19)])
     assert torch.isfinite(got).all()
@@ -275,7 +275,7 @@ def test_a_query_does_not_depend_on_its_batch(ratio: int, entry_page: int) -> No
 
 
 def test_no_query() -> None:
-    scene = Scene([10], 4, ring=10)
+    scene = Scene([10], 4)
     empty = torch.empty(0, dtype=torch.int64)
     where = (scene.window_pages, scene.entry_pages, scene.block_table, empty, empty, None)
     got = attention(torch.empty(0, 2, scene.dim), torch.zeros(2), *where, scale=1.0, **scene.addresses)

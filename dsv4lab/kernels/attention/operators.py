@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dsv4lab.kernels.attention.core import api
@@ -20,16 +22,10 @@ def attention(
     seq_idx: torch.Tensor,
     topk_indices: torch.Tensor | None,
     *,
-    window: int,
-    ring_len: int,
-    ratio: int,
-    scale: float,
-    record: str,
-    window_page: int,
-    entry_page: int,
     rope_dim: int,
+    **how: Any,
 ) -> torch.Tensor:
-    """The operator `attention`."""
+    """The operator `attention`; how: as `api.attention`."""
     return api.attention(
         q.contiguous(),
         sinks.contiguous(),
@@ -39,13 +35,7 @@ def attention(
         positions.contiguous(),
         seq_idx.contiguous(),
         None if topk_indices is None else topk_indices.int().contiguous(),
-        window=window,
-        ring_len=ring_len,
-        ratio=ratio,
-        scale=scale,
-        record=record,
-        window_page=window_page,
-        entry_page=entry_page,
+        **how,
     )
 
 
@@ -54,19 +44,11 @@ def _refuses(
     sinks: torch.Tensor,
     window_pages: torch.Tensor,
     entry_pages: torch.Tensor | None,
-    block_table: torch.Tensor,
-    positions: torch.Tensor,
-    seq_idx: torch.Tensor,
-    topk_indices: torch.Tensor | None,
-    *,
-    window: int,
-    ring_len: int,
-    ratio: int,
+    *_: Any,
     scale: float,
     record: str,
-    window_page: int,
-    entry_page: int,
     rope_dim: int,
+    **__: Any,
 ) -> str | None:
     if q.dtype != torch.bfloat16 or sinks.dtype != torch.float32:
         return f"q must be bfloat16 and sinks float32, got {q.dtype} and {sinks.dtype}"

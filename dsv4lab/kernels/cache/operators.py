@@ -26,15 +26,12 @@ def cache_write(
     inv_freq: Tensor,
     pages: Tensor,
     slots: Tensor,
-    *,
-    eps: float,
-    record: str,
-    page_size: int,
+    **how: Any,
 ) -> None:
     settled = norm_weight.is_contiguous() and inv_freq.is_contiguous()  # a copy is a kernel's result
     x, norm_weight, positions, inv_freq, slots = (t.contiguous() for t in (x, norm_weight, positions, inv_freq, slots))
     keys = (x, norm_weight, positions, inv_freq, pages, slots)
-    write_keys(*keys, eps=eps, record=record, page_size=page_size, kind="kv", settled=settled)
+    write_keys(*keys, kind="kv", settled=settled, **how)
 
 
 def cache_read(pages: Tensor, slots: Tensor, *, record: str, page_size: int, dim: int, rope_dim: int) -> Tensor:
@@ -73,9 +70,8 @@ def _cache_write_refuses(
     pages: Tensor,
     slots: Tensor,
     *,
-    eps: float,
     record: str,
-    page_size: int,
+    **_: Any,
 ) -> str | None:
     if record not in KV_RECORDS:
         return f"record must be one of {KV_RECORDS}, got {record!r}"

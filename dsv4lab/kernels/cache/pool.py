@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dsv4lab.arguments import check_dense
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels.cache.plan import MAX_SLOTS, KeyPlan
 
@@ -24,9 +25,7 @@ def plan_of(
     key = KeyPlan(kind, record, dim, page_size, element, weight, stored)
     key.check()
     shape = (page_size, dim) if record == "plain" else (key.page_bytes,)
-    if pages.shape[1:] != shape or not pages.is_contiguous():
-        want = ", ".join(map(str, ("P", *shape)))
-        raise ValueError(f"{record} pages must be contiguous ({want}), got {tuple(pages.shape)}, strides {pages.stride()}")
+    check_dense(f"{record} pages", pages, ("P", *shape))
     if pages.data_ptr() % PAGE_ALIGN:
         raise ValueError(f"pages must begin at a multiple of {PAGE_ALIGN} bytes, got address {pages.data_ptr():#x}")
     if pages.shape[0] * page_size > MAX_SLOTS:

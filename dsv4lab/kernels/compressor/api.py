@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_dense
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
@@ -72,10 +73,7 @@ def compress(
     _check(config, ape, state, norm_weight, inv_freq, block_table)
     plans = dict(positions=positions, seq_idx=seq_idx, first_row=first_row, last_position=last_position)
     for name, plan in plans.items():
-        if plan.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {plan.dtype}")
-        if plan.shape != (tokens,) or not plan.is_contiguous():
-            raise ValueError(f"{name} must be contiguous ({tokens},), got {tuple(plan.shape)}")
+        check_dense(name, plan, (tokens,), torch.int64)
     if not tokens:
         return
     check_range("seq_idx", seq_idx, state.shape[0], start=0)
@@ -130,10 +128,9 @@ def _check(
         ("inv_freq", inv_freq, torch.float32, (ROPE_DIM // 2,)),
         ("block_table", block_table, torch.int32, (seqs, block_table.shape[1] if block_table.dim() == 2 else 1)),
     ):
-        if value.dtype != dtype:
-            raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
-        if value.shape != shape or not value.is_contiguous() or value.data_ptr() % 16:
-            raise ValueError(f"{name} must be contiguous {shape} at a multiple of 16 bytes, got {tuple(value.shape)}")
+        check_dense(name, value, shape, dtype)
+        if value.data_ptr() % 16:
+            raise ValueError(f"{name} must begin at a multiple of 16 bytes, got {value.data_ptr():#x}")
     if ring < config.span or seqs * ring >= MAX_ELEMENTS:
         raise ValueError(f"state must have R >= {config.span}, and fewer than 2^31 places, got {seqs} sequences, R={ring}")
     if not block_table.numel():

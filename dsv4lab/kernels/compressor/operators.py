@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,14 +31,7 @@ def compress(
     first_row: Tensor,
     last_position: Tensor,
     block_table: Tensor,
-    *,
-    ratio: int,
-    overlap: bool,
-    eps: float,
-    record: str,
-    page_size: int,
-    key: str,
-    rounded: bool,
+    **how: Any,
 ) -> None:
     """`ops.compress`; what it only reads may lie anyhow."""
     given = (ape, norm_weight, inv_freq)
@@ -50,13 +45,7 @@ def compress(
         inv_freq,
         pages,
         *(plan.contiguous() for plan in (positions, seq_idx, first_row, last_position, block_table)),
-        ratio=ratio,
-        overlap=overlap,
-        eps=eps,
-        record=record,
-        page_size=page_size,
-        key=key,
-        rounded=rounded,
+        **how,
         settled=all(mine is x for mine, x in zip(constants, given, strict=True)),  # a copy is a kernel's result
     )
 
@@ -87,11 +76,9 @@ def _refuses(
     *,
     ratio: int,
     overlap: bool,
-    eps: float,
     record: str,
-    page_size: int,
     key: str,
-    rounded: bool,
+    **_: Any,
 ) -> str | None:
     for name, value in (("values", values), ("scores", scores), ("ape", ape), ("state", state), ("inv_freq", inv_freq)):
         if value.dtype != torch.float32:

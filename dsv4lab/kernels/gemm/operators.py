@@ -38,7 +38,9 @@ def factor_of(input_scale: torch.Tensor | None) -> str:
 
 
 def _weight(fmt: str, *parts: torch.Tensor | None) -> PackedWeight:
-    return PackedWeight(get_format(fmt), *parts)  # type: ignore[arg-type]
+    weight = PackedWeight(get_format(fmt), *parts)  # type: ignore[arg-type]
+    weight.check()
+    return weight
 
 
 def linear_sm90(
@@ -51,8 +53,11 @@ def linear_sm90(
     act: str,
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """`linear` on Hopper: quantised activations are exact in BF16; those of float32 that are not go as three BF16 parts."""
-    weight, out = prepared(_weight(fmt, codes, scale, global_scale)), out_dtype or x.dtype
+    """`linear` on Hopper: quantised activations are exact in BF16; those of float32 that are not go as three BF16 parts.
+
+    Raises ValueError on shapes, TypeError on dtypes, here and below.
+    """
+    weight, out = prepared(_weight(fmt, codes, scale, global_scale, input_scale)), out_dtype or x.dtype
     if act == "none" and x.dtype == torch.float32:
         return _exact(x, weight).to(out)
     values, factor = activations(x, act, input_scale)
@@ -62,15 +67,11 @@ def linear_sm90(
 def two_linears_sm90(
     x: torch.Tensor,
     fmts: str,
-    codes: list[torch.Tensor],
-    scale: list[torch.Tensor],
-    global_scale: list[torch.Tensor],
-    input_scale: list[torch.Tensor],
-    *,
+    *parts: list[torch.Tensor],
     act: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`two_linears` on Hopper: x is quantised once, but for NVFP4 whose given scales are not one and the same tensor."""
-    first, second = weights_of(fmts, codes, scale, global_scale, input_scale)
+    first, second = weights_of(fmts, *parts)
     if act == "none" and x.dtype == torch.float32:
         y, z = (_exact(x, prepared(w)).to(x.dtype) for w in (first, second))
         return y, z
@@ -104,7 +105,7 @@ def grouped_linear_sm90(
     act: str,
 ) -> torch.Tensor:
     """`grouped_linear` on Hopper, all groups in one launch."""
-    weight = prepared(_weight(fmt, codes, scale, global_scale))
+    weight = prepared(_weight(fmt, codes, scale, global_scale, input_scale))
     if act == "none" and x.dtype == torch.float32:
         return _exact(x, weight)
     values, factor = activations(x.flatten(0, 1), act, input_scale)
@@ -120,17 +121,13 @@ def lm_head_sm90(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def two_linears_sm100(
     x: torch.Tensor,
     fmts: str,
-    codes: list[torch.Tensor],
-    scale: list[torch.Tensor],
-    global_scale: list[torch.Tensor],
-    input_scale: list[torch.Tensor],
-    *,
+    *parts: list[torch.Tensor],
     act: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`two_linears` with NVFP4 weights and activations, one after the other."""
     y, z = (
         linear_sm100(x, w.format.name, w.codes, w.scale, w.global_scale, w.input_scale, act, None)  # type: ignore[arg-type]
-        for w in weights_of(fmts, codes, scale, global_scale, input_scale)
+        for w in weights_of(fmts, *parts)
     )
     return y, z
 
@@ -150,6 +147,7 @@ def linear_sm100(
     x enters the product as code * block scale * global scale, exactly; the reference rounds that to x's dtype first. Block
     scales of the weight are brought into atom128x4 order by torch, at every call.
     """
+    _weight(fmt, codes, scale, global_scale, input_scale)
     rows = x.contiguous()
     if input_scale is None:
         x_codes, x_scale, row_scale = quantize_nvfp4(rows, layout="atom128x4", per_row=True)
@@ -172,8 +170,8 @@ def why_not_mixed(x: torch.Tensor, fmt: str, codes: torch.Tensor, scale: torch.T
     """Why the mixed kernel takes no such operands; None where it does."""
     if fmt not in PLANES:
         return f"weight must be one of {', '.join(PLANES)}, got {fmt}"
-    if fmt == FP8_BLOCK.name and (scale is None or scale.dtype == torch.float32):
-        return "scale of an fp8_block weight must be float8_e8m0fnu, got float32"
+    if fmt == FP8_BLOCK.name and scale is not None and scale.element_size() > 1:
+        return f"scale of an fp8_block weight must be float8_e8m0fnu, got {scale.dtype}"
     rows, columns = codes.shape[-2], codes.shape[-1] * get_format(fmt).codes_per_byte
     if rows % 8 or columns % 8:
         return f"weight must have N % 8 == 0 and K % 8 == 0, got N={rows}, K={columns}"
@@ -251,16 +249,11 @@ def _two_refused(refuses: Callable[..., str | None]) -> Callable[..., str | None
     def refuse(
         x: torch.Tensor,
         fmts: str,
-        codes: list[torch.Tensor],
-        scale: list[torch.Tensor],
-        global_scale: list[torch.Tensor],
-        input_scale: list[torch.Tensor],
-        *,
+        *parts: list[torch.Tensor],
         act: str,
     ) -> str | None:
-        weights = weights_of(fmts, codes, scale, global_scale, input_scale)
-        parts = ((w.format.name, w.codes, w.scale, w.global_scale, w.input_scale) for w in weights)
-        return next((why for part in parts if (why := refuses(x, *part, act, None))), None)
+        of = ((w.format.name, w.codes, w.scale, w.global_scale, w.input_scale) for w in weights_of(fmts, *parts))
+        return next((why for part in of if (why := refuses(x, *part, act, None))), None)
 
     return refuse
 

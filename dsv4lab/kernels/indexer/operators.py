@@ -20,11 +20,7 @@ def index_scores(
     block_table: Tensor,
     seq_idx: Tensor,
     num_visible: Tensor,
-    *,
-    record: str,
-    page_size: int,
-    max_entries: int,
-    scale: float = 1.0,
+    **how: Any,
 ) -> Tensor:
     return _scores.index_scores(
         q.contiguous(),
@@ -33,10 +29,7 @@ def index_scores(
         block_table.contiguous(),
         seq_idx.contiguous(),
         num_visible.contiguous(),
-        record=record,
-        page_size=page_size,
-        max_entries=max_entries,
-        scale=scale,
+        **how,
     )
 
 
@@ -44,17 +37,7 @@ def index_topk(scores: Tensor, num_visible: Tensor, *, k: int) -> Tensor:
     return _topk.index_topk(scores.contiguous(), num_visible.contiguous(), k=k)
 
 
-def _scores_refuses(*args: Any, **kwargs: Any) -> str | None:
-    why = _scores.refuses(*args, **kwargs)
-    return None if why is None else str(why)
-
-
-def _topk_refuses(*args: Any, **kwargs: Any) -> str | None:
-    why = _topk.refuses(*args, **kwargs)
-    return None if why is None else str(why)
-
-
 ENTRIES = (
-    Entry("index_scores", "sm_90a", index_scores, _scores_refuses),
-    *(Entry("index_topk", arch, index_topk, _topk_refuses) for arch in TOPK_ARCHITECTURES),
+    Entry("index_scores", "sm_90a", index_scores, _scores.refuses),
+    *(Entry("index_topk", arch, index_topk, _topk.refuses) for arch in TOPK_ARCHITECTURES),
 )

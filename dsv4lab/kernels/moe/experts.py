@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import torch
 
+from dsv4lab.arguments import check_routing
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels._common.aside import Aside
 from dsv4lab.kernels.gemm.mixed.api import Slots, Tiles, grouped, linear
@@ -66,7 +67,7 @@ def layer(
     shared_act: str,
 ) -> torch.Tensor:
     """Routed experts and the shared one, as `reference.moe.moe_layer`: arguments as for `experts` and `shared_expert`
-    -> (M, D) of x.dtype: the bits of `moe_combine` of both.
+    -> (M, D) of x.dtype: the bits of `moe_combine` of both. Raises as they do.
     """
     if together(x, expert_idx, routed, shared, act=act, shared_act=shared_act):
         y, order = _rows(x, weights, expert_idx, *routed, shared, limit=limit, act=act)
@@ -116,7 +117,7 @@ def _rows(
     """What each expert makes of each of its rows (rows, D), sorted, or of one token in the order of its choices: then there
     is no order, and the shared expert's row, if it is given, comes last.
     """
-    _check_routing(x, weights, expert_idx)
+    check_routing(x, weights, expert_idx)
     pair, down = prepared(w1, w3), prepared(w2)
     more = (None, None) if shared is None else (prepared(shared[0], shared[1]), prepared(shared[2]))
     num_experts, top_k, rows = pair.shape[0], expert_idx.shape[1], expert_idx.numel()
@@ -159,15 +160,6 @@ def _rows(
     return grouped(h, down, tiles, rows=rows, out_dtype=x.dtype, factor=factor, factor_of=of, beside=more[1]), order
 
 
-def _check_routing(x: torch.Tensor, weights: torch.Tensor, expert_idx: torch.Tensor) -> None:
-    if weights.dtype != torch.float32 or expert_idx.dtype != torch.int64:
-        raise TypeError(f"weights must be float32 and expert_idx int64, got {weights.dtype} and {expert_idx.dtype}")
-    if expert_idx.dim() != 2 or expert_idx.shape[0] != x.shape[0]:
-        raise ValueError(f"expert_idx must be (M, k) for x (M, D), got {tuple(expert_idx.shape)} for {tuple(x.shape)}")
-    if weights.shape != expert_idx.shape:
-        raise ValueError(f"weights must be one an id, {tuple(expert_idx.shape)}, got {tuple(weights.shape)}")
-
-
 def _of_matrices(input_scale: torch.Tensor | None) -> torch.Tensor | None:
     """One scale an expert, (E,) f32."""
     return None if input_scale is None else input_scale.float().reshape(-1).contiguous()
@@ -194,7 +186,10 @@ def _requant(x: torch.Tensor, act: str, input_scale: torch.Tensor | None, tokens
 def shared_expert(
     x: torch.Tensor, w1: PackedWeight, w3: PackedWeight, w2: PackedWeight, *, limit: float, act: str
 ) -> torch.Tensor:
-    """The expert of every token, as `reference.moe.expert`: x (M, D) bf16, or f32 with an act -> (M, D) of x.dtype."""
+    """The expert of every token, as `reference.moe.expert`: x (M, D) bf16, or f32 with an act -> (M, D) of x.dtype.
+
+    Raises ValueError on shapes, TypeError on dtypes.
+    """
     values, factor = activations(x, act, w1.input_scale)
     requant = _requant(x, act, w2.input_scale, x.shape[0])
     of = factor_of(w1.input_scale)

@@ -49,32 +49,24 @@ def run_experts(
     weights: torch.Tensor,
     expert_idx: torch.Tensor,
     fmts: str,
-    codes: Parts,
-    scale: Parts,
-    global_scale: Parts,
-    input_scale: Parts,
-    *,
+    *parts: Parts,
     limit: float,
     act: str,
 ) -> torch.Tensor:
     """The operator `moe_experts`."""
-    w1, w3, w2 = weights_of(fmts, codes, scale, global_scale, input_scale)
+    w1, w3, w2 = weights_of(fmts, *parts)
     return experts(x, weights, expert_idx, w1, w3, w2, limit=limit, act=act)
 
 
 def run_shared_expert(
     x: torch.Tensor,
     fmts: str,
-    codes: Parts,
-    scale: Parts,
-    global_scale: Parts,
-    input_scale: Parts,
-    *,
+    *parts: Parts,
     limit: float,
     act: str,
 ) -> torch.Tensor:
     """The operator `shared_expert`."""
-    w1, w3, w2 = weights_of(fmts, codes, scale, global_scale, input_scale)
+    w1, w3, w2 = weights_of(fmts, *parts)
     return shared_expert(x, w1, w3, w2, limit=limit, act=act)
 
 
@@ -83,17 +75,13 @@ def run_layer(
     weights: torch.Tensor,
     expert_idx: torch.Tensor,
     fmts: str,
-    codes: Parts,
-    scale: Parts,
-    global_scale: Parts,
-    input_scale: Parts,
-    *,
+    *parts: Parts,
     limit: float,
     act: str,
     shared_act: str,
 ) -> torch.Tensor:
     """The operator `moe_layer`."""
-    w1, w3, w2, s1, s3, s2 = weights_of(fmts, codes, scale, global_scale, input_scale)
+    w1, w3, w2, s1, s3, s2 = weights_of(fmts, *parts)
     routed, shared = (w1, w3, w2), (s1, s3, s2)
     return layer(x, weights, expert_idx, routed, shared, limit=limit, act=act, shared_act=shared_act)
 
@@ -126,9 +114,7 @@ def _shared_refuses(
     fmts: str,
     codes: Parts,
     scale: Parts,
-    global_scale: Parts,
-    input_scale: Parts,
-    *,
+    *_: Parts,
     limit: float,
     act: str,
 ) -> str | None:

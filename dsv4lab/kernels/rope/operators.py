@@ -33,19 +33,21 @@ def inverse_rope_nvfp4(
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------------
-def _norm_refuses(q: Tensor, positions: Tensor, inv_freq: Tensor, *, eps: float) -> str | None:
+def _norm_refuses(q: Tensor, positions: Tensor, inv_freq: Tensor, *, eps: float) -> str | Exception | None:
     if not api.LEAST_EPS <= eps < float("inf"):
         return f"eps must be finite and at least {api.LEAST_EPS}, got {eps}"
     return api.refuses(q, positions, inv_freq)
 
 
-def _fp8_refuses(x: Tensor, positions: Tensor, inv_freq: Tensor, *, group: int) -> str | None:
+def _fp8_refuses(x: Tensor, positions: Tensor, inv_freq: Tensor, *, group: int) -> str | Exception | None:
     if group not in api.GROUPS:
         return f"group must be 64 or 128, got {group}"
     return api.refuses(x, positions, inv_freq)
 
 
-def _nvfp4_refuses(x: Tensor, positions: Tensor, inv_freq: Tensor, global_scale: Tensor | None = None) -> str | None:
+def _nvfp4_refuses(
+    x: Tensor, positions: Tensor, inv_freq: Tensor, global_scale: Tensor | None = None
+) -> str | Exception | None:
     if global_scale is not None and global_scale.dtype != torch.float32:
         return f"global_scale must be float32, got {global_scale.dtype}"
     if global_scale is not None and global_scale.shape not in ((), x.shape[:1]):
@@ -53,7 +55,7 @@ def _nvfp4_refuses(x: Tensor, positions: Tensor, inv_freq: Tensor, global_scale:
     return api.refuses(x, positions, inv_freq)
 
 
-_FUNCTIONS: tuple[tuple[Callable[..., Any], Callable[..., str | None]], ...] = (
+_FUNCTIONS: tuple[tuple[Callable[..., Any], Callable[..., str | Exception | None]], ...] = (
     (q_norm_rope, _norm_refuses),
     (inverse_rope, api.refuses),
     (inverse_rope_fp8, _fp8_refuses),

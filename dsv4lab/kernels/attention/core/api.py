@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_dense, check_ring
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.attention.core.config import (
@@ -56,8 +57,8 @@ def attention(
     """Attend from every query to its window and its compressed entries.
 
     q (M, H, 512) bf16; sinks (H,) f32; pages: pools of `record`, plain ones in bf16; block_table (sequences, pages) and
-    topk_indices (M, k) i32, no entry twice, each that is read with a page (`paging` finds those without);
-    positions, seq_idx (M,) i64; all contiguous; scale positive -> (M, H, 512) bf16.
+    topk_indices (M, k) i32, no entry twice, each that is read with a page (`paging` finds those without); positions, seq_idx
+    (M,) i64; contiguous; scale positive; 1 <= window <= ring_len -> (M, H, 512) bf16.
 
     Scores and sums are float32, probabilities BF16 when they meet the values. parts: CTAs among which a query's keys are
     divided, by default `config.divide`'s; the result depends on it as on any order of summation, and on nothing else. unpack:
@@ -74,6 +75,7 @@ def attention(
     m, heads = q.shape[:2]
     kind = "window" if entry_pages is None else "visible" if topk_indices is None else "chosen"
     _check(q, sinks, block_table, positions, seq_idx, topk_indices)
+    check_ring(window, ring_len)
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     out = torch.empty_like(q)
@@ -175,22 +177,14 @@ def _check(
 ) -> None:
     if q.dtype != torch.bfloat16 or sinks.dtype != torch.float32:
         raise TypeError(f"q must be bfloat16 and sinks float32, got {q.dtype} and {sinks.dtype}")
-    if q.dim() != 3 or q.shape[2] != DIM or not q.is_contiguous():
-        raise ValueError(f"q must be contiguous (M, H, {DIM}), got {tuple(q.shape)}, strides {q.stride()}")
+    check_dense("q", q, ("M", "H", DIM))
     m, heads = q.shape[:2]
-    for name, value, dtype, shape in (
-        ("sinks", sinks, torch.float32, (heads,)),
-        ("positions", positions, torch.int64, (m,)),
-        ("seq_idx", seq_idx, torch.int64, (m,)),
-        ("block_table", block_table, torch.int32, (*block_table.shape[:2],)),
-        ("topk_indices", topk_indices, torch.int32, None if topk_indices is None else (m, topk_indices.shape[-1])),
-    ):
-        if value is None:
-            continue
-        if value.dtype != dtype:
-            raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
-        if tuple(value.shape) != shape or not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous {shape}, got {tuple(value.shape)}, strides {value.stride()}")
+    check_dense("sinks", sinks, (heads,))
+    check_dense("positions", positions, (m,), torch.int64)
+    check_dense("seq_idx", seq_idx, (m,), torch.int64)
+    check_dense("block_table", block_table, ("sequences", "pages"), torch.int32)
+    if topk_indices is not None:
+        check_dense("topk_indices", topk_indices, (m, "k"), torch.int32)
 
 
 def _bytes(name: str, pages: torch.Tensor, config: AttentionConfig, page_size: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_dense
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.cache.plan import ROPE_DIM
@@ -34,10 +35,7 @@ def read_keys(
     every bit.  Raises ValueError on shapes and names, TypeError on dtypes.
     Source: `reference.cache.cache_read`.
     """
-    if slots.dtype != torch.int64:
-        raise TypeError(f"slots must be int64, got {slots.dtype}")
-    if slots.dim() != 1 or not slots.is_contiguous():
-        raise ValueError(f"slots must be contiguous (N,), got {tuple(slots.shape)}, strides {slots.stride()}")
+    check_dense("slots", slots, ("N",), torch.int64)
     if rope_dim != ROPE_DIM:
         raise ValueError(f"rope_dim must be {ROPE_DIM}, got {rope_dim}")
     key = plan_of(pages, kind="kv", record=record, page_size=page_size, dim=dim)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_dense
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.cache.plan import ROPE_DIM
@@ -46,15 +47,9 @@ def unpack_keys(
     up to a multiple of 8, are zeros, as are entries without a page.
     Raises ValueError on shapes and names, TypeError on dtypes.  Source: `reference.cache.cache_read`.
     """
-    for name, value, dtype, ndim in (
-        ("positions", positions, torch.int64, 1),
-        ("seq_idx", seq_idx, torch.int64, 1),
-        ("block_table", block_table, torch.int32, 2),
-    ):
-        if value.dtype != dtype:
-            raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
-        if value.dim() != ndim or not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous with {ndim} dims, got {tuple(value.shape)}, strides {value.stride()}")
+    check_dense("positions", positions, ("M",), torch.int64)
+    check_dense("seq_idx", seq_idx, ("M",), torch.int64)
+    check_dense("block_table", block_table, ("sequences", "pages"), torch.int32)
     if not positions.shape[0] or positions.shape != seq_idx.shape:
         raise ValueError(f"positions must be one a query, as seq_idx, got {tuple(positions.shape)}, {tuple(seq_idx.shape)}")
     if rope_dim != ROPE_DIM:

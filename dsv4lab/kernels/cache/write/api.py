@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_dense
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
@@ -79,19 +80,11 @@ def _check_rows(
     for name, value in (("x", x), ("norm_weight", norm_weight)):
         if value.dtype not in ELEMENT:
             raise TypeError(f"{name} must be bfloat16 or float32, got {value.dtype}")
-    if x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"x must be contiguous (M, c), got {tuple(x.shape)}, strides {x.stride()}")
-    if norm_weight.shape != x.shape[1:] or not norm_weight.is_contiguous():
-        raise ValueError(f"norm_weight must be contiguous ({x.shape[1]},), got {tuple(norm_weight.shape)}")
-    for name, value in (("positions", positions), ("slots", slots)):
-        if value.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {value.dtype}")
-        if value.shape != x.shape[:1] or not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous ({x.shape[0]},), got {tuple(value.shape)}")
-    if inv_freq.dtype != torch.float32:
-        raise TypeError(f"inv_freq must be float32, got {inv_freq.dtype}")
-    if inv_freq.shape != (ROPE_DIM // 2,) or not inv_freq.is_contiguous():
-        raise ValueError(f"inv_freq must be contiguous ({ROPE_DIM // 2},), got {tuple(inv_freq.shape)}")
+    check_dense("x", x, ("M", "c"))
+    check_dense("norm_weight", norm_weight, x.shape[1:])
+    check_dense("positions", positions, x.shape[:1], torch.int64)
+    check_dense("slots", slots, x.shape[:1], torch.int64)
+    check_dense("inv_freq", inv_freq, (ROPE_DIM // 2,), torch.float32)
 
 
 def _aligned(rows: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_dense, check_limit
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
@@ -130,11 +131,7 @@ def partial_sample(x: torch.Tensor, weight: PreparedWeight, draws: Draws, *, con
     if m > FEW:
         raise ValueError(f"x must have at most {FEW} rows, got {m}")
     for name, dtype in (("temperature", torch.float32), ("seed", torch.int64), ("position", torch.int64)):
-        value = getattr(draws, name)
-        if value.dtype != dtype:
-            raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
-        if tuple(value.shape) != (m,) or not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous ({m},), one value a row, got {tuple(value.shape)}")
+        check_dense(name, getattr(draws, name), (m,), dtype)
     return _picked("sample", x, weight, draws, config)
 
 
@@ -232,16 +229,15 @@ def _check_beside(weight: PreparedWeight, tiles: Tiles, slots: Slots | None, row
 def _check_limit(weight: PreparedWeight, limit: float | None) -> None:
     if weight.paired == (limit is None):
         raise ValueError(f"limit must be given for a paired weight alone, got {limit} and paired={weight.paired}")
+    if limit is not None:
+        check_limit(limit)
 
 
 def _check_requant(weight: PreparedWeight, requant: torch.Tensor | None) -> None:
     if requant is None:
         return
     matrices, n, _ = weight.shape
-    if requant.dtype != torch.float32:
-        raise TypeError(f"requant must be float32, got {requant.dtype}")
-    if tuple(requant.shape) != (matrices,) or not requant.is_contiguous():
-        raise ValueError(f"requant must be contiguous ({matrices},), got {tuple(requant.shape)}")
+    check_dense("requant", requant, (matrices,), torch.float32)
     if n % BLOCK:
         raise ValueError(f"weight must have N % {BLOCK} == 0 where results are quantised, got N={n}")
 
@@ -249,8 +245,7 @@ def _check_requant(weight: PreparedWeight, requant: torch.Tensor | None) -> None
 def _check_x(x: torch.Tensor, out_dtype: torch.dtype, want: tuple[int, ...]) -> None:
     if x.dtype != torch.bfloat16 or out_dtype not in ELEMENT:
         raise TypeError(f"x must be bfloat16 and out_dtype bfloat16 or float32, got {x.dtype} and {out_dtype}")
-    if tuple(x.shape[1:]) != want or not x.is_contiguous():
-        raise ValueError(f"x must be contiguous (M, {', '.join(map(str, want))}), got {tuple(x.shape)}, strides {x.stride()}")
+    check_dense("x", x, ("M", *want))
 
 
 def _launch(

@@ -82,8 +82,11 @@ def prepare(weight: PackedWeight, up: PackedWeight | None = None) -> PreparedWei
     """Reorder a matrix (N, K), or a stack (E, N, K): nvfp4, mxfp4, fp8_block with power-of-two scales, or bf16.
 
     up: a second one of the same shape and format; gate and up rows then take turns. N % 8 == 0, K % 8 == 0.
-    Raises ValueError on formats and shapes, TypeError on float32 scales of fp8_block.
+    Raises ValueError on formats, shapes and missing parts, TypeError on dtypes, as float32 scales of fp8_block.
     """
+    for part in (weight, up):
+        if part is not None:
+            part.check()
     parts = [_stack(w) for w in (weight, up) if w is not None]
     first = parts[0]
     if first.format.name not in PLANES:
@@ -95,8 +98,8 @@ def prepare(weight: PackedWeight, up: PackedWeight | None = None) -> PreparedWei
         found = [(part.format.name, tuple(part.shape)) for part in parts]
         raise ValueError(f"gate and up must have one format and shape, got {found[0]} and {found[1]}")
     name = first.format.name
-    if name == FP8_BLOCK.name and first.scale is not None and first.scale.dtype == torch.float32:
-        raise TypeError("scale of an fp8_block weight must be float8_e8m0fnu, got float32: powers of two only")
+    if first.scale is not None and first.scale.element_size() > 1:
+        raise TypeError(f"scale of an {name} weight must be float8_e8m0fnu, got {first.scale.dtype}: powers of two only")
     tops = torch.stack([_largest_exponent(part) for part in parts], dim=1)  # (E, 1 or 2)
     alpha = torch.stack([_alpha(part, tops[:, i]) for i, part in enumerate(parts)], dim=1)
     codes = _rows(torch.stack([_codes(part) for part in parts], dim=1), first.format.codes_per_byte, k)

@@ -8,7 +8,7 @@ from dsv4lab.kernels.gemm.mixed.layout import PreparedWeight, prepare
 
 
 def prepared(weight: PackedWeight, up: PackedWeight | None = None) -> PreparedWeight:
-    """`layout.prepare` of a weight, or of a gate-up pair, from memory where nothing has changed since."""
+    """`layout.prepare` of a weight, or of a gate-up pair, from memory where nothing has changed since. Raises as `prepare`."""
     weights = [weight] if up is None else [weight, up]
-    tensors = [t for w in weights for t in w.tensors().values()]
+    tensors = [t for w in weights for name, t in w.tensors().items() if name != "input_scale"]  # what `prepare` reads
     return kept(tuple(id(w.codes) for w in weights), tensors, lambda: prepare(weight, up))

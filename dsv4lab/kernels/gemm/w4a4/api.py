@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_dense
 from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
@@ -105,10 +106,7 @@ def _check(
     if out_dtype not in ELEMENT:
         raise TypeError(f"out_dtype must be bfloat16 or float32, got {out_dtype}")
     for name, codes in (("x_codes", x_codes), ("w_codes", w_codes)):
-        if codes.dtype != torch.uint8:
-            raise TypeError(f"{name} must be uint8, got {codes.dtype}")
-        if not codes.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {codes.stride()}")
+        check_dense(name, codes, ("rows", "K / 2"), torch.uint8)
     if w_codes.shape[1] != x_codes.shape[1]:
         raise ValueError(f"x and w must have the same K, got {depth} and {2 * w_codes.shape[1]}")
     if depth % K_MULTIPLE:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_contiguous
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.indexer.query.config import HEAD_DIM, RECORDS, ROPE_DIM, QueryConfig
+from dsv4lab.kernels.rope.heads import api as heads_api
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
-MAX_WORDS = 2**31  # of q; indices are 32 bits wide
 _ALIGN = 16  # bytes of a vector
 
 
@@ -25,15 +26,10 @@ def index_query(
     q (M, H, 128) bf16 or f32; positions (M,) i32 or i64, 0 to 2^20; inv_freq (32,) f32, 0 to 1; all contiguous -> like q.
     Raises ValueError on shapes and record, TypeError on dtypes.  Source: `reference.indexer.index_query`.
     """
-    why = wrong_dtype(q, positions, inv_freq)
+    why = refuses(q, positions, inv_freq, record=record)
     if why is not None:
-        raise TypeError(why)
-    why = wrong_shape(q, positions, inv_freq, record)
-    if why is not None:
-        raise ValueError(why)
-    for name, value in (("q", q), ("positions", positions), ("inv_freq", inv_freq)):
-        if not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
+        raise why
+    check_contiguous(q=q, positions=positions, inv_freq=inv_freq)
     out = torch.empty_like(q)
     if not q.numel():
         return out
@@ -52,27 +48,11 @@ def index_query(
     return out
 
 
-def wrong_dtype(q: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> str | None:
-    """Which dtype is not taken; None where all are."""
-    if q.dtype not in ELEMENT:
-        return f"q must be bfloat16 or float32, got {q.dtype}"
-    if positions.dtype not in (torch.int32, torch.int64):
-        return f"positions must be int32 or int64, got {positions.dtype}"
-    return None if inv_freq.dtype == torch.float32 else f"inv_freq must be float32, got {inv_freq.dtype}"
-
-
-def wrong_shape(q: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, record: str) -> str | None:
-    """Which shape, or record, is not taken; None where all are."""
+def refuses(q: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, record: str) -> Exception | None:
+    """What is wrong with these arguments."""
     if record not in RECORDS:
-        return f"record must be one of {', '.join(RECORDS)}, got {record!r}"
-    if q.ndim != 3 or q.shape[2] != HEAD_DIM:
-        return f"q must be (M, H, {HEAD_DIM}), got {tuple(q.shape)}"
-    if positions.shape != q.shape[:1]:
-        return f"positions must be ({q.shape[0]},), got {tuple(positions.shape)}"
-    if inv_freq.shape != (ROPE_DIM // 2,):
-        return f"inv_freq must be ({ROPE_DIM // 2},), got {tuple(inv_freq.shape)}"
-    words = q.numel() * q.element_size() // 4
-    return None if words < MAX_WORDS else f"q must have fewer than 2^31 words of 4 bytes, got {words}"
+        return ValueError(f"record must be one of {', '.join(RECORDS)}, got {record!r}")
+    return heads_api.refuses(q, positions, inv_freq, name="q", dim=HEAD_DIM)
 
 
 def _compiled(config: QueryConfig, runtime: Runtime) -> Callable[..., Any]:

@@ -12,8 +12,4 @@ def index_query(q: Tensor, positions: Tensor, inv_freq: Tensor, *, record: str) 
     return api.index_query(q.contiguous(), positions.contiguous(), inv_freq.contiguous(), record=record)
 
 
-def _refuses(q: Tensor, positions: Tensor, inv_freq: Tensor, *, record: str) -> str | None:
-    return api.wrong_dtype(q, positions, inv_freq) or api.wrong_shape(q, positions, inv_freq, record)
-
-
-ENTRIES = tuple(Entry(index_query.__name__, arch, index_query, _refuses) for arch in api.ARCHITECTURES)
+ENTRIES = tuple(Entry(index_query.__name__, arch, index_query, api.refuses) for arch in api.ARCHITECTURES)

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_contiguous
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.indexer.scores.config import DIM, MAX_COLUMNS, IndexScoresConfig
 from dsv4lab.paging import check_entries
-from dsv4lab.records import INDEX_RECORDS, index_record
+from dsv4lab.records import INDEX_RECORDS, check_pool
 
 INTEGERS = {torch.int32: "i32", torch.int64: "i64"}
 _MAX_ENTRIES = 2**28  # the grid's second dimension has 65,535 spans at most
@@ -49,12 +50,9 @@ def index_scores(
     )
     if why is not None:
         raise why
-    tensors = dict(
+    check_contiguous(
         q=q, head_weights=head_weights, pages=pages, block_table=block_table, seq_idx=seq_idx, num_visible=num_visible
     )
-    for name, value in tensors.items():
-        if not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {value.stride()} of {tuple(value.shape)}")
     out = torch.empty(q.shape[0], max_entries, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out
@@ -112,16 +110,12 @@ def refuses(
         return ValueError(f"page_size must be a positive multiple of 4, got {page_size}")
     if not 0 <= max_entries <= _MAX_ENTRIES:
         return ValueError(f"max_entries must be 0 to {_MAX_ENTRIES}, got {max_entries}")
-    return _refuse_pages(pages, record, page_size)
-
-
-def _refuse_pages(pages: torch.Tensor, record: str, page_size: int) -> Exception | None:
-    dtype = torch.bfloat16 if record == "plain" else torch.uint8
-    shape = (page_size, DIM) if record == "plain" else (index_record(record, DIM).page_bytes(page_size),)
-    if pages.dtype != dtype:
-        return TypeError(f"pages of {record} records must be {dtype}, got {pages.dtype}")
-    if tuple(pages.shape[1:]) != shape:
-        return ValueError(f"pages must be (P, {', '.join(map(str, shape))}) for {record} records, got {tuple(pages.shape)}")
+    if record == "plain" and pages.dtype != torch.bfloat16:
+        return TypeError(f"plain pages must be bfloat16, got {pages.dtype}")
+    try:
+        check_pool(pages, "index", record, page_size=page_size, dim=DIM)
+    except (TypeError, ValueError) as why:
+        return why
     return None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_contiguous
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.indexer.topk.config import MAX_ENTRIES, MAX_K, IndexTopkConfig
@@ -27,9 +28,7 @@ def index_topk(
     why = refuses(scores, num_visible, k=k)
     if why is not None:
         raise why
-    for name, value in (("scores", scores), ("num_visible", num_visible)):
-        if not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {value.stride()} of {tuple(value.shape)}")
+    check_contiguous(scores=scores, num_visible=num_visible)
     rows, entries = scores.shape
     out = torch.empty(rows, k, dtype=torch.int32, device=scores.device)
     if not rows or not entries:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_dense
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
@@ -30,10 +31,9 @@ def combine(
     zero, one row after another, `shared` last.  Raises ValueError on shapes, TypeError on dtypes.
     """
     kind = torch.int32 if num_experts is None else torch.int64
-    if position.dtype != kind:
-        raise TypeError(f"position must be {str(kind)[6:]}, got {position.dtype}")
-    if position.dim() != 1 or top_k < 1 or position.shape[0] % top_k or not position.is_contiguous():
-        raise ValueError(f"position must be contiguous (M k,), got {tuple(position.shape)}, k={top_k}")
+    check_dense("position", position, ("M k",), kind)
+    if top_k < 1 or position.shape[0] % top_k:
+        raise ValueError(f"position must be (M k,), got {tuple(position.shape)}, k={top_k}")
     _check_rows("y", y)
     if num_experts is not None and (num_experts < 1 or y.shape[0] != position.shape[0]):
         raise ValueError(f"y must have the {position.shape[0]} rows of the slots for {num_experts} experts, got {y.shape[0]}")
@@ -58,11 +58,9 @@ def moe_combine(routed: torch.Tensor, shared: torch.Tensor, *, config: CombineCo
 def _check_rows(name: str, value: torch.Tensor) -> None:
     if value.dtype not in ELEMENT:
         raise TypeError(f"{name} must be bfloat16 or float32, got {value.dtype}")
-    if value.dim() != 2 or not value.is_contiguous() or value.shape[1] % DEPTH_MULTIPLE:
-        raise ValueError(
-            f"{name} must be contiguous (M, D) with D % {DEPTH_MULTIPLE} == 0, got {tuple(value.shape)}, "
-            f"strides {value.stride()}"
-        )
+    check_dense(name, value, ("M", "D"))
+    if value.shape[1] % DEPTH_MULTIPLE:
+        raise ValueError(f"{name} must be (M, D) with D % {DEPTH_MULTIPLE} == 0, got {tuple(value.shape)}")
 
 
 def _launch(

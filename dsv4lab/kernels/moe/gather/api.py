@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_dense
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.moe.gather.config import MAX_WORDS, UNIT_BYTES, GatherConfig
@@ -20,10 +21,8 @@ def gather_rows(x: torch.Tensor, slots: torch.Tensor, *, top_k: int, config: Gat
     """
     if x.dtype not in (torch.bfloat16, torch.float32) or slots.dtype != torch.int32:
         raise TypeError(f"x must be bfloat16 or float32 and slots int32, got {x.dtype} and {slots.dtype}")
-    if x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"x must be contiguous (M, D), got {tuple(x.shape)}, strides {x.stride()}")
-    if slots.dim() != 1 or not slots.is_contiguous():
-        raise ValueError(f"slots must be contiguous (N,), got {tuple(slots.shape)}, strides {slots.stride()}")
+    check_dense("x", x, ("M", "D"))
+    check_dense("slots", slots, ("N",))
     if top_k < 1:
         raise ValueError(f"top_k must be positive, got {top_k}")
     (tokens, depth), rows = x.shape, slots.shape[0]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dsv4lab.arguments import check_dense
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.moe.permute.config import ROW_STEP, PermuteConfig, max_tiles
@@ -37,10 +38,7 @@ def permute(
     An expert of n rows gets ceil(n / T) tiles, as even as multiples of 8 rows allow.
     Raises ValueError on shapes and sizes, TypeError on dtypes.
     """
-    if expert_idx.dtype != torch.int64:
-        raise TypeError(f"expert_idx must be int64, got {expert_idx.dtype}")
-    if expert_idx.dim() != 2 or not expert_idx.is_contiguous():
-        raise ValueError(f"expert_idx must be contiguous (M, k), got {tuple(expert_idx.shape)}, strides {expert_idx.stride()}")
+    check_dense("expert_idx", expert_idx, ("M", "k"), torch.int64)
     if tile_tokens < ROW_STEP or tile_tokens % ROW_STEP:
         raise ValueError(f"tile_tokens must be a positive multiple of {ROW_STEP}, got {tile_tokens}")
     entries, device = expert_idx.numel(), expert_idx.device

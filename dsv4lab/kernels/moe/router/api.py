@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_dense, check_top_k
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.counters import counters
 from dsv4lab.kernels._common.elements import ELEMENT
@@ -35,10 +36,8 @@ def router_topk(
     Raises ValueError on shapes and top_k, TypeError on dtypes. Source: `reference.moe.router_topk`.
     """
     _, experts = _check_matrices(x, gate_weight)
-    if bias.dtype != torch.float32 or bias.shape != (experts,) or not bias.is_contiguous():
-        raise ValueError(f"bias must be contiguous ({experts},) float32, got {tuple(bias.shape)} {bias.dtype}")
-    if not 1 <= top_k <= experts:
-        raise ValueError(f"top_k must be 1 to E = {experts}, got {top_k}")
+    check_dense("bias", bias, (experts,), torch.float32)
+    check_top_k(top_k, experts)
     table = torch.empty(1, top_k, dtype=torch.int64, device=x.device)
     return _launch(x, gate_weight, bias, table, table[0], top_k, route_scale, config, "score")
 
@@ -62,10 +61,10 @@ def router_hash(
     tokens, experts = _check_matrices(x, gate_weight)
     if tid2eid.dtype not in _INTEGER or token_ids.dtype not in _INTEGER:
         raise TypeError(f"tid2eid and token_ids must be int32 or int64, got {tid2eid.dtype} and {token_ids.dtype}")
-    if tid2eid.dim() != 2 or not tid2eid.is_contiguous() or not tid2eid.numel():
-        raise ValueError(f"tid2eid must be contiguous (V, k), got {tuple(tid2eid.shape)}, strides {tid2eid.stride()}")
-    if token_ids.shape != (tokens,) or not token_ids.is_contiguous():
-        raise ValueError(f"token_ids must be contiguous ({tokens},), got {tuple(token_ids.shape)}")
+    check_dense("tid2eid", tid2eid, ("V", "k"))
+    if not tid2eid.numel():
+        raise ValueError(f"tid2eid must have rows, got {tuple(tid2eid.shape)}")
+    check_dense("token_ids", token_ids, (tokens,))
     check_range("token_ids", token_ids, tid2eid.shape[0], start=0)
     bias = torch.empty(experts, dtype=torch.float32, device=x.device)
     return _launch(x, gate_weight, bias, tid2eid, token_ids, tid2eid.shape[1], route_scale, config, "hash")
@@ -75,9 +74,8 @@ def _check_matrices(x: torch.Tensor, gate_weight: torch.Tensor) -> tuple[int, in
     """(M, E)."""
     if x.dtype not in ELEMENT or gate_weight.dtype not in ELEMENT:
         raise TypeError(f"x and gate_weight must be bfloat16 or float32, got {x.dtype} and {gate_weight.dtype}")
-    for name, value in (("x", x), ("gate_weight", gate_weight)):
-        if value.dim() != 2 or not value.is_contiguous():
-            raise ValueError(f"{name} must be a contiguous matrix, got {tuple(value.shape)}, strides {value.stride()}")
+    check_dense("x", x, ("M", "D"))
+    check_dense("gate_weight", gate_weight, ("E", "D"))
     if x.shape[1] != gate_weight.shape[1] or x.shape[1] % STEP or not x.shape[1]:
         raise ValueError(f"x and gate_weight must share D % {STEP} == 0, got D={x.shape[1]} and {gate_weight.shape[1]}")
     if max(x.numel(), gate_weight.numel()) >= 2**31:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_dense, check_limit
 from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
@@ -251,31 +252,23 @@ def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Source:
     _check_rows("x", x)
     if weight.dtype not in ELEMENT:
         raise TypeError(f"weight must be bfloat16 or float32, got {weight.dtype}")
-    if weight.shape != x.shape[1:] or not weight.is_contiguous():
-        raise ValueError(f"weight must be contiguous ({x.shape[1]},), got {tuple(weight.shape)}, strides {weight.stride()}")
+    check_dense("weight", weight, x.shape[1:])
     return Source("norm", x, weight, eps=eps)
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor, row_weight: torch.Tensor | None, limit: float) -> Source:
     _check_rows("gate", gate)
-    if up.dtype != gate.dtype:
-        raise TypeError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
-    if up.shape != gate.shape or not up.is_contiguous():
-        raise ValueError(f"up must be contiguous {tuple(gate.shape)}, got {tuple(up.shape)}, strides {up.stride()}")
-    if row_weight is not None and row_weight.dtype != torch.float32:
-        raise TypeError(f"row_weight must be float32, got {row_weight.dtype}")
-    if row_weight is not None and (row_weight.shape != gate.shape[:1] or not row_weight.is_contiguous()):
-        raise ValueError(f"row_weight must be contiguous ({gate.shape[0]},), got {tuple(row_weight.shape)}")
-    if not 0.0 < limit < float("inf"):
-        raise ValueError(f"limit must be positive and finite, got {limit}")
+    check_dense("up", up, gate.shape, gate.dtype)
+    if row_weight is not None:
+        check_dense("row_weight", row_weight, gate.shape[:1], torch.float32)
+    check_limit(limit)
     return Source("swiglu", gate, up, row_weight, limit=limit)
 
 
 def _check_rows(name: str, x: torch.Tensor) -> None:
     if x.dtype not in ELEMENT:
         raise TypeError(f"{name} must be bfloat16 or float32, got {x.dtype}")
-    if x.ndim != 2 or not x.is_contiguous():
-        raise ValueError(f"{name} must be a contiguous matrix, got shape {tuple(x.shape)}, strides {x.stride()}")
+    check_dense(name, x, ("M", "K"))
 
 
 def _given(global_scale: torch.Tensor, rows: int) -> torch.Tensor:

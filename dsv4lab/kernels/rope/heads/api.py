@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_contiguous
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
@@ -103,40 +104,31 @@ def inverse_rope_nvfp4(
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------------
-def refuses(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> str | None:
-    """Why heads (M, H, 512) with these positions and frequencies are not taken; None where they are."""
-    return _wrong_dtype(x, positions, inv_freq) or _wrong_shape(x, positions, inv_freq)
-
-
-def _wrong_dtype(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> str | None:
+def refuses(
+    x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, name: str = "x", dim: int = HEAD_DIM
+) -> Exception | None:
+    """What is wrong with heads (M, H, dim) of that name, their positions and frequencies; None where nothing is."""
     if x.dtype not in ELEMENT:
-        return f"x must be bfloat16 or float32, got {x.dtype}"
+        return TypeError(f"{name} must be bfloat16 or float32, got {x.dtype}")
     if positions.dtype not in (torch.int32, torch.int64):
-        return f"positions must be int32 or int64, got {positions.dtype}"
-    return None if inv_freq.dtype == torch.float32 else f"inv_freq must be float32, got {inv_freq.dtype}"
-
-
-def _wrong_shape(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> str | None:
-    if x.ndim != 3 or x.shape[2] != HEAD_DIM:
-        return f"x must be (M, H, {HEAD_DIM}), got {tuple(x.shape)}"
+        return TypeError(f"positions must be int32 or int64, got {positions.dtype}")
+    if inv_freq.dtype != torch.float32:
+        return TypeError(f"inv_freq must be float32, got {inv_freq.dtype}")
+    if x.ndim != 3 or x.shape[2] != dim:
+        return ValueError(f"{name} must be (M, H, {dim}), got {tuple(x.shape)}")
     if positions.shape != x.shape[:1]:
-        return f"positions must be ({x.shape[0]},), got {tuple(positions.shape)}"
+        return ValueError(f"positions must be ({x.shape[0]},), got {tuple(positions.shape)}")
     if inv_freq.shape != (ROPE_DIM // 2,):
-        return f"inv_freq must be ({ROPE_DIM // 2},), got {tuple(inv_freq.shape)}"
+        return ValueError(f"inv_freq must be ({ROPE_DIM // 2},), got {tuple(inv_freq.shape)}")
     words = x.numel() * x.element_size() // 4
-    return None if words < MAX_WORDS else f"x must have fewer than 2^31 words of 4 bytes, got {words}"
+    return None if words < MAX_WORDS else ValueError(f"{name} must have fewer than 2^31 words of 4 bytes, got {words}")
 
 
 def _check(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> None:
-    why = _wrong_dtype(x, positions, inv_freq)
+    why = refuses(x, positions, inv_freq)
     if why is not None:
-        raise TypeError(why)
-    why = _wrong_shape(x, positions, inv_freq)
-    if why is not None:
-        raise ValueError(why)
-    for name, value in (("x", x), ("positions", positions), ("inv_freq", inv_freq)):
-        if not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
+        raise why
+    check_contiguous(x=x, positions=positions, inv_freq=inv_freq)
 
 
 # ---- launches ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""What arguments must be, as reference and kernels alike have it: shapes and numbers that the host sees, no values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def check_shape(name: str, value: torch.Tensor, want: Sequence[int]) -> None:
+    """Raises ValueError unless the tensor has exactly this shape: nothing is broadcast."""
+    if tuple(value.shape) != tuple(want):
+        raise ValueError(f"{name} must be {tuple(want)}, got {tuple(value.shape)}")
+
+
+def check_contiguous(**tensors: torch.Tensor) -> None:
+    """Raises ValueError."""
+    for name, value in tensors.items():
+        if not value.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {value.stride()} of {tuple(value.shape)}")
+
+
+def check_dense(name: str, value: torch.Tensor, want: Sequence[int | str], dtype: torch.dtype | None = None) -> None:
+    """Raises ValueError unless the tensor is contiguous and has this shape, a letter being any number; TypeError on dtype."""
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
+    fits = value.dim() == len(want) and all(isinstance(w, str) or w == n for w, n in zip(want, value.shape, strict=True))
+    if not fits or not value.is_contiguous():
+        shape = ", ".join(map(str, want)) + "," * (len(want) == 1)
+        raise ValueError(f"{name} must be contiguous ({shape}), got {tuple(value.shape)}, strides {value.stride()}")
+
+
+def check_limit(limit: float) -> None:
+    """Of the clamped SwiGLU. Raises ValueError."""
+    if not 0.0 < limit < float("inf"):
+        raise ValueError(f"limit must be positive and finite, got {limit}")
+
+
+def check_top_k(top_k: int, experts: int) -> None:
+    """Of a router. Raises ValueError."""
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k must be 1 to E = {experts}, got {top_k}")
+
+
+def check_ring(window: int, ring_len: int) -> None:
+    """A ring of window keys holds a whole window. Raises ValueError."""
+    if not 1 <= window <= ring_len:
+        raise ValueError(f"window must be 1 to ring_len = {ring_len}, got {window}")
+
+
+def check_routing(x: torch.Tensor, weights: torch.Tensor, expert_idx: torch.Tensor) -> None:
+    """What a router gives for tokens x (M, D). Raises ValueError on shapes, TypeError on dtypes."""
+    if weights.dtype != torch.float32 or expert_idx.dtype != torch.int64:
+        raise TypeError(f"weights must be float32 and expert_idx int64, got {weights.dtype} and {expert_idx.dtype}")
+    if expert_idx.dim() != 2 or expert_idx.shape[0] != x.shape[0]:
+        raise ValueError(f"expert_idx must be (M, k) for x (M, D), got {tuple(expert_idx.shape)} for {tuple(x.shape)}")
+    if weights.shape != expert_idx.shape:
+        raise ValueError(f"weights must be one an id, {tuple(expert_idx.shape)}, got {tuple(weights.shape)}")
