@@ -17,7 +17,7 @@ from dsv4lab.records import allocate_kv_pages
 from dsv4lab.reference import attention, cache, gemm, indexer, mhc, moe, norm, quant, rope
 
 X = torch.ones(3, 256).bfloat16()
-IDS = torch.zeros(3, dtype=torch.int64)
+IDS = torch.arange(3)
 
 # ---- weights -----------------------------------------------------------------------------------------------------------
 WRONG: list[tuple[str, str, Callable[[Any], Any], str]] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,16 @@ class Notebook:
         text = next((text for known, _, text in self.cells if known == cell_id), "")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return next((line for line in lines if not line.startswith("#")), lines[0] if lines else "")
+
+
+def lines_of(notebook: Mapping[str, Any]) -> str:
+    """A notebook as JSON, a line a cell."""
+
+    def compact(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+    cells = ",\n".join(compact(cell) for cell in notebook["cells"])
+    return f'{{"cells":[\n{cells}\n],{compact({key: v for key, v in notebook.items() if key != "cells"})[1:]}\n'
 
 
 def read_notebook(path: Path) -> Notebook:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import nbformat
 from jupytext.config import JupytextConfiguration
 
 from dsv4lab.lab.files import write_atomically
+from dsv4lab.lab.notebooks import lines_of
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
@@ -47,7 +47,7 @@ def _cell(cell: Any, seen: dict[str, int]) -> dict[str, Any]:
         "cell_type": cell.cell_type,
         "id": digest if seen[digest] == 1 else f"{digest}-{seen[digest]}",
         "metadata": {"tags": list(tags)} if tags else {},
-        "source": cell.source.splitlines(keepends=True),
+        "source": cell.source,
     }
     if cell.cell_type == "code":
         stored |= {"execution_count": None, "outputs": []}
@@ -61,7 +61,7 @@ def render_notebook(text: str) -> str:
     cells = [_cell(cell, seen) for cell in notebook.cells]
     stored = {"cells": cells, "metadata": _METADATA, "nbformat": 4, "nbformat_minor": 5}
     nbformat.validate(nbformat.from_dict(stored))
-    return json.dumps(stored, indent=0, ensure_ascii=False, sort_keys=True) + "\n"
+    return lines_of(stored)
 
 
 def render_text(notebook_json: str) -> str:

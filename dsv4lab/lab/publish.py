@@ -25,7 +25,7 @@ from PIL import Image
 
 from dsv4lab.lab.checks import MIME
 from dsv4lab.lab.files import write_atomically
-from dsv4lab.lab.notebooks import NotebookError
+from dsv4lab.lab.notebooks import NotebookError, lines_of
 from dsv4lab.lab.report import utc, write_report
 from dsv4lab.lab.runner import NOTEBOOKS
 
@@ -127,7 +127,7 @@ def compact(path: Path, *, width: int, colours: int, most: int | None = None) ->
                 output["metadata"] = {}
             if "text" in output:
                 output["text"] = "".join(output["text"])
-    return _lines_of(stored)
+    return lines_of(stored)
 
 
 def _without_records(path: Path) -> str:
@@ -143,16 +143,11 @@ def _without_records(path: Path) -> str:
                 joined.append(output)
         if "outputs" in cell:
             cell["outputs"] = joined
-    return _lines_of(stored)
+    return lines_of(stored)
 
 
 def _is_text(output: dict[str, Any]) -> bool:
     return output["output_type"] == "display_data" and list(output["data"]) == ["text/plain"]
-
-
-def _lines_of(notebook: dict[str, Any]) -> str:
-    cells = ",\n".join(_json(cell) for cell in notebook["cells"])
-    return f'{{"cells":[\n{cells}\n],{_json({key: v for key, v in notebook.items() if key != "cells"})[1:]}\n'
 
 
 def _smallest(data: dict[str, Any], width: int, colours: int) -> dict[str, Any]:
@@ -208,10 +203,6 @@ def _terse(page: str) -> str:
     page = re.sub(r"\s*</(?:td|th|tr|dt|dd)>", "", page)
     page = re.sub(r'(<th) scope="(?:col|row)"', r"\1", page)
     return re.sub(r'(<[^<>]*?) (class|colspan)="([\w-]+)"', r"\1 \2=\3", page)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _index(data: dict[str, Any], left_out: Sequence[str], budget: int) -> str:

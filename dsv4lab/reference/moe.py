@@ -43,6 +43,7 @@ def router_hash(
     check_shape("token_ids", token_ids, x.shape[:1])
     check_range("token_ids", token_ids, tid2eid.shape[0], start=0)
     expert_idx = tid2eid[token_ids].long()
+    check_range("ids of tid2eid", expert_idx, gate_weight.shape[0], start=0)
     return _route_weights(router_scores(x, gate_weight), expert_idx, route_scale), expert_idx
 
 
