@@ -70,13 +70,11 @@ def mhc_head(streams: Any, fn: Any, base: Any, scale: Any, weight: Any, **how: A
     return eager.rmsnorm((pre[:, :, None] * streams.float()).sum(1).to(streams.dtype), weight)
 
 
-def codes_of(x: Any, global_scale: Any) -> tuple[torch.Tensor, ...]:
-    return eager.fp8(x) if global_scale is None else eager.nvfp4(x, global_scale)
-
-
-def coded(function: Callable[..., Any], *args: Any, global_scale: Any = None, **how: Any) -> tuple[torch.Tensor, ...]:
-    *new, x, post, comb = function(*args)
-    return *new, *codes_of(x, global_scale), post, comb
+def coded(row: Any, fp8: Any, nvfp4: Any, *args: Any, act: str, global_scale: Any = None, **how: Any) -> tuple[Any, ...]:
+    """What `row` makes, its BF16 row quantised by one of two functions."""
+    *new, x, post, comb = row(*args, **how)
+    codes = fp8(x) if act == "fp8" else nvfp4(x, global_scale)
+    return *new, *codes[:2], post, comb
 
 
 def embed_streams(ids: Any, table: Any, *, num_streams: int) -> torch.Tensor:
@@ -154,9 +152,9 @@ def _cases(quick: bool) -> Iterator[Case]:
             yield Case(f"{size} post_pre", "mhc_post_pre", d, m, 2 * S + 2, mhc_post_pre)
             yield Case(f"{size} head", "mhc_head", d, m, S + 1, mhc_head)
             for act, row in ACTS.items():
-                yield Case(f"{size} pre {act}", "mhc_pre_quantized", d, m, S + row, partial(coded, mhc_pre), act)
-                name, peer = "mhc_post_pre_quantized", partial(coded, mhc_post_pre)
-                yield Case(f"{size} post_pre {act}", name, d, m, 2 * S + 1 + row, peer, act)
+                for name, moved, plain in (("pre", S, mhc_pre), ("post_pre", 2 * S + 1, mhc_post_pre)):
+                    peer = partial(coded, plain, eager.fp8, eager.nvfp4)
+                    yield Case(f"{size} {name} {act}", f"mhc_{name}_quantized", d, m, moved + row, peer, act)
             yield Case(f"{size} embed", "embed_streams", d, m, S + 1, embed_streams)
 
 
@@ -204,15 +202,10 @@ def measure(bench: Bench, case: Case, device: str = "cuda") -> None:
     if peer is not None:
         candidates["triton"] = common.attempt(lambda: _triton_calls(case, peer, sets))
     if case.act:
-        candidates["unfused"] = operations.calls_of(partial(_unfused, case.plain), sets)
+        steps = (case.plain, {}), ("quantize_fp8_rows", dict(group=128)), ("quantize_nvfp4", {})
+        kernels = (partial(operations.call, name, **how) for name, how in steps)
+        candidates["unfused"] = operations.calls_of(partial(coded, *kernels), sets)
     bench.measure(case.name, fields, candidates, nbytes=case.nbytes, flops=0.0)
-
-
-def _unfused(plain: str, *args: Any, act: str, global_scale: Any = None, **how: Any) -> Any:
-    *new, x, post, comb = operations.call(plain, *args, **how)
-    if act == "fp8":
-        return *new, *operations.call("quantize_fp8_rows", x, group=128), post, comb
-    return *new, *operations.call("quantize_nvfp4", x, global_scale)[:2], post, comb
 
 
 def _triton_calls(case: Case, peer: Callable[..., Any], sets: Sequence[Args]) -> Sequence[Call]:
@@ -234,7 +227,10 @@ def compared(case: Case, args: Args, got: Any) -> dict[str, Any]:
     want = getattr(reference, case.operation)(*some, **args[1])
     got, want = ((r if isinstance(r, tuple) else (r,)) for r in (got, want))
     if case.operation == "mhc_pre_quantized":
-        got, want = ((values_of(*r[:2], args[1].get("global_scale")), *r[2:]) for r in (got, want))
+        values: Callable[..., Any] = partial(quant.dequantize_fp8_rows, group=128)
+        if case.act == "nvfp4":
+            values = partial(quant.dequantize_nvfp4, global_scale=args[1]["global_scale"])
+        got, want = ((values(*r[:2]), *r[2:]) for r in (got, want))
     fields = operations.accuracy_fields(got[0][rows], want[0])
     if case.plain in ("mhc_pre", "mhc_post_pre"):
         comb, exact = (
@@ -244,12 +240,6 @@ def compared(case: Case, args: Args, got: Any) -> dict[str, Any]:
         sums = torch.stack([comb.sum(-1), comb.sum(-2)])
         fields |= {"comb_error": float(((comb - exact).abs() / exact).max()), "comb_sums": float((sums - 1).abs().max())}
     return fields
-
-
-def values_of(codes: Any, scale: Any, global_scale: Any) -> torch.Tensor:
-    if global_scale is None:
-        return quant.dequantize_fp8_rows(codes, scale, group=128)
-    return quant.dequantize_nvfp4(codes, scale, global_scale)
 
 
 def exact_comb(streams: torch.Tensor, mix: Sequence[torch.Tensor]) -> torch.Tensor:
