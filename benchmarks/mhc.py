@@ -1,9 +1,10 @@
 """Hyper-connections and the embedding: time, percent of copy bandwidth, peers, and how exact `comb` is.
 
 Bound: the streams (and y) once, what comes out once, `fn` once, over copy bandwidth. Peers: the same in float32 of torch
-(`mhc_*` below), torch.compile of it for Flash at 8,192 tokens and of its post_pre at one, other shapes saying so, and Triton's
-pre and post (`triton_mhc`). comb_error: largest relative error against float64; comb_sums: by how much rows and columns of
-`comb` miss 1. Random streams and weights. Bars: 85 % of the bound at 8,192 tokens, 8 us for up to 8.
+(`mhc_*` below), torch.compile of it for Flash at 8,192 tokens and of its post_pre at one, other shapes saying so, Triton's pre
+and post (`triton_mhc`), and for codes "unfused", the BF16 row's kernel and then the quantiser's. comb_error: largest relative
+error against float64; comb_sums: by how much rows and columns of `comb` miss 1. Random streams and weights. Bars: 85 % of the
+bound at 8,192 tokens, 8 us for up to 8.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from benchmarks import common, eager, operations, triton_mhc
 from benchmarks.common import Bench, Call, Failure
 from benchmarks.operations import EPS, FLASH, PRO, Args
 from dsv4lab.reference import mhc as reference
+from dsv4lab.reference import quant
 
 TOKENS = (8192, 64, 8, 4, 1)
 QUICK_TOKENS = (8192, 1)
@@ -28,6 +30,8 @@ BAR_PERCENT, BAR_US = 85.0, 8.0
 S = FLASH.hc_mult
 HOW = dict(eps=EPS, hc_eps=FLASH.hc_eps, sinkhorn_iters=FLASH.hc_sinkhorn_iters)
 _WRONG = 0.01  # relative error of a peer: BF16 rounds to 0.004
+ACTS = {"fp8": (1 + 1 / 128) / 2, "nvfp4": (1 / 2 + 1 / 16) / 2}  # codes and scales, in BF16 rows
+_GLOBAL = torch.tensor(4.0 / 2688)
 _VOCAB = 16384  # rows of the table: only their bytes matter
 
 
@@ -66,6 +70,13 @@ def mhc_head(streams: Any, fn: Any, base: Any, scale: Any, weight: Any, **how: A
     return eager.rmsnorm((pre[:, :, None] * streams.float()).sum(1).to(streams.dtype), weight)
 
 
+def coded(row: Any, fp8: Any, nvfp4: Any, *args: Any, act: str, global_scale: Any = None, **how: Any) -> tuple[Any, ...]:
+    """What `row` makes, its BF16 row quantised by one of two functions."""
+    *new, x, post, comb = row(*args, **how)
+    codes = fp8(x) if act == "fp8" else nvfp4(x, global_scale)
+    return *new, *codes[:2], post, comb
+
+
 def embed_streams(ids: Any, table: Any, *, num_streams: int) -> torch.Tensor:
     return table[ids][:, None].expand(-1, num_streams, -1).contiguous()
 
@@ -81,14 +92,20 @@ class Case:
     m: int
     streams: float
     peer: Callable[..., Any]
+    act: str = ""
+
+    @property
+    def plain(self) -> str:
+        """The operation of the BF16 row."""
+        return self.operation.removesuffix("_quantized")
 
     @property
     def outputs(self) -> int:
-        return {"mhc_pre": S * (S + 2), "mhc_post_pre": S * (S + 2), "mhc_head": S}.get(self.operation, 0)
+        return {"mhc_pre": S * (S + 2), "mhc_post_pre": S * (S + 2), "mhc_head": S}.get(self.plain, 0)
 
     @property
     def nbytes(self) -> float:
-        small = {"mhc_pre": 80, "mhc_post": 80, "mhc_post_pre": 160, "mhc_head": 0, "embed_streams": 8}[self.operation]
+        small = {"mhc_pre": 80, "mhc_post": 80, "mhc_post_pre": 160, "mhc_head": 0, "embed_streams": 8}[self.plain]
         return self.m * (2.0 * self.streams * self.width + small) + 4.0 * self.outputs * S * self.width
 
     def args(self, device: str) -> Args:
@@ -109,9 +126,13 @@ class Case:
         given = (torch.rand(m, S, device=device), torch.rand(m, S, S, device=device) / S)
         if self.operation == "mhc_post":
             return (y, streams, *given), {}
-        if self.operation == "mhc_post_pre":
-            return (y, streams, *given, *rest), dict(HOW)
-        how = HOW if self.operation == "mhc_pre" else {k: v for k, v in HOW.items() if k != "sinkhorn_iters"}
+        how: dict[str, Any] = dict(HOW)
+        if self.act:
+            how |= dict(act=self.act) | ({"global_scale": _GLOBAL.to(device)} if self.act == "nvfp4" else {})
+        if self.plain == "mhc_post_pre":
+            return (y, streams, *given, *rest), how
+        if self.operation == "mhc_head":
+            del how["sinkhorn_iters"]
         return (streams, *rest), dict(how)
 
 
@@ -130,6 +151,10 @@ def _cases(quick: bool) -> Iterator[Case]:
             yield Case(f"{size} post", "mhc_post", d, m, 2 * S + 1, mhc_post)
             yield Case(f"{size} post_pre", "mhc_post_pre", d, m, 2 * S + 2, mhc_post_pre)
             yield Case(f"{size} head", "mhc_head", d, m, S + 1, mhc_head)
+            for act, row in ACTS.items():
+                for name, moved, plain in (("pre", S, mhc_pre), ("post_pre", 2 * S + 1, mhc_post_pre)):
+                    peer = partial(coded, plain, eager.fp8, eager.nvfp4)
+                    yield Case(f"{size} {name} {act}", f"mhc_{name}_quantized", d, m, moved + row, peer, act)
             yield Case(f"{size} embed", "embed_streams", d, m, S + 1, embed_streams)
 
 
@@ -160,13 +185,14 @@ def measure(bench: Bench, case: Case, device: str = "cuda") -> None:
         fields["bar_percent"] = BAR_PERCENT
     elif case.m <= FEW:
         fields["bar_us"] = BAR_US
+    eager.prepare_constants(device)
     first = case.args(device)
     sets = [first, *(case.args(device) for _ in range(common.num_copies(case.nbytes) - 1))]
     sets = [((*a[:-4], *first[0][-4:]) if case.outputs else a, named) for a, named in sets]  # one fn, prepared once
     ours = operations.checked(fields, case.operation, sets, partial(compared, case))
     candidates: dict[str, Sequence[Call] | Failure] = {"ours": ours, "torch": operations.calls_of(case.peer, sets)}
     many, one = case.m == max(TOKENS), case.m == 1 and case.operation == "mhc_post_pre"
-    if case.name.startswith("flash") and (many or one):
+    if case.name.startswith("flash") and (many or one) and not case.act:
         compiled = eager.compiled(case.peer, *first[0], **first[1])
         candidates["torch.compile"] = compiled if isinstance(compiled, Failure) else operations.calls_of(compiled, sets)
     else:
@@ -175,6 +201,10 @@ def measure(bench: Bench, case: Case, device: str = "cuda") -> None:
     peer = peers.get(case.operation)
     if peer is not None:
         candidates["triton"] = common.attempt(lambda: _triton_calls(case, peer, sets))
+    if case.act:
+        steps = (case.plain, {}), ("quantize_fp8_rows", dict(group=128)), ("quantize_nvfp4", {})
+        kernels = (partial(operations.call, name, **how) for name, how in steps)
+        candidates["unfused"] = operations.calls_of(partial(coded, *kernels), sets)
     bench.measure(case.name, fields, candidates, nbytes=case.nbytes, flops=0.0)
 
 
@@ -192,15 +222,20 @@ def compared(case: Case, args: Args, got: Any) -> dict[str, Any]:
     rows = common.sampled(case.m)
     if case.operation == "embed_streams":
         return {"equal": float(torch.equal(got, embed_streams(*args[0], **args[1])))}
-    per_token = {"mhc_pre": 1, "mhc_head": 1}.get(case.operation, 4)
+    per_token = {"mhc_pre": 1, "mhc_head": 1}.get(case.plain, 4)
     some = (*(a[rows] for a in args[0][:per_token]), *args[0][per_token:])
     want = getattr(reference, case.operation)(*some, **args[1])
     got, want = ((r if isinstance(r, tuple) else (r,)) for r in (got, want))
+    if case.operation == "mhc_pre_quantized":
+        values: Callable[..., Any] = partial(quant.dequantize_fp8_rows, group=128)
+        if case.act == "nvfp4":
+            values = partial(quant.dequantize_nvfp4, global_scale=args[1]["global_scale"])
+        got, want = ((values(*r[:2]), *r[2:]) for r in (got, want))
     fields = operations.accuracy_fields(got[0][rows], want[0])
-    if case.operation in ("mhc_pre", "mhc_post_pre"):
+    if case.plain in ("mhc_pre", "mhc_post_pre"):
         comb, exact = (
             got[-1][rows].double(),
-            exact_comb(got[0][rows] if case.operation == "mhc_post_pre" else some[0], args[0][-4:-1]),
+            exact_comb(got[0][rows] if case.plain == "mhc_post_pre" else some[0], args[0][-4:-1]),
         )
         sums = torch.stack([comb.sum(-1), comb.sum(-2)])
         fields |= {"comb_error": float(((comb - exact).abs() / exact).max()), "comb_sums": float((sums - 1).abs().max())}

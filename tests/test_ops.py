@@ -163,6 +163,9 @@ def cases() -> list[Case]:
     add("mhc_pre", mhc.mhc_pre, streams, *hc, **mix)
     add("mhc_post", mhc.mhc_post, y, streams, post, comb)
     add("mhc_post_pre", mhc.mhc_post_pre, y, streams, post, comb, *hc, **mix)
+    for act in (dict(act="fp8"), dict(act="nvfp4", global_scale=scale)):
+        add("mhc_pre_quantized", mhc.mhc_pre_quantized, streams, *hc, **act, **mix)
+        add("mhc_post_pre_quantized", mhc.mhc_post_pre_quantized, y, streams, post, comb, *hc, **act, **mix)
     add("mhc_head", mhc.mhc_head, streams, rand(4, 128), rand(4), rand(1), norm_weight, eps=1e-6, hc_eps=1e-6)
     e_proj, h_proj = (quant.quantize(rand(32, 32), "fp8_block") for _ in range(2))
     add("mtp_input", head.mtp_input, y, streams, rand(32), rand(32), e_proj, h_proj, eps=1e-6, act="fp8")

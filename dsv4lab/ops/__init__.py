@@ -48,7 +48,15 @@ from dsv4lab.ops.experts import (
 from dsv4lab.ops.gemm import grouped_linear, linear, lm_head, two_linears
 from dsv4lab.ops.head import accept_drafts, lm_head_greedy, lm_head_sample, mtp_input, probabilities, sample
 from dsv4lab.ops.indexing import attention, index_query, index_scores, index_topk
-from dsv4lab.ops.mhc import embed_streams, mhc_head, mhc_post, mhc_post_pre, mhc_pre
+from dsv4lab.ops.mhc import (
+    embed_streams,
+    mhc_head,
+    mhc_post,
+    mhc_post_pre,
+    mhc_post_pre_quantized,
+    mhc_pre,
+    mhc_pre_quantized,
+)
 from dsv4lab.ops.norm import (
     inverse_rope,
     inverse_rope_fp8,
@@ -92,7 +100,9 @@ __all__ = [
     "mhc_head",
     "mhc_post",
     "mhc_post_pre",
+    "mhc_post_pre_quantized",
     "mhc_pre",
+    "mhc_pre_quantized",
     "moe",
     "moe_combine",
     "moe_layer",

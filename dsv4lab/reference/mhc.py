@@ -6,11 +6,14 @@ streams and is summed over its FIRST index. Stream-major flattening; coefficient
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dsv4lab.paging import check_range
 from dsv4lab.reference.gemm import matmul_rows
 from dsv4lab.reference.norm import rmsnorm
+from dsv4lab.reference.quant import quantize_fp8_rows, quantize_nvfp4
 
 
 def embed_streams(token_ids: torch.Tensor, weight: torch.Tensor, *, num_streams: int) -> torch.Tensor:
@@ -93,6 +96,20 @@ def mhc_pre(
     return rmsnorm(mhc_collapse(streams, pre), norm_weight, eps=eps), post, comb
 
 
+def mhc_pre_quantized(
+    streams: torch.Tensor, *mix: torch.Tensor, global_scale: torch.Tensor | None = None, act: str, **how: Any
+) -> tuple[torch.Tensor, ...]:
+    """`mhc_pre`, its normalised input quantised (spec 3, 8.2): act "fp8", in groups of 128, or "nvfp4" with a global_scale ().
+
+    -> codes (M, D) e4m3, scale (M, ceil(D/128)) e8m0, or codes (M, D/2) u8, block_scale (M, D/16) e4m3; post, comb.
+    """
+    if act not in ("fp8", "nvfp4") or (act == "nvfp4") != (global_scale is not None):
+        raise ValueError(f"act must be fp8, or nvfp4 with a global_scale, got {act!r} and {global_scale}")
+    x, *rest = mhc_pre(streams, *mix, **how)
+    codes = quantize_fp8_rows(x, group=128) if act == "fp8" else quantize_nvfp4(x, global_scale=global_scale)[:2]
+    return *codes, *rest
+
+
 def mhc_post(y: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
     """X'[i] = post[i] y + sum_j comb[j, i] X[j]: y (M, D), streams (M, S, D) -> (M, S, D) of streams.dtype."""
     mixed = (comb.double()[:, :, :, None] * streams.double()[:, :, None, :]).sum(1)
@@ -120,6 +137,14 @@ def mhc_post_pre(
     new = mhc_post(y, streams, post, comb)
     x, next_post, next_comb = mhc_pre(new, fn, base, scale, norm_weight, eps=eps, hc_eps=hc_eps, sinkhorn_iters=sinkhorn_iters)
     return new, x, next_post, next_comb
+
+
+def mhc_post_pre_quantized(
+    y: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: torch.Tensor, *mix: torch.Tensor, **how: Any
+) -> tuple[torch.Tensor, ...]:
+    """`mhc_post` of one sub-layer, then `mhc_pre_quantized` of the next -> new streams, codes, scales, post, comb."""
+    new = mhc_post(y, streams, post, comb)
+    return new, *mhc_pre_quantized(new, *mix, **how)
 
 
 def mhc_head(

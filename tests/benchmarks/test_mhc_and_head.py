@@ -73,6 +73,21 @@ def test_hyper_connections_on_the_reference(operation: str, tmp_path: Path, on_r
         torch.testing.assert_close(a, b, **near)
 
 
+@pytest.mark.parametrize("name", ["flash pre fp8", "flash post_pre fp8", "flash pre nvfp4", "flash post_pre nvfp4"])
+def test_codes_on_the_reference(name: str, tmp_path: Path, on_reference: None) -> None:  # noqa: F811
+    (case,) = next(c for c in mhc.cases(quick=True) if c[0].name == name)
+    case = replace(case, width=128, m=5)
+    place = bench(tmp_path / "rows.jsonl", "mhc")
+    mhc.measure(place, case, "cpu")
+    (row,) = rows_of(place)
+    assert row["relative_error"] < 0.004 and row["comb_error"] < 1e-5 and row["peers"]["unfused"]["us"] == 2.0
+    args, named = case.args("cpu")
+    want = getattr(torch.ops.dsv4lab, case.operation)(*args, **named)
+    assert row["bytes"] == moved((args, named), want)
+    found, codes = (r[-4].view(torch.uint8) for r in (case.peer(*args, **named), want))
+    assert found.shape == codes.shape and float((found == codes).double().mean()) > 0.98
+
+
 @pytest.mark.parametrize("operation", ["mhc_pre", "mhc_post"])
 def test_the_triton_peer_is_timed_only_where_it_is_right(
     operation: str,

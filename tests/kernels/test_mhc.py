@@ -463,7 +463,7 @@ def test_operators_say_what_they_do_not_take() -> None:
     assert "fn must be float32" in str(refuses["mhc_post_pre"](y, args[0], post, comb, args[1].bfloat16(), *args[2:], **HOW))
     assert refuses["mhc_post_pre"](y, args[0], post, comb, *args[1:], **HOW) is None
     assert "rows of a multiple of 16 bytes" in str(refuses["embed_streams"](y[0].long(), args[1][:, :3], num_streams=4))
-    assert len(ENTRIES) == 10 and {entry.arch for entry in ENTRIES} == {"sm_90a", "sm_100a"}
+    assert len(ENTRIES) == 14 and {entry.arch for entry in ENTRIES} == {"sm_90a", "sm_100a"}
 
 
 # ---- GPU ---------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from dsv4lab.records import allocate_kv_pages
 from dsv4lab.reference import gemm
 from dsv4lab.reference.rope import rope_frequencies
 from tests.kernels.mixed import F32_BOUND, FORMATS, routing, trained_weight, worst
+from tests.kernels.test_mhc import HOW, material, on_gpu, written
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -107,6 +108,10 @@ def calls() -> dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]]:
         pages = allocate_kv_pages("fp8", num_pages=2, **how, dtype=torch.bfloat16, device="cuda")  # type: ignore[arg-type]
         return (pages, torch.arange(9, device="cuda")), dict(record="fp8", **how)
 
+    def coded() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (streams, *mix), (y, *old) = material(9, 64), written(9, 64)
+        return on_gpu((y, streams, *old, *mix, torch.tensor(0.01))), dict(act="nvfp4", **HOW)
+
     norm = torch.ones(256, device="cuda").bfloat16() if torch.cuda.is_available() else torch.empty(0)
     return {
         "linear": linear,
@@ -132,6 +137,8 @@ def calls() -> dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]]:
         "inverse_rope_fp8": lambda: (heads(), dict(group=128)),
         "inverse_rope_nvfp4": lambda: (heads(), {}),
         "cache_read": reading,
+        "mhc_pre_quantized": lambda: (on_gpu(material(9, 64)), dict(act="fp8", **HOW)),
+        "mhc_post_pre_quantized": coded,
     }
 
 

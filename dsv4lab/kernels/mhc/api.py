@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
+from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.mhc.config import (
     BLOCK,
+    CHUNK,
+    GROUPS,
     MAX_TOKENS,
     RANKS,
     STREAMS,
@@ -55,7 +58,17 @@ def mhc_pre(
     _check_streams(streams)
     _check_mix(streams, fn, base, scale, norm_weight, 24, 3)
     made = _mix(streams, None, fn, base, scale, norm_weight, eps, hc_eps, sinkhorn_iters, config)
-    return made[1], made[2], made[3]
+    return made[1], made[3], made[4]
+
+
+def mhc_pre_quantized(streams: torch.Tensor, *mix: Any, **how: Any) -> tuple[torch.Tensor, ...]:
+    """`mhc_pre`, and what `quant.rows.api` makes of its normalised input, bit for bit: codes, scales, post, comb.
+
+    Arguments of `mhc_pre`, a `MixConfig` if any; act "fp8", as `quantize_fp8_rows` in groups of 128, or "nvfp4", as
+    `quantize_nvfp4` with a global_scale (one f32, after norm_weight) and a layout.  Source: `reference.mhc.mhc_pre_quantized`.
+    """
+    _check_streams(streams)
+    return _quantized(streams, None, *mix, **how)[1:]
 
 
 def mhc_post(
@@ -109,7 +122,17 @@ def mhc_post_pre(
     _check_streams(streams)
     _check_post(y, streams, post, comb)
     _check_mix(streams, fn, base, scale, norm_weight, 24, 3)
-    return _mix(streams, (y, post, comb), fn, base, scale, norm_weight, eps, hc_eps, sinkhorn_iters, config)
+    made = _mix(streams, (y, post, comb), fn, base, scale, norm_weight, eps, hc_eps, sinkhorn_iters, config)
+    return made[0], made[1], made[3], made[4]
+
+
+def mhc_post_pre_quantized(
+    y: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: torch.Tensor, *mix: Any, **how: Any
+) -> tuple[torch.Tensor, ...]:
+    """`mhc_post`, in every bit, then `mhc_pre_quantized` of its result: new streams, codes, scales, post, comb."""
+    _check_streams(streams)
+    _check_post(y, streams, post, comb)
+    return _quantized(streams, (y, post, comb), *mix, **how)
 
 
 def mhc_head(
@@ -212,6 +235,34 @@ def _expect(name: str, value: torch.Tensor, shape: tuple[int, ...], dtype: torch
 
 
 # ---- launches ----------------------------------------------------------------------------------------------------------
+def _quantized(
+    streams: torch.Tensor,
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor,
+    global_scale: torch.Tensor | None = None,
+    *,
+    act: str,
+    layout: str = "linear",
+    config: MixConfig | None = None,
+    eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+) -> tuple[torch.Tensor, ...]:
+    """`_mix` to codes and scales."""
+    _check_mix(streams, fn, base, scale, norm_weight, 24, 3)
+    if act not in ("fp8", "nvfp4") or (act == "nvfp4") != (global_scale is not None):
+        raise ValueError(f"act must be fp8, or nvfp4 with a global_scale, got {act!r} and {global_scale}")
+    if global_scale is not None:
+        _expect("global_scale", global_scale.reshape(-1), (1,), torch.float32)
+    if layout != "linear" and (act, layout) != ("nvfp4", "atom128x4"):
+        raise ValueError(f"layout must be linear, or atom128x4 of nvfp4, got {layout!r} of {act}")
+    quant = act if layout == "linear" else "nvfp4_tiles"
+    return _mix(streams, given, fn, base, scale, norm_weight, eps, hc_eps, sinkhorn_iters, config, quant, global_scale)
+
+
 def _mix(
     streams: torch.Tensor,
     given: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
@@ -223,8 +274,12 @@ def _mix(
     hc_eps: float,
     iters: int,
     config: MixConfig | TogetherConfig | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """New streams (the old, without `given`: y, post and comb), x, post and comb; the last two empty for the head."""
+    quant: str = "",
+    global_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """New streams (the old, without `given`: y, post and comb), x or codes, scales (bytes of x), post, comb; the last two empty
+    for the head.
+    """
     if not 1e-30 <= eps < float("inf") or not 0 <= hc_eps < float("inf") or iters < 1:
         raise ValueError(
             f"eps must be at least 1e-30, hc_eps 0 and sinkhorn_iters 1, and finite, got {eps}, {hc_eps} and {iters}"
@@ -234,20 +289,21 @@ def _mix(
     outputs = fn.shape[0]
     whole = outputs > STREAMS
     new = torch.empty_like(streams) if given else streams
-    out = torch.empty(m, columns, dtype=streams.dtype, device=streams.device)
+    out, scales = _room(m, columns, quant, streams.device)
     post = torch.empty(m if whole else 0, STREAMS, **f32)  # type: ignore[call-overload]
     comb = torch.empty(m if whole else 0, STREAMS, STREAMS, **f32)  # type: ignore[call-overload]
     if not m:
-        return new, out, post, comb
+        return new, out, scales, post, comb
     runtime = runtime_of(streams)
     choices: dict[str, Any] = dict(columns=columns, outputs=outputs, post=given is not None, weight=ELEMENT[norm_weight.dtype])
     for part in _parts(m, MAX_TOKENS):
         tokens = part.stop - part.start
-        plan = config or _plan(tokens, choices, runtime)
+        plan = config or _plan(tokens, choices, quant, runtime)
         plan.check()
-        if any(getattr(plan, name) != value for name, value in choices.items()):
-            raise ValueError(f"config must have {choices}, got {plan}")
-        y, old_post, old_comb = (t[part] for t in given) if given else (out[part], post[part], comb[part])
+        wanted = choices | dict(quant=quant)
+        if any(getattr(plan, name, "") != value for name, value in wanted.items()):
+            raise ValueError(f"config must have {wanted}, got {plan}")
+        y, old_post, old_comb = (t[part] for t in given or (streams.view(-1, columns), post, comb))
         rows = (_words(streams[part]), _words(y), _aligned(old_post), _aligned(old_comb.flatten(1)))
         shared = (base, scale, _aligned(norm_weight))
         results = (_words(new[part]), _words(out[part]), post[part], comb[part].flatten(1), eps, hc_eps, iters)
@@ -259,16 +315,33 @@ def _mix(
         sums = _sums(tokens, plan.slices * plan.row, streams.device).view(-1, plan.slices, plan.row)[:tokens]
         groups = min(max(runtime.multiprocessors // plan.slices, 1), -(-tokens // TILE))
         ctas = min(tokens, runtime.multiprocessors)
-        runtime.call(_compiled(plan, runtime), *rows, prepared(fn), sums, *shared, *results, groups, ctas)
-    return new, out, post, comb
+        place = slice(part.start // ATOM_ROWS, None) if quant == "nvfp4_tiles" else part
+        codes = scales.view(torch.uint8)[place], base if global_scale is None else global_scale.reshape(1)
+        runtime.call(_compiled(plan, runtime), *rows, prepared(fn), sums, *shared, *results, *codes, groups, ctas)
+    return new, out, scales, post, comb
 
 
-def _plan(tokens: int, choices: dict[str, Any], runtime: Runtime) -> MixConfig | TogetherConfig:
-    """One pass by clusters of CTAs, where D and the GPU allow it."""
-    together = TogetherConfig.for_shape(tokens, **choices)
+def _room(m: int, columns: int, quant: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For x, and its bytes, or for codes and scales; of tiles the padding is zeros."""
+    if not quant:
+        out = torch.empty(m, columns, dtype=torch.bfloat16, device=device)
+        return out, out.view(torch.uint8)
+    blocks = -(-columns // GROUPS[quant])
+    if quant == "fp8":
+        codes = torch.empty(m, columns, dtype=torch.float8_e4m3fn, device=device)
+        return codes, torch.empty(m, blocks, dtype=torch.float8_e8m0fnu, device=device)
+    codes = torch.empty(m, columns // 2, dtype=torch.uint8, device=device)
+    tiles = (-(-m // ATOM_ROWS), -(-blocks // ATOM_COLUMNS), ATOM_ROWS * ATOM_COLUMNS)
+    scales = codes.new_zeros(tiles) if quant == "nvfp4_tiles" else codes.new_empty(m, blocks)
+    return codes, scales.view(torch.float8_e4m3fn)
+
+
+def _plan(tokens: int, choices: dict[str, Any], quant: str, runtime: Runtime) -> MixConfig | TogetherConfig:
+    """One pass by clusters of CTAs, where D and the GPU allow it, of BF16 rows: a CTA's slice may end within a group of FP8."""
+    together = None if quant else TogetherConfig.for_shape(tokens, **choices)
     if together is not None and runtime.clusters(RANKS) > 0:
         return together
-    return MixConfig.for_shape(tokens, multiprocessors=runtime.multiprocessors, **choices)
+    return MixConfig.for_shape(tokens, multiprocessors=runtime.multiprocessors, quant=quant, **choices)
 
 
 def _parts(tokens: int, most: int) -> list[slice]:
@@ -317,7 +390,12 @@ def _compiled(config: MixConfig, runtime: Runtime) -> Callable[..., Any]:
         rows, shared, results = _examples(config, m)
         fn = fake(u32, config.columns // BLOCK, config.fragment_words // 4, 32, 4)
         counts = cutlass.Int32(1), cutlass.Int32(1)
-        return Mix(config), (*rows, fn, fake(u32, m, config.slices, config.row), *shared, *results, *counts, fake_stream())
+        scales = fake(cutlass.Uint8, m, config.blocks, align=1)
+        if config.quant == "nvfp4_tiles":
+            scales = fake(cutlass.Uint8, cute.sym_int(), -(-config.blocks // ATOM_COLUMNS), ATOM_ROWS * ATOM_COLUMNS)
+        given = fake(cutlass.Float32, 1 if "nvfp4" in config.quant else config.outputs, align=4)
+        results = (*results, scales, given, *counts, fake_stream())
+        return Mix(config, runtime.arch), (*rows, fn, fake(u32, m, config.slices, config.row), *shared, *results)
 
     return cache.kernel("dsv4lab.kernels.mhc.kernel", config, build, runtime)
 
@@ -360,7 +438,8 @@ def _examples(config: MixConfig | TogetherConfig, m: Any) -> tuple[tuple[Any, ..
         fake(f32, 3 if whole else 1, align=4),
         fake(types[config.weight], config.columns),
     )
-    results = (streams, row, fake(f32, made, STREAMS), fake(f32, made, STREAMS * STREAMS), f32(0.0), f32(0.0), cutlass.Int32(1))
+    out = fake(u32, m, config.columns // CHUNK * config.chunk_words) if isinstance(config, MixConfig) else row
+    results = (streams, out, fake(f32, made, STREAMS), fake(f32, made, STREAMS * STREAMS), f32(0.0), f32(0.0), cutlass.Int32(1))
     return rows, shared, results
 
 

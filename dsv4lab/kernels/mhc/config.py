@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from dsv4lab.formats import FP8_ROW, NVFP4
+
 WARP = 32
 STREAMS = 4
 BLOCK = 16  # columns of D that a projecting warp owns, of all four streams: a product's K each
@@ -27,6 +29,7 @@ _MORE_REGISTERS = (72, 48)  # likewise, where `fn` leaves them: with fewer the h
 _MANY_WARPS = 132 * 16  # as for the gather of experts' rows
 _ELEMENTS = ("bf16", "f32")
 _INTEGERS = ("i32", "i64")
+GROUPS = {"fp8": FP8_ROW.group, "nvfp4": NVFP4.group, "nvfp4_tiles": NVFP4.group}  # columns that share a scale
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class MixConfig:
     columns: D. outputs: rows of fn, 24 or 4 (head). post: the sub-layer's output is written back first. weight: "bf16" or
     "f32", of the norm. Projecting CTAs have `warps` warps, of 16 columns each, and `ahead` tiles of 16 tokens in flight;
     `slices` of them cover D. Finishing CTAs have `finish` warps, one more for Sinkhorn, and `ring` tokens in shared memory.
+    quant: "" for a BF16 row, "fp8" or "nvfp4" for its codes and scales, "nvfp4_tiles" for scales in atom128x4.
     """
 
     columns: int
@@ -46,6 +50,17 @@ class MixConfig:
     ahead: int
     finish: int
     ring: int
+    quant: str = ""
+
+    @property
+    def blocks(self) -> int:
+        """Scales of a row, each a byte; of a BF16 row its bytes."""
+        return -(-self.columns // GROUPS[self.quant]) if self.quant else 2 * self.columns
+
+    @property
+    def chunk_words(self) -> int:
+        """32-bit words of 8 columns of the result."""
+        return {"": 4, "fp8": 2}.get(self.quant, 1)
 
     @property
     def slices(self) -> int:
@@ -109,6 +124,8 @@ class MixConfig:
         _check_mix(self.outputs, self.post, self.weight)
         if not 1 <= self.warps <= MAX_WARPS or self.columns % (BLOCK * self.warps):
             raise ValueError(f"warps must be 1 to {MAX_WARPS} and divide {self.columns // BLOCK}, got {self.warps}")
+        if self.quant not in ("", *GROUPS):
+            raise ValueError(f"quant must be empty or one of {', '.join(GROUPS)}, got {self.quant!r}")
         if self.ahead not in (2, 3, 4):
             raise ValueError(f"ahead must be 2, 3 or 4, got {self.ahead}")
         if not 1 <= self.finish <= 16:
@@ -119,7 +136,9 @@ class MixConfig:
             )
 
     @classmethod
-    def for_shape(cls, tokens: int, columns: int, outputs: int, post: bool, weight: str, multiprocessors: int) -> MixConfig:
+    def for_shape(
+        cls, tokens: int, columns: int, outputs: int, post: bool, weight: str, multiprocessors: int, quant: str = ""
+    ) -> MixConfig:
         """Few tokens: as many projecting CTAs as there are multiprocessors, and a wide finishing CTA for every token. Many: 8
         warps share a slice's sums, which bounds the bytes of partial sums, and both kernels fit one multiprocessor together.
         """
@@ -140,7 +159,7 @@ class MixConfig:
         config = cls(columns, outputs, post, weight, warps, 2, finish, 1)
         ring = 1 if few else max(min((_FINISH_BYTES - config.fixed_bytes) // config.slot_bytes, 4), 1)
         ahead = 2 if few or post else 3  # as far as registers go
-        return cls(columns, outputs, post, weight, warps, ahead, finish, ring)
+        return cls(columns, outputs, post, weight, warps, ahead, finish, ring, quant)
 
 
 @dataclass(frozen=True)

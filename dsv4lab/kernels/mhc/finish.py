@@ -6,7 +6,7 @@ a token each, ahead of time: the projection reads the same bytes a moment before
     sums        every warp waits for, adds (float64) and clears its share of the slices' sums; through shared memory
     coefficients    every warp for itself, a lane an output: mix = sum / rms, sigmoids
     collapse    [new streams, stored]; u = sum_j pre[j] X[j], rounded; the sum of its squares; through shared memory
-    norm        u / rms * weight
+    norm        u / rms * weight, or codes of that, see `codes`
 
 and the sums of the next token may already be asked for. Sinkhorn is serial, 39 divisions of rows or columns after each other,
 and nothing here needs its result: a warp of its own has it and the softmax before, for up to 8 tokens at once, a lane each.
@@ -27,6 +27,7 @@ from cutlass.memory import SmemAllocator
 
 from dsv4lab.kernels._common.ptx import copy_bulk, load_words, store_words
 from dsv4lab.kernels.mhc import values as val
+from dsv4lab.kernels.mhc.codes import Codes
 from dsv4lab.kernels.mhc.coefficients import LOGITS, Coefficients, sigmoid
 from dsv4lab.kernels.mhc.config import BATCH, CHUNK, COEFFICIENTS, MANY_FINISH, STREAMS, WARP, MixConfig
 from dsv4lab.kernels.quant.rows import encode as enc
@@ -38,8 +39,8 @@ _EARLY_ROWS = 4  # sums of a lane that fit beside all that `post` holds
 class Finish:
     """The kernel of one `MixConfig`."""
 
-    def __init__(self, plan: MixConfig) -> None:
-        self.plan = plan
+    def __init__(self, plan: MixConfig, arch: str) -> None:
+        self.plan, self.arch = plan, arch
         self.coefficients = Coefficients(plan.columns)
         self.team = plan.finish * WARP
         self.rows = -(-plan.slices // plan.finish)  # of sums, a warp
@@ -66,6 +67,8 @@ class Finish:
         eps: Float32,
         hc_eps: Float32,
         iters: Int32,
+        scales: Any,
+        given: Any,
     ) -> None:
         plan = self.plan
         thread, _, _ = cute.arch.thread_idx()
@@ -89,8 +92,11 @@ class Finish:
             cute.arch.mbarrier_init_fence()
         cute.arch.barrier()
         if warp < plan.finish:
+            target = out
+            if cutlass.const_expr(plan.quant != ""):
+                target = Codes.of(plan, self.arch, out, scales, given, thread)
             self._tokens(
-                streams, y, post, comb, partial, base, scale, weight, new, out, new_post,
+                streams, y, post, comb, partial, base, scale, weight, new, target, new_post,
                 full, sums, squares, logits, rounded, slots, count, eps, hc_eps,
             )  # fmt: skip
         elif cutlass.const_expr(self.whole):
@@ -257,9 +263,19 @@ class Finish:
     def _norm(self, rounded: Any, weight: Any, out: Any, square: Any, token: Any, thread: Any, eps: Any) -> None:
         plan = self.plan
         inverse = val.inverse_rms(square, plan.columns, eps)
-        for chunk in cutlass.range(thread, plan.columns // CHUNK, self.team, unroll=self.unroll):
-            w = cute.make_rmem_tensor((CHUNK,), weight.element_type)
-            cute.autovec_copy(cute.local_tile(weight, (CHUNK,), (chunk,)), w)
-            held = load_words(rounded.iterator.toint() + chunk * 16)
-            words = [val.normed(held[i], inverse, w[2 * i], w[2 * i + 1]) for i in range(4)]
-            val.store_four(cute.local_tile(out[token, None], (4,), (chunk,)).iterator, words)
+        if cutlass.const_expr(plan.quant != ""):
+            lane, last = thread % WARP, plan.columns // CHUNK - 1
+            for first in cutlass.range(thread - lane, plan.columns // CHUNK, self.team, unroll=1):
+                chunk = cutlass.min(first + lane, last)
+                out.put(self._normed(rounded, weight, inverse, chunk), token, chunk, first + lane <= last)
+        else:
+            for chunk in cutlass.range(thread, plan.columns // CHUNK, self.team, unroll=self.unroll):
+                words = self._normed(rounded, weight, inverse, chunk)
+                val.store_four(cute.local_tile(out[token, None], (4,), (chunk,)).iterator, words)
+
+    def _normed(self, rounded: Any, weight: Any, inverse: Any, chunk: Any) -> list[Any]:
+        """Four words."""
+        w = cute.make_rmem_tensor((CHUNK,), weight.element_type)
+        cute.autovec_copy(cute.local_tile(weight, (CHUNK,), (chunk,)), w)
+        held = load_words(rounded.iterator.toint() + chunk * 16)
+        return [val.normed(held[i], inverse, w[2 * i], w[2 * i + 1]) for i in range(4)]

@@ -21,10 +21,10 @@ _CARVEOUT = 100  # percent of the L1 for shared memory, of both kernels: with tw
 class Mix:
     """One configuration."""
 
-    def __init__(self, plan: MixConfig) -> None:
+    def __init__(self, plan: MixConfig, arch: str) -> None:
         plan.check()
         self.plan = plan
-        self.project, self.finish = Project(plan), Finish(plan)
+        self.project, self.finish = Project(plan), Finish(plan, arch)
 
     @cute.jit
     def __call__(
@@ -45,6 +45,8 @@ class Mix:
         eps: Float32,
         hc_eps: Float32,
         iters: Int32,
+        scales: Any,
+        given: Any,
         groups: Int32,
         ctas: Int32,
         stream: Any,
@@ -53,13 +55,15 @@ class Mix:
 
         fn: `prepared`; partial (M, slices, row) words, `UNSET` before and after; base (N,), scale (3,) or (1,) f32;
         weight (D,).
-        y, post, comb and new are read and written with `post` only, new_post and new_comb not by the head. M > 0.
+        y, post, comb and new are read and written with `post` only, new_post and new_comb not by the head. M > 0. With `quant`
+        out has words of codes, scales bytes (M, blocks) or tiles, given (1,) is NVFP4's global scale.
         """
         plan = self.plan
+        made = new, out, new_post, new_comb, eps, hc_eps, iters, scales, given
         how = dict(min_blocks_per_mp=1, preferred_smem_carveout=_CARVEOUT, stream=stream, use_pdl=True)
         self.project.kernel(streams, y, post, comb, fn, partial).launch(
             grid=[plan.slices, groups, 1], block=[plan.warps * WARP, 1, 1], max_number_threads=[plan.project_bound, 1, 1], **how
         )
-        self.finish.kernel(
-            streams, y, post, comb, partial, base, scale, weight, new, out, new_post, new_comb, eps, hc_eps, iters
-        ).launch(grid=[ctas, 1, 1], block=[plan.finish_threads, 1, 1], max_number_threads=[plan.finish_bound, 1, 1], **how)
+        self.finish.kernel(streams, y, post, comb, partial, base, scale, weight, *made).launch(
+            grid=[ctas, 1, 1], block=[plan.finish_threads, 1, 1], max_number_threads=[plan.finish_bound, 1, 1], **how
+        )

@@ -14,64 +14,43 @@ from dsv4lab.kernels.mhc.config import BLOCK, STREAMS
 INTEGERS = (torch.int32, torch.int64)
 
 
-def pre(
-    streams: torch.Tensor,
-    fn: torch.Tensor,
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    norm_weight: torch.Tensor,
-    *,
-    eps: float,
-    hc_eps: float,
-    sinkhorn_iters: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def pre(*args: torch.Tensor, **how: Any) -> Any:
     """The operator `mhc_pre`."""
-    args = (t.contiguous() for t in (streams, fn, base, scale, norm_weight))
-    return api.mhc_pre(*args, eps=eps, hc_eps=hc_eps, sinkhorn_iters=sinkhorn_iters)
+    return api.mhc_pre(*_contiguous(args), **how)
 
 
-def post(y: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+def pre_quantized(*args: torch.Tensor, **how: Any) -> Any:
+    """The operator `mhc_pre_quantized`."""
+    return api.mhc_pre_quantized(*_contiguous(args), **how)
+
+
+def post(*args: torch.Tensor, **how: Any) -> Any:
     """The operator `mhc_post`."""
-    return api.mhc_post(*(t.contiguous() for t in (y, streams, post, comb)))
+    return api.mhc_post(*_contiguous(args), **how)
 
 
-def post_pre(
-    y: torch.Tensor,
-    streams: torch.Tensor,
-    post: torch.Tensor,
-    comb: torch.Tensor,
-    fn: torch.Tensor,
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    norm_weight: torch.Tensor,
-    *,
-    eps: float,
-    hc_eps: float,
-    sinkhorn_iters: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def post_pre(*args: torch.Tensor, **how: Any) -> Any:
     """The operator `mhc_post_pre`."""
-    args = (t.contiguous() for t in (y, streams, post, comb, fn, base, scale, norm_weight))
-    return api.mhc_post_pre(*args, eps=eps, hc_eps=hc_eps, sinkhorn_iters=sinkhorn_iters)
+    return api.mhc_post_pre(*_contiguous(args), **how)
 
 
-def head(
-    streams: torch.Tensor,
-    fn: torch.Tensor,
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    norm_weight: torch.Tensor,
-    *,
-    eps: float,
-    hc_eps: float,
-) -> torch.Tensor:
+def post_pre_quantized(*args: torch.Tensor, **how: Any) -> Any:
+    """The operator `mhc_post_pre_quantized`."""
+    return api.mhc_post_pre_quantized(*_contiguous(args), **how)
+
+
+def head(*args: torch.Tensor, **how: Any) -> Any:
     """The operator `mhc_head`."""
-    args = (t.contiguous() for t in (streams, fn, base, scale, norm_weight))
-    return api.mhc_head(*args, eps=eps, hc_eps=hc_eps)
+    return api.mhc_head(*_contiguous(args), **how)
 
 
-def embed(token_ids: torch.Tensor, weight: torch.Tensor, *, num_streams: int) -> torch.Tensor:
+def embed(*args: torch.Tensor, **how: Any) -> Any:
     """The operator `embed_streams`."""
-    return api.embed_streams(token_ids.contiguous(), weight.contiguous(), num_streams=num_streams)
+    return api.embed_streams(*_contiguous(args), **how)
+
+
+def _contiguous(args: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
+    return tuple(t if t is None else t.contiguous() for t in args)
 
 
 def _streams_refuse(streams: torch.Tensor) -> str | None:
@@ -88,8 +67,11 @@ def _mix_refuses(
     base: torch.Tensor,
     scale: torch.Tensor,
     norm_weight: torch.Tensor,
+    global_scale: torch.Tensor | None = None,
     **how: Any,
 ) -> str | None:
+    if global_scale is not None and (global_scale.dtype != torch.float32 or global_scale.numel() != 1):
+        return f"global_scale must be one float32, got {global_scale.dtype} {tuple(global_scale.shape)}"
     for name, value in (("fn", fn), ("base", base), ("scale", scale)):
         if value.dtype != torch.float32:
             return f"{name} must be float32, got {value.dtype}"
@@ -127,8 +109,10 @@ ENTRIES = tuple(
     for arch in api.ARCHITECTURES
     for operation, function, refuses in (
         ("mhc_pre", pre, _mix_refuses),
+        ("mhc_pre_quantized", pre_quantized, _mix_refuses),
         ("mhc_post", post, _post_refuses),
         ("mhc_post_pre", post_pre, _post_pre_refuses),
+        ("mhc_post_pre_quantized", post_pre_quantized, _post_pre_refuses),
         ("mhc_head", head, _mix_refuses),
         ("embed_streams", embed, _embed_refuses),
     )

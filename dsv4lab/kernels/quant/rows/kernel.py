@@ -30,7 +30,8 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Float64, Int32, Int64, Uint8, Uint16, Uint32
 from cutlass.memory import SmemAllocator
 
-from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS, E2M1_MAX, E4M3_MAX
+from dsv4lab.formats import ATOM_ROWS, E2M1_MAX, E4M3_MAX
+from dsv4lab.kernels.quant.rows import blocks as blk
 from dsv4lab.kernels.quant.rows import encode as enc
 from dsv4lab.kernels.quant.rows import table
 from dsv4lab.kernels.quant.rows.config import CHUNK, WARP, RowsConfig
@@ -41,9 +42,8 @@ _CARVEOUT = 8  # percent of the L1 for shared memory; named, or compiling with a
 _SHARED, _SHARED_CTA = 228 * 1024, 2048  # bytes of a multiprocessor; a CTA's beside the norm's weights, 1 KiB reserved
 F32_TINY = 2.0**-126
 _VAST_BITS = 0x7E000000  # 2^125: half of a block's 1 / scale is a normal BF16 below
-_E2M1_MAX_BITS, _E4M3_MAX_BITS = 0x40C00000, 0x43E00000
+_E2M1_MAX_BITS = 0x40C00000
 _MXFP4_FLOOR_BITS = 0x01C00000  # 6 * 2^-126
-_FP8_FLOOR_BITS = 0x38D1B717  # 1e-4
 
 
 class QuantizeRows(RowSources):
@@ -326,47 +326,10 @@ class QuantizeRows(RowSources):
     @cute.jit
     def _block(self, out: Any, words: Any, terms: Any, entry: Any) -> Any:
         """One block: its codes, or decoded values, to `out`; returns the byte of its scale. terms: `enc.global_terms`."""
-        config = self.config
-        magnitudes = enc.absolute(words, config.element)
-        bits = enc.amax_bits(magnitudes, config.element)
-        ratio, rare = enc.block_ratio(bits, terms)
-        if cutlass.const_expr(self.quick):
-            byte = enc.to_e4m3(Float32(1.0) if bits == Uint32(0) else ratio)
-            found, by_step = table.factor_bits(entry, byte)
-            if rare or found == Uint32(0):
-                byte = self._careful(out, words, bits, ratio, rare, terms)
-            else:
-                small, by = table.placed(magnitudes, by_step)
-                for i in cutlass.range_constexpr(2):
-                    out[i] = table.nibbles(words[4 * i : 4 * i + 4], small[4 * i : 4 * i + 4], by)
-        else:
-            byte = self._careful(out, words, bits, ratio, rare, terms)
-        return byte
-
-    @cute.jit
-    def _careful(self, out: Any, words: Any, bits: Any, ratio: Any, rare: Any, terms: Any) -> Any:
-        """The same for a block of any kind, by quotients. rare: it needs more than its ratio and those."""
-        config = self.config
-        values = cute.make_rmem_tensor((CHUNK,), Float32)
-        signs = cute.make_rmem_tensor((config.words,), Uint32)
-        wide = enc.floats(enc.absolute(words, config.element), config.element)
-        for i in cutlass.range_constexpr(CHUNK):
-            values[i] = wide[i]
-        for i in cutlass.range_constexpr(config.words):
-            signs[i] = words[i]
-        block_scale, byte = enc.block_quotients(values, signs, config.element, bits, ratio, rare, terms)
-        quotients = [values[i] for i in range(CHUNK)]
-        if cutlass.const_expr(config.decoded):
-            pair = enc.pack_bf16(block_scale, block_scale)
-            counts = enc.e2m1_counts(quotients)
-            sides = enc.bf16_signs([signs[i] for i in range(config.words)], config.element)
-            for i in cutlass.range_constexpr(CHUNK // 2):
-                out[i] = enc.e2m1_pair_times(counts[2 * i], counts[2 * i + 1], sides[i], pair)
-        else:
-            nibbles = self._nibbles(quotients, signs)
-            for i in cutlass.range_constexpr(2):
-                out[i] = nibbles[i]
-        return byte
+        element = self.config.element
+        bits = enc.amax_bits(enc.absolute(words, element), element)
+        entry = entry if cutlass.const_expr(self.quick) else None
+        return blk.nvfp4(out, words, bits, terms, entry, element, self.arch, self.config.decoded)
 
     @cute.jit
     def _power_of_two(self, held: Any, codes: Any, scale: Any, row: Any, rows: Any, thread: Any) -> None:
@@ -374,8 +337,8 @@ class QuantizeRows(RowSources):
         config = self.config
         lanes = config.group // CHUNK
         fp8 = cutlass.const_expr(config.out == "fp8")
-        limit = _E4M3_MAX_BITS if fp8 else _E2M1_MAX_BITS
-        floor = _FP8_FLOOR_BITS if fp8 else _MXFP4_FLOOR_BITS
+        limit = blk.E4M3_MAX_BITS if fp8 else _E2M1_MAX_BITS
+        floor = blk.FP8_FLOOR_BITS if fp8 else _MXFP4_FLOOR_BITS
         for c in cutlass.range_constexpr(config.chunks):
             words = self._words(held, c)
             magnitudes = enc.absolute(words, config.element)
@@ -384,27 +347,18 @@ class QuantizeRows(RowSources):
                 bits = enc.max_u32(bits, cute.arch.shuffle_sync_bfly(bits, distance))
             byte, inverse = enc.e8m0_ceil(bits, limit, floor)
             signs = cute.make_rmem_tensor((config.words,), Uint32)
-            for i in cutlass.range_constexpr(config.words):
-                signs[i] = words[i]
-            if bits > Uint32(enc.INFINITY_BITS):
+            if cutlass.const_expr(not fp8):
                 for i in cutlass.range_constexpr(config.words):
-                    signs[i] = enc.signs_of_nan(words[i], config.element)
+                    signs[i] = words[i]
+                if bits > Uint32(enc.INFINITY_BITS):
+                    for i in cutlass.range_constexpr(config.words):
+                        signs[i] = enc.signs_of_nan(words[i], config.element)
             chunk = self._chunk(c, thread)
             if cutlass.const_expr(not config.decoded):
                 self._store_scale(scale, byte, row, rows, chunk, lanes)
             if cutlass.const_expr(fp8):
-                if cutlass.const_expr(config.element == "bf16"):  # in pairs; exact, but for what is 0 as E4M3
-                    pair = enc.prmt(inverse.bitcast(Uint32), Uint32(0), 0x3232)
-                    scaled = enc.floats([enc.mul_bf16x2(word, pair) for word in words], "bf16")
-                else:
-                    scaled = [enc.mul(v, inverse) for v in enc.floats(words, "f32")]
                 out = cute.make_rmem_tensor((CHUNK // 4,), Uint32)
-                for i in cutlass.range_constexpr(CHUNK // 4):
-                    out[i] = enc.e4m3_word(scaled[4 * i : 4 * i + 4])
-                if bits > Uint32(enc.INFINITY_BITS):
-                    sides = enc.bf16_signs([signs[i] for i in range(config.words)], config.element)
-                    for i in cutlass.range_constexpr(CHUNK // 4):
-                        out[i] = out[i] | (enc.prmt(sides[2 * i], sides[2 * i + 1], 0x7531) & Uint32(0x80808080))
+                blk.e4m3(out, words, bits, inverse, config.element)
                 self._store_e4m3([out[i] for i in range(CHUNK // 4)], byte, codes, row, rows, chunk, thread)
             elif cutlass.const_expr(self.quick):
                 if bits >= Uint32(_VAST_BITS):
@@ -429,7 +383,8 @@ class QuantizeRows(RowSources):
         if bits >= Uint32(enc.INFINITY_BITS):
             for i in cutlass.range_constexpr(CHUNK):
                 scaled[i] = cute.arch.fmin(scaled[i], Float32(enc.LARGEST))  # of a NaN, too
-        self._store_two(self._nibbles([scaled[i] for i in range(CHUNK)], signs), codes, row, rows, chunk)
+        nibbles = blk.nibbles([scaled[i] for i in range(CHUNK)], signs, self.config.element, self.arch)
+        self._store_two(nibbles, codes, row, rows, chunk)
 
     # ---- stores ----------------------------------------------------------------------------------------------------------
     @cute.jit
@@ -438,24 +393,13 @@ class QuantizeRows(RowSources):
         column = chunk // lanes
         if cutlass.const_expr(self.config.tiles):
             blocks = self.columns // (CHUNK * lanes)
-            inner = row % ATOM_ROWS
-            offset = (inner % 32) * 16 + inner // 32 * ATOM_COLUMNS + column % ATOM_COLUMNS
-            tile_row, tile_column = row // ATOM_ROWS, column // ATOM_COLUMNS
+            tile_row, tile_column, offset = blk.atom(row, column)
             if chunk % lanes == 0 and tile_row < scale.shape[0] and tile_column < scale.shape[1]:
                 here = row < rows and column < blocks
                 scale[tile_row, tile_column, offset] = Uint8(byte if here else Uint32(0))
         else:
             if chunk % lanes == 0 and row < rows and column < scale.shape[1]:
                 scale[row, column] = Uint8(byte)
-
-    def _nibbles(self, magnitudes: list[Any], signs: Any) -> list[Any]:
-        """The 16 codes of magnitudes up to 7, with signs, in two words."""
-        half, words = self.config.words // 2, []
-        for i in range(2):
-            sides = [signs[i * half + j] for j in range(half)]
-            codes = enc.e2m1_nibbles(magnitudes[8 * i : 8 * i + 8], self.arch)
-            words.append(codes | enc.sign_nibbles(sides, self.config.element))
-        return words
 
     @cute.jit
     def _store_two(self, words: Any, codes: Any, row: Any, rows: Any, chunk: Any) -> None:
