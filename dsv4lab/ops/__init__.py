@@ -42,7 +42,7 @@ from dsv4lab.ops.experts import (
     swiglu_nvfp4,
 )
 from dsv4lab.ops.gemm import grouped_linear, linear, lm_head, two_linears
-from dsv4lab.ops.head import accept_drafts, lm_head_greedy, lm_head_sample, mtp_input, probabilities, sample
+from dsv4lab.ops.head import accept_drafts, lm_head_greedy, lm_head_peaks, lm_head_sample, mtp_input, probabilities, sample
 from dsv4lab.ops.indexing import attention, index_query, index_scores, index_topk
 from dsv4lab.ops.mhc import embed_streams, mhc_head, mhc_post, mhc_post_pre, mhc_pre
 from dsv4lab.ops.norm import (
@@ -82,6 +82,7 @@ __all__ = [
     "linear",
     "lm_head",
     "lm_head_greedy",
+    "lm_head_peaks",
     "lm_head_sample",
     "match_drafts",
     "mhc_head",
