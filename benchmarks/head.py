@@ -3,7 +3,7 @@
 Bound: the head's weight, or the logits, once over copy bandwidth; of a step's integers a few hundred bytes, so that percents
 say nothing there and the time is what a launch takes, against a bar of 6 us. Peers: torch, in float32 where it samples:
 `logits.argmax`, softmax and `multinomial`, with a sort where there is a filter; cuBLAS BF16 for the head and for the input's
-two products; for integers the reference, which is torch.
+two products; for integers the reference, which is torch; for head and sampler with peaks both without.
 Tokens are compared with the reference's; where a filter's edge is within rounding of an element they may differ.
 """
 
@@ -91,6 +91,21 @@ class Case:
     check: Callable[[Args, Any], dict[str, Any]]
     bar: float | None = None  # percent of the bound
     bar_us: float | None = None
+    ours: Callable[..., Any] | None = None  # where it is more than the operation
+
+
+def drawn(peaks: bool, x: torch.Tensor, weight: torch.Tensor, *knobs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Head and sampler: logits, (peaks,) tokens."""
+    found = operations.call("lm_head_peaks", x, weight) if peaks else (operations.call("lm_head", x, weight),)
+    return *found, operations.call("sample", found[0], *knobs, *found[1:])
+
+
+def drawn_args(m: int, d: int, device: str) -> Args:
+    return (*head_args(m, d, device)[0], *sample_args("filtered", m, device)[0][1:]), {}
+
+
+def drawn_figures(args: Args, got: tuple[torch.Tensor, ...]) -> dict[str, Any]:
+    return sampled_figures(((got[0], *args[0][2:]), {}), got[-1])
 
 
 def head_args(m: int, d: int, device: str) -> Args:
@@ -213,6 +228,8 @@ def _cases(quick: bool) -> Iterator[Case]:
             yield Case(f"{size} lm_head_greedy", "lm_head_greedy", m, make, weight, flops, torch_greedy, greedy_figures, bar)
             make = partial(draw_args, m, d)
             yield Case(f"{size} lm_head_sample", "lm_head_sample", m, make, weight, flops, torch_draw, draw_figures, bar)
+            make, moved, how = partial(drawn_args, m, d), weight + 4.0 * m * VOCAB, [partial(drawn, p) for p in (False, True)]
+            yield Case(f"{size} filtered head", "lm_head_peaks", m, make, moved, flops, how[0], drawn_figures, ours=how[1])
     for m in (1, 256) if quick else (1, 64, 256):
         row = 4.0 * m * VOCAB
         for kind in KINDS:
@@ -242,7 +259,8 @@ def label(case: Case) -> str:
 def touch(case: Case) -> None:
     """The call on tensors without memory: asks for the kernels that the measurement will."""
     args, named = case.make("meta")
-    operations.call(case.operation, *args, **named)
+    for function in (case.ours, case.peer) if case.ours else (partial(operations.call, case.operation),):
+        function(*args, **named)
 
 
 def run(bench: Bench) -> None:
@@ -260,8 +278,8 @@ def measure(bench: Bench, case: Case, device: str = "cuda") -> None:
     fields |= {"bar_percent": case.bar} if case.bar else {}
     fields |= {"bar_us": case.bar_us} if case.bar_us else {}
     sets = [case.make(device) for _ in range(min(common.num_copies(case.nbytes), 8))]
-    ours = operations.checked(fields, case.operation, sets, case.check)
+    ours = operations.checked(fields, case.ours or case.operation, sets, case.check)
     candidates: dict[str, Sequence[Call] | Failure] = {"ours": ours}
     if case.peer is not None:
-        candidates["torch"] = operations.calls_of(case.peer, sets)
+        candidates["without peaks" if case.ours else "torch"] = operations.calls_of(case.peer, sets)
     bench.measure(case.name, fields, candidates, nbytes=case.nbytes, flops=case.flops)

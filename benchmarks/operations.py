@@ -55,17 +55,18 @@ def calls_of(function: Callable[..., Any], sets: Sequence[Args]) -> list[Call]:
 
 
 def checked(
-    fields: dict[str, Any], name: str, sets: Sequence[Args], compare: Callable[[Args, Any], dict[str, Any]]
+    fields: dict[str, Any], name: str | Callable[..., Any], sets: Sequence[Args], compare: Callable[[Args, Any], dict[str, Any]]
 ) -> Sequence[Call] | Failure:
     """Our calls, after a first one whose kernels and figures go into the fields; or why there are none. Raises Broken."""
     args, named = sets[0]
+    function = partial(call, name) if isinstance(name, str) else name
 
     def first() -> list[Call]:
         with common.seeing(args[0]) as names:
-            y = call(name, *args, **named)
+            y = function(*args, **named)
         fields.update(compare(sets[0], y))
         fields.update(common.kernel_fields(common.kernels_of(names, runtime_of(args[0]).arch)))
-        return calls_of(partial(call, name), sets)
+        return calls_of(function, sets)
 
     return attempt(first)
 

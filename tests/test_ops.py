@@ -180,6 +180,8 @@ def cases() -> list[Case]:
     draw = dict(seed=torch.arange(TOKENS), position=torch.arange(TOKENS) * 7)
     add("probabilities", sampling.probabilities, rand(TOKENS, 23), **knobs)
     add("sample", sampling.sample, rand(TOKENS, 23), **knobs, **draw)
+    add("lm_head_peaks", head.lm_head_peaks, x16, rand(137, 160).bfloat16())
+    add("sample", sampling.sample, rand(TOKENS, 23), **knobs, **draw, peaks=torch.zeros(TOKENS, 1).long())
     add("lm_head_sample", head.lm_head_sample, x16, rand(37, 160).bfloat16(), temperature=knobs["temperature"], **draw)
     target, draft = rand(TOKENS, 3, 23).softmax(-1), rand(TOKENS, 2, 23).softmax(-1)
     add("accept_drafts", sampling.accept_drafts, target, draft, torch.randint(0, 23, (TOKENS, 2), generator=g), **draw)

@@ -46,7 +46,7 @@ from dsv4lab.ops.experts import (
     swiglu_nvfp4,
 )
 from dsv4lab.ops.gemm import grouped_linear, linear, lm_head, two_linears
-from dsv4lab.ops.head import accept_drafts, lm_head_greedy, lm_head_sample, mtp_input, probabilities, sample
+from dsv4lab.ops.head import accept_drafts, lm_head_greedy, lm_head_peaks, lm_head_sample, mtp_input, probabilities, sample
 from dsv4lab.ops.indexing import attention, index_query, index_scores, index_topk
 from dsv4lab.ops.mhc import (
     embed_streams,
@@ -95,6 +95,7 @@ __all__ = [
     "linear",
     "lm_head",
     "lm_head_greedy",
+    "lm_head_peaks",
     "lm_head_sample",
     "match_drafts",
     "mhc_head",

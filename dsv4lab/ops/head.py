@@ -1,6 +1,8 @@
 """The prediction block, heads that draw, and sampling."""
 
 # No `from __future__ import annotations`: torch.library reads the schema from the annotations themselves.
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,18 @@ def lm_head_greedy(x: Tensor, weight: Tensor) -> Tensor:
     return _head.lm_head_greedy(x, weight)
 
 
+def _logits_and_peaks(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    rows, vocab = x.shape[0], weight.shape[0]
+    parts = -(-vocab // _head.PEAK_IDS)
+    return x.new_empty(rows, vocab, dtype=torch.float32), x.new_empty(rows, parts, dtype=torch.int64)
+
+
+@operator(fake=_logits_and_peaks)
+def lm_head_peaks(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference.head.lm_head_peaks`."""
+    return _head.lm_head_peaks(x, weight)
+
+
 @operator(fake=lambda x, *_, **__: x.new_empty(x.shape[0], dtype=torch.int64))
 def lm_head_sample(x: Tensor, weight: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
     """See `reference.head.lm_head_sample`."""
@@ -63,15 +77,24 @@ def lm_head_sample(x: Tensor, weight: Tensor, temperature: Tensor, seed: Tensor,
 
 
 @operator(fake=lambda logits, *_, **__: logits.new_empty(logits.shape[0], dtype=torch.int64))
-def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    peaks: Optional[Tensor] = None,
+) -> Tensor:
     """See `reference.sampling.sample`."""
-    return _sampling.sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, position=position)
+    draw = dict(seed=seed, position=position)
+    return _sampling.sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, **draw, peaks=peaks)
 
 
 @operator()
-def probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, peaks: Optional[Tensor] = None) -> Tensor:
     """See `reference.sampling.probabilities`."""
-    return _sampling.probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    return _sampling.probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p, peaks=peaks)
 
 
 @operator(fake=lambda target_probs, *_, **__: _two_counts(target_probs))

@@ -12,6 +12,8 @@ from dsv4lab.reference.gemm import linear, lm_head
 from dsv4lab.reference.norm import rmsnorm
 from dsv4lab.reference.sampling import sample
 
+PEAK_IDS = 128  # ids of the vocabulary that share a peak
+
 
 def mtp_input(
     embedding: torch.Tensor,
@@ -52,3 +54,23 @@ def lm_head_sample(
     Raises ValueError on shapes, TypeError on dtypes. Logits must not be NaN.  Source: spec 6, 15.
     """
     return sample(lm_head(x, weight), temperature=temperature, seed=seed, position=position)
+
+
+def lm_head_peaks(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gemm.lm_head`'s logits, and of every `PEAK_IDS` of them the largest, which `sampling` then need not look for.
+
+    x (M, D) float, weight (V, D) float, V >= 1 -> logits (M, V) f32, no NaN, peaks (M, ceil(V / PEAK_IDS)) int64: in the upper
+    word the logit, +0 for -0, as an unsigned integer in the order of floats, in the lower one ~id. Of such unsigned numbers the
+    largest is the largest logit's, of equals the lowest id's.  Source: spec 6, 15.
+    """
+    logits = lm_head(x, weight)
+    return logits, peaks_of(logits)
+
+
+def peaks_of(logits: torch.Tensor) -> torch.Tensor:
+    """The peaks of logits (M, V) f32."""
+    padding = (0, -logits.shape[1] % PEAK_IDS)
+    parts = torch.nn.functional.pad(logits + 0.0, padding, value=-torch.inf).unflatten(1, (-1, PEAK_IDS))
+    bits = parts.amax(-1).view(torch.int32).long()
+    ids = parts.argmax(-1) + PEAK_IDS * torch.arange(parts.shape[1], device=logits.device)
+    return (torch.where(bits < 0, ~bits, bits + (1 << 31)) << 32) | (0xFFFFFFFF - ids)

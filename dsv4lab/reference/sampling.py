@@ -40,11 +40,13 @@ def sample(
     top_p: Tensor | None = None,
     seed: Tensor,
     position: Tensor,
+    peaks: Tensor | None = None,
 ) -> Tensor:
     """Draw one token a row.
 
     logits (B, V) float; temperature (B,) f32, 0 = greedy, lowest id among equal logits; top_k (B,) int, 0 = off;
     top_p (B,) f32, 1 = off; seed, position (B,) int64 -> ids (B,) int64. Filters as in `probabilities`.
+    peaks: the logits' own, see `head.lm_head_peaks`; a kernel saves work by them, the result is the same.
     Raises ValueError on shapes, TypeError on dtypes. Logits must not be NaN.
     """
     scaled = _scaled(logits, temperature, top_k, top_p)
@@ -53,7 +55,14 @@ def sample(
     return torch.where(temperature <= 0, logits.float().argmax(-1), keys.argmax(-1))
 
 
-def probabilities(logits: Tensor, *, temperature: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None) -> Tensor:
+def probabilities(
+    logits: Tensor,
+    *,
+    temperature: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    peaks: Tensor | None = None,
+) -> Tensor:
     """The distribution `sample` draws from: (B, V) f32, rows sum to 1; one-hot where temperature is 0.
 
     Arguments and errors as `sample`. Order of filters: temperature, top-k, top-p. top-k keeps exactly k elements; top-p

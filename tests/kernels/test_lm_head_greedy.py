@@ -1,4 +1,7 @@
-"""The greedy head: ids of the largest of our own head's logits, to the bit, and of the reference's where that is clear."""
+"""The greedy head: ids of the largest of our own head's logits, to the bit, and of the reference's where that is clear.
+
+The head with peaks: the same logits, and the numbers that the greedy one picks from.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ import torch
 from dsv4lab import ops, sim
 from dsv4lab.formats import BF16, PackedWeight
 from dsv4lab.kernels._common.launch import running_on
-from dsv4lab.kernels.gemm.mixed.api import linear, partial_argmax
-from dsv4lab.kernels.gemm.mixed.config import MixedConfig, choose
+from dsv4lab.kernels.gemm.mixed.api import linear, linear_peaks, partial_argmax
+from dsv4lab.kernels.gemm.mixed.config import PART, MixedConfig, choose
 from dsv4lab.kernels.gemm.mixed.layout import prepare
 from dsv4lab.kernels.head.greedy.api import pick_largest
 from dsv4lab.kernels.head.greedy.config import PickConfig
-from dsv4lab.ops.head import lm_head_greedy
+from dsv4lab.ops.head import lm_head_greedy, lm_head_peaks
 from dsv4lab.reference import gemm, head, sampling
 from tests.kernels.mixed import GPU_BOUND, random_weight
 
@@ -30,6 +33,7 @@ CONFIGS = [
     (8, 40, 512, replace(FEW, slabs=1, splits=1, chunks=1, cluster=8)),  # a CTA finishes one token, on four lanes
     (13, 72, 1024, replace(FEW, tokens=16, slabs=2, chunks=8, splits=8, per_warp=2)),
     (3, 264, 200, replace(FEW, slabs=16, splits=1, chunks=1)),  # two parts a tile; K ends inside a pair of tiles
+    (9, 136, 640, replace(FEW, tokens=16, slabs=8, cluster=2, per_warp=2)),
     (33, 136, 256, MixedConfig("bf16", "argmax", 32, 8, 2, 2, cluster=2)),  # by warpgroups, two tiles of tokens
     (70, 72, 200, MixedConfig("bf16", "argmax", 64, 4, 1, 3)),
 ]
@@ -66,6 +70,9 @@ def both(x: torch.Tensor, weight: torch.Tensor, config: MixedConfig | None) -> t
         torch.cuda.synchronize()
     parts = partial_argmax(x, ready, config=config)
     logits = linear(x, ready, out_dtype=torch.float32, config=replace(config, out="f32") if config else None)
+    if config is None or config.rows % PART == 0:
+        again, peaks = linear_peaks(x, ready, config=replace(config, out="peaks") if config else None)
+        assert torch.equal(again.view(torch.int32), logits.view(torch.int32)) and torch.equal(peaks, parts[:, : peaks.shape[1]])
     return parts, pick_largest(parts), logits
 
 
@@ -98,7 +105,7 @@ def test_every_part_s_largest_logit_is_found(m: int, vocab: int, depth: int, con
 
 
 @pytest.mark.parametrize("schedule", ["lazy", "random"])
-@pytest.mark.parametrize("config", [CONFIGS[1][3], CONFIGS[2][3], CONFIGS[5][3]])
+@pytest.mark.parametrize("config", [CONFIGS[i][3] for i in (1, 2, 5, 6)])
 def test_any_schedule_and_no_race(config: MixedConfig, schedule: str) -> None:
     how: dict[str, Any] = dict(multiprocessors=2, schedule=schedule, seed=3, checks=sim.Checks(races=True))
     x, weight = operands(config.tokens + 1 if config.tokens < 32 else 20, 72, 64 * config.chunks * config.cluster)
@@ -111,8 +118,14 @@ def test_the_operator_is_the_reference(m: int, dtype: torch.dtype) -> None:
     x = x.to(dtype)
     with ops.backend("sim", arch=ARCH) as run:
         ids = lm_head_greedy(x, weight)
+        if dtype == torch.bfloat16:
+            logits, peaks = lm_head_peaks(x, weight)
+            assert logits.shape == (m, 200) and torch.equal(peaks, head.peaks_of(logits))
+        else:
+            with pytest.raises(ops.MissingKernel, match="x must be bfloat16"):
+                lm_head_peaks(x, weight)
     assert torch.equal(ids, head.lm_head_greedy(x, weight))
-    assert len(run.launches) == (0 if not m else 2 if dtype == torch.bfloat16 else 1)
+    assert len(run.launches) == (0 if not m else 3 if dtype == torch.bfloat16 else 1)
 
 
 def test_a_nan_is_the_largest() -> None:
@@ -155,6 +168,9 @@ def test_configurations_are_those_of_the_logits(vocab: int, depth: int) -> None:
         config = choose("bf16", "argmax", m, vocab, depth)
         config.check()
         assert replace(config, out="f32") == choose("bf16", "f32", m, vocab, depth)
+        peaks = choose("bf16", "peaks", m, vocab, depth)
+        peaks.check()
+        assert vocab == 8 or peaks == replace(config, out="peaks")
         quads = config.part_rows // 4
         assert config.rows % config.part_rows == 0 and config.slice * config.rows // 4 // config.cluster % quads == 0
 
@@ -174,6 +190,7 @@ def test_bad_input_is_refused() -> None:
         (lambda: partial_argmax(x, pair), "weight must be one matrix, no pair, .* paired=True"),
         (lambda: partial_argmax(x, ready, config=replace(FEW, out="f32")), "config must have out = argmax, got 'f32'"),
         (lambda: linear(x, ready, out_dtype=torch.float32, config=FEW), "config must have out = f32, got 'argmax'"),
+        (lambda: replace(FEW, out="peaks").check(), "slabs must be a multiple of 8 for peaks, got 4"),
         (lambda: replace(FEW, scaled="row").check(), "argmax needs one matrix's products as they are, .* scaled='row'"),
         (lambda: replace(FEW, grouped=True).check(), "argmax needs one matrix's products as they are, .* grouped=True"),
         (lambda: pick_largest(torch.zeros(2, 0, dtype=torch.int64)), r"parts must be contiguous \(M, P\) with P >= 1"),
@@ -239,10 +256,11 @@ def test_a_cuda_graph_replays_with_new_inputs(m: int) -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ids = lm_head_greedy(x, weight)
+        ids, (logits, peaks) = lm_head_greedy(x, weight), lm_head_peaks(x, weight)
     for seed in range(3):
         x.copy_(torch.randn(m, 4096, generator=torch.Generator().manual_seed(seed)).bfloat16())
         for _ in range(2):
             graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(ids, ops.lm_head(x, weight).argmax(-1))
+        assert torch.equal(ids, logits.argmax(-1)) and torch.equal(logits, ops.lm_head(x, weight))
+        assert torch.equal(peaks, head.peaks_of(logits))

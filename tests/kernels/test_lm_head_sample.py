@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 
 from dsv4lab import ops, sim
 from dsv4lab.formats import BF16, PackedWeight
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.gemm.mixed.api import Draws, linear, partial_sample
 from dsv4lab.kernels.gemm.mixed.config import MixedConfig, choose
 from dsv4lab.kernels.gemm.mixed.layout import prepare
@@ -19,6 +17,7 @@ from dsv4lab.kernels.head.greedy.api import pick_largest
 from dsv4lab.kernels.head.sampler import api
 from dsv4lab.ops.head import lm_head_sample
 from dsv4lab.reference import gemm, head, sampling
+from tests.kernels.test_lm_head_greedy import simulated
 
 ARCH = "sm_90a"
 FEW = MixedConfig("bf16", "sample", 8, 4, 2, 2, splits=2)
@@ -28,12 +27,6 @@ CONFIGS = [
     (13, 72, 1024, replace(FEW, tokens=16, slabs=2, chunks=8, splits=8, per_warp=2)),
     (3, 264, 200, replace(FEW, slabs=16, splits=1, chunks=1)),  # two parts a tile; K ends inside a pair of tiles
 ]
-
-
-def simulated(call: Callable[[], Any], **how: Any) -> Any:
-    sim.enable(ARCH, multiprocessors=4)
-    with sim.simulating(ARCH, **how), running_on(sim.Host(ARCH)):
-        return call()
 
 
 def operands(m: int, vocab: int, depth: int) -> tuple[torch.Tensor, torch.Tensor, Draws]:

@@ -24,6 +24,7 @@ from dsv4lab.kernels.head.sampler.config import AcceptConfig, SamplerConfig
 from dsv4lab.ops.weights import pack_all
 from dsv4lab.reference import head
 from dsv4lab.reference import sampling as S
+from dsv4lab.reference.head import peaks_of
 from tests.kernels.mixed import trained_weight
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -32,6 +33,7 @@ CLOSE = 2.0**-23  # of a mass to top_p, in parts of the whole: 2^-26 is the larg
 BOUND = 2.0**-21  # relative, of a probability in float64; besides, x - max is rounded to float32
 
 SMALL = SamplerConfig("sample", False, 512, cluster=2, warps=2)
+PEAKS = replace(SMALL, peaks=True)
 WIDE = SamplerConfig("sample", True, 0, cluster=8, warps=1, batch=1, integer="i32")
 
 
@@ -131,10 +133,11 @@ def check_probabilities(logits: torch.Tensor, args: dict[str, torch.Tensor], fou
 def both(logits: torch.Tensor, args: dict[str, torch.Tensor], config: SamplerConfig, **how: Any) -> None:
     """Ids and distributions of the same rows; nothing in this material is close."""
     given = args | {"top_k": args["top_k"].int() if config.integer == "i32" else args["top_k"]}
-    found = simulated(sample, logits, *given.values(), config=config, **how)
+    peaks = [peaks_of(logits)] if config.peaks else []
+    found = simulated(sample, logits, *given.values(), *peaks, config=config, **how)
     assert check_sample(logits, args, found) == 0
     config = replace(config, what="probabilities")
-    found = simulated(probabilities, logits, *list(given.values())[:3], config=config, **how)
+    found = simulated(probabilities, logits, *list(given.values())[:3], *peaks, config=config, **how)
     assert check_probabilities(logits, args, found) == 0
 
 
@@ -175,13 +178,24 @@ def test_noise_is_the_reference_s_to_the_bit() -> None:
         ("magnitudes", 515, 10),
     ],
 )
-def test_rows_of_every_kind(kind: str, vocab: int, batch: int) -> None:
-    both(rows(kind, batch, vocab), settings(batch), SMALL)
+@pytest.mark.parametrize("config", [SMALL, PEAKS], ids=["", "peaks"])
+def test_rows_of_every_kind(kind: str, vocab: int, batch: int, config: SamplerConfig) -> None:
+    both(rows(kind, batch, vocab), settings(batch), config)
+
+
+def test_equals_that_division_makes() -> None:
+    """Of logits that T makes equal the lowest id goes first, which is not the largest logit's."""
+    logits, args = 1e-7 * rows("plain", 10, 131), settings(10)
+    args["temperature"].fill_(1e38)
+    args["top_k"].fill_(3)
+    assert (logits / 1e38).unique().numel() < 20
+    both(logits, args, PEAKS)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 7])
 def test_vocabularies_smaller_than_a_group_and_a_cluster(vocab: int) -> None:
     both(rows("plain", 10, vocab), settings(10), SMALL)
+    both(rows("plain", 10, vocab), settings(10), PEAKS)
 
 
 def test_huge_and_infinite_logits() -> None:
@@ -190,12 +204,14 @@ def test_huge_and_infinite_logits() -> None:
     args = settings(10)
     found = simulated(sample, logits, *args.values(), config=SMALL)
     assert torch.equal(found, S.sample(logits, **args)) and found[:3].tolist() == [5, 9, 60]
+    assert torch.equal(simulated(sample, logits, *args.values(), peaks_of(logits), config=PEAKS), found)
 
 
 def test_rows_read_again_from_memory_by_a_cluster_of_eight() -> None:
     logits = rows("ties", 5, 652)
     logits[3] = rows("plain", 5, 652)[3]
     both(logits, settings(5, 1), WIDE, arch="sm_100a")
+    both(logits, settings(5, 1), replace(WIDE, peaks=True, room=84), arch="sm_100a")
 
 
 @pytest.mark.parametrize("schedule", ["eager", "lazy", "random"])
@@ -204,6 +220,7 @@ def test_any_schedule_and_no_race(schedule: str) -> None:
     logits[2], logits[4] = logits[2].round(), logits[4].round()  # cuts among equals, whose ids all CTAs must agree on
     how = dict(schedule=schedule, seed=3, checks=sim.Checks(races=True))
     both(logits, settings(5, 2), SMALL, **how)
+    both(logits, settings(5, 2), PEAKS, **how)
     drafts = verification(3, 2, 130, "drawn")
     found = simulated(accept_drafts, *drafts, config=AcceptConfig(False, 4, 2), **how)
     assert same(found, S.accept_drafts(*drafts[:3], seed=drafts[3], position=drafts[4]))
@@ -310,6 +327,14 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
     ):
         with pytest.raises(error, match=message):
             sample(*({"logits": logits} | args | changed).values())
+    for peaks, error, message in (
+        (torch.zeros(2, 1), TypeError, "peaks must be int64, got float32"),
+        (torch.zeros(2, 0).long(), ValueError, r"peaks must be contiguous \(2, P\) with P >= 1, got \(2, 0\)"),
+    ):
+        with pytest.raises(error, match=message):
+            probabilities(logits, *list(args.values())[:3], peaks)
+    with pytest.raises(ValueError, match="config must be for sample with top_k i64 and peaks=False"):
+        sample(logits, *args.values(), config=PEAKS)
     target, draft, ids, seed, position = verification(2, 3, 8, "drawn")
     for bad, error, message in (
         ((target[:, :0], draft, ids), ValueError, r"target_probs must be \(B, n \+ 1, V\)"),
@@ -378,9 +403,12 @@ def test_on_the_gpu(batch: int, vocab: int, seed: int) -> None:
             logits = rows(kind, batch, vocab, seed).cuda()
             found = sample(logits, *args.values())
             assert torch.equal(found, sample(logits, *args.values()))  # not a matter of timing
+            peaks = peaks_of(logits)
+            assert torch.equal(found, sample(logits, *args.values(), peaks))
             different += check_sample(logits, args, found)
             again = probabilities(logits, *list(args.values())[:3])
             assert torch.equal(again, probabilities(logits, *list(args.values())[:3]))
+            assert torch.equal(again, probabilities(logits, *list(args.values())[:3], peaks))
             different += check_probabilities(logits, args, again)
     assert different <= 1 + batch // 50  # of more than ten times that
 
@@ -448,8 +476,10 @@ def test_a_cuda_graph_replays_with_new_inputs(batch: int) -> None:
     logits, args = rows("plain", batch, 129_280).cuda(), on_gpu(settings(batch))
     drafts = [t.cuda() for t in verification(batch, 2, 129_280, "drawn")]
 
+    peaks = peaks_of(logits)
+
     def step() -> tuple[torch.Tensor, ...]:
-        ids = sample(logits, *args.values())
+        ids = sample(logits, *args.values(), peaks)
         return (ids, probabilities(logits, *list(args.values())[:3]), *accept_drafts(*drafts))
 
     step()
@@ -459,6 +489,7 @@ def test_a_cuda_graph_replays_with_new_inputs(batch: int) -> None:
         found = step()
     for seed in range(1, 8):
         logits.copy_(rows("plain", batch, 129_280, seed))
+        peaks.copy_(peaks_of(logits))
         for name, value in settings(batch + seed, seed).items():
             args[name].copy_(value[seed:])
         for to, value in zip(drafts, verification(batch, 2, 129_280, "drawn", seed), strict=True):

@@ -8,7 +8,7 @@ from torch import Tensor
 from dsv4lab.formats import BF16, PackedWeight, weights_of
 from dsv4lab.kernels._common.elements import FLOATS
 from dsv4lab.kernels.entry import Entry
-from dsv4lab.kernels.gemm.mixed.api import Draws, partial_argmax, partial_sample
+from dsv4lab.kernels.gemm.mixed.api import Draws, linear_peaks, partial_argmax, partial_sample
 from dsv4lab.kernels.gemm.mixed.config import FEW
 from dsv4lab.kernels.gemm.mixed.prepared import prepared
 from dsv4lab.kernels.gemm.operators import linear_sm90, lm_head_sm90, why_not_head, why_not_mixed
@@ -31,6 +31,11 @@ def lm_head_greedy(x: Tensor, weight: Tensor) -> Tensor:
     return pick_largest(partial_argmax(x.contiguous(), prepared(PackedWeight(BF16, weight))))
 
 
+def lm_head_peaks(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`ops.lm_head_peaks`."""
+    return linear_peaks(x.contiguous(), prepared(PackedWeight(BF16, weight)))
+
+
 def lm_head_sample(x: Tensor, weight: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
     """`ops.lm_head_sample`: no logits in memory for few rows of bf16. Of more, keys would keep the product waiting."""
     temperature, seed, position = temperature.contiguous(), seed.contiguous(), position.contiguous()
@@ -41,15 +46,14 @@ def lm_head_sample(x: Tensor, weight: Tensor, temperature: Tensor, seed: Tensor,
     return api.sample(lm_head_sm90(x, weight), temperature, *off, seed, position)
 
 
-def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+def sample(logits: Tensor, *args: Tensor | None) -> Tensor:
     """`ops.sample`."""
-    args = (t.contiguous() for t in (logits, temperature, top_k, top_p, seed, position))
-    return api.sample(*args)
+    return api.sample(logits.contiguous(), *(t if t is None else t.contiguous() for t in args))  # type: ignore[arg-type]
 
 
-def probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def probabilities(logits: Tensor, *args: Tensor | None) -> Tensor:
     """`ops.probabilities`."""
-    return api.probabilities(*(t.contiguous() for t in (logits, temperature, top_k, top_p)))
+    return api.probabilities(logits.contiguous(), *(t if t is None else t.contiguous() for t in args))  # type: ignore[arg-type]
 
 
 def accept_drafts(
@@ -102,7 +106,11 @@ def mtp_input(
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------------
-def _refuse_logits(logits: Tensor, *vectors: Tensor) -> str | None:
+def _refuse_peaks(x: Tensor, weight: Tensor) -> str | None:
+    return why_not_head(x, weight) if x.dtype == torch.bfloat16 else f"x must be bfloat16, got {x.dtype}"
+
+
+def _refuse_logits(logits: Tensor, *vectors: Tensor | None) -> str | None:
     if logits.dtype != torch.float32:
         return f"logits must be float32, got {logits.dtype}"
     if logits.ndim != 2 or not 1 <= logits.shape[1] <= MAX_SLICE * SamplerConfig.cluster:
@@ -175,6 +183,7 @@ def _refuse_mtp(
 ENTRIES = (
     Entry("mtp_input", "sm_90a", mtp_input, _refuse_mtp),
     Entry("lm_head_greedy", "sm_90a", lm_head_greedy, why_not_head),
+    Entry("lm_head_peaks", "sm_90a", lm_head_peaks, _refuse_peaks),
     Entry("lm_head_sample", "sm_90a", lm_head_sample, _refuse_head_sample),
     *(
         Entry(operation, arch, function, refuses)

@@ -13,7 +13,7 @@ from dsv4lab.arguments import check_dense, check_limit
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
-from dsv4lab.kernels.gemm.mixed.config import BLOCK, FEW, MixedConfig, choose, choose_grouped
+from dsv4lab.kernels.gemm.mixed.config import BLOCK, FEW, PART, MixedConfig, choose, choose_grouped
 from dsv4lab.kernels.gemm.mixed.layout import GROUP_ROWS, K_PAD, SLAB, TILE, PreparedWeight, record_words
 
 
@@ -108,7 +108,18 @@ def partial_argmax(x: torch.Tensor, weight: PreparedWeight, *, config: MixedConf
     float32, to the bit: configurations are the same but for `out`.
     Raises ValueError on shapes, TypeError on dtypes. Source: `reference.head.lm_head_greedy`.
     """
-    return _picked("argmax", x, weight, None, config)
+    return _picked("argmax", x, weight, None, config)[1]
+
+
+def linear_peaks(
+    x: torch.Tensor, weight: PreparedWeight, *, config: MixedConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x W^T in float32, and `partial_argmax` of every `PART` rows of W: (M, N) f32, (M, ceil(N / PART)) int64.
+
+    Arguments as there, N % 8 == 0. Sums are `linear`'s to the bit where it takes as many rows a tile, as for a large N.
+    Source: `reference.head.lm_head_peaks`.
+    """
+    return _picked("peaks", x, weight, None, config)
 
 
 @dataclass(frozen=True)
@@ -132,11 +143,13 @@ def partial_sample(x: torch.Tensor, weight: PreparedWeight, draws: Draws, *, con
         raise ValueError(f"x must have at most {FEW} rows, got {m}")
     for name, dtype in (("temperature", torch.float32), ("seed", torch.int64), ("position", torch.int64)):
         check_dense(name, getattr(draws, name), (m,), dtype)
-    return _picked("sample", x, weight, draws, config)
+    return _picked("sample", x, weight, draws, config)[1]
 
 
-def _picked(out: str, x: torch.Tensor, weight: PreparedWeight, draws: Draws | None, config: MixedConfig | None) -> torch.Tensor:
-    """The largest number of each row and part, packed."""
+def _picked(
+    out: str, x: torch.Tensor, weight: PreparedWeight, draws: Draws | None, config: MixedConfig | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(All numbers, for peaks; the largest of each row and part, packed)."""
     matrices, n, k = weight.shape
     _check_x(x, torch.float32, (k,))
     if matrices != 1 or weight.paired:
@@ -145,12 +158,14 @@ def _picked(out: str, x: torch.Tensor, weight: PreparedWeight, draws: Draws | No
     if config is None:
         config = choose(weight.format, out, max(m, 1), n, weight.records.shape[1] * TILE)
     parts = -(-weight.slabs // config.slabs) * (config.rows // config.part_rows)
+    parts = -(-n // PART) if out == "peaks" else parts
     if m * parts >= 2**31:
         raise ValueError(f"x must have M * {parts} < 2^31, got M={m}")
     found = torch.empty((m, parts), dtype=torch.int64, device=x.device)
+    y, peaks = (torch.empty((m, n), dtype=torch.float32, device=x.device), found) if out == "peaks" else (found, None)
     if m:
-        _launch(config, x, weight, found, None, None, None, n, None, draws=draws)
-    return found
+        _launch(config, x, weight, y, None, None, None, n, None, draws=draws, peaks=peaks)
+    return y, found
 
 
 def grouped(
@@ -261,12 +276,13 @@ def _launch(
     requant: torch.Tensor | None = None,
     draws: Draws | None = None,
     beside: PreparedWeight | None = None,
+    peaks: torch.Tensor | None = None,
 ) -> None:
     flags = (config.format, config.paired, config.scaled != "no", config.slotted, config.grouped)
     want = (weight.format, weight.paired, factor is not None, slots is not None, tiles is not None)
     if flags != want:
         raise ValueError(f"config must have (format, paired, scaled, slotted, grouped) = {want}, got {flags}")
-    out = ELEMENT.get(y.dtype, "argmax" if draws is None else "sample")
+    out = ELEMENT.get(y.dtype, "argmax" if draws is None else "sample") if peaks is None else "peaks"
     if config.out != out:
         raise ValueError(f"config must have out = {out}, got {config.out!r}")
     if config.requant != (requant is not None):
@@ -287,6 +303,7 @@ def _launch(
         weight.records,
         weight.alpha,
         y,
+        i64[None] if peaks is None else peaks,
         draws.temperature if draws else f32[:1] if factor is None else factor,
         slots.slots if slots and slots.slots is not None else i32[:1],
         slots.weights.view(-1) if slots else f32[:1],
@@ -325,15 +342,17 @@ def _compiled(config: MixedConfig, runtime: Runtime) -> Callable[..., Any]:
 
         i32, f32 = cutlass.Int32, cutlass.Float32
         free = cute.sym_int
-        if config.picks:
-            result = fake(cutlass.Int64, free(), free(), align=8)
+        results = {"bf16": cutlass.BFloat16, "f32": f32, "peaks": f32}
+        if config.out in results:
+            result = fake(results[config.out], free(), free(divisibility=8))
         else:
-            result = fake({"bf16": cutlass.BFloat16, "f32": f32}[config.out], free(), free(divisibility=8))
+            result = fake(cutlass.Int64, free(), free(), align=8)
         examples = (
             fake(cutlass.BFloat16, free(), free(divisibility=8)),
             fake(i32, free(), free(divisibility=2), record_words(config.format)),
             fake(f32, free(), 2, align=4),
             result,
+            fake(cutlass.Int64, free(), free(), align=8),
             fake(f32, free(), align=4),
             fake(i32, free(), align=4),
             fake(f32, free(), align=4),

@@ -11,6 +11,7 @@ HALF_SHARED_BYTES = 113 * 1024  # two CTAs fit on a multiprocessor
 PITCH_PAD = 4  # floats between the epilogue's rows, so that stores hit every bank once
 ROW_PAD = 16  # bytes between tokens in shared memory where warps read them, for the same reason
 FEW = 16  # tokens up to which warps multiply on their own
+PART = 128  # rows whose largest result is one number: the lanes of a warp have four each
 _MARGIN = 2048  # barriers, and alignment of the buffers to 1024 bytes
 _MULTIPROCESSORS = 132  # of an H100 SXM or H200
 _ENOUGH = 100  # CTAs that keep the memory busy, with a ring full of weights in flight each
@@ -25,8 +26,9 @@ _SMALL_BYTES = 6 << 20  # a weight that arrives in less time than a launch takes
 @dataclass(frozen=True)
 class MixedConfig:
     """format: of the weight. out: "bf16", "f32", "argmax" (of each token and part of the rows, the largest result and its row,
-    as `_common.order.pack` has them), or "sample" (the same of results / T + noise). tokens: of an output tile; narrow: of the
-    products that do for a tile with fewer (with four widths, ptxas waits for every `wgmma`). slabs: of a tile, 16 rows each.
+    as `_common.order.pack` has them), "sample" (the same of results / T + noise), or "peaks" (f32, and argmax's beside them).
+    tokens: of an output tile; narrow: of the products that do for a tile with fewer (with four widths, ptxas waits for every
+    `wgmma`). slabs: of a tile, 16 rows each.
     chunks: tiles of 64 along K in a stage. stages: of the ring. splits: warps that share a slab's K, and per_warp: slabs
     of a warp, where warps multiply on their own. cluster: CTAs that share a tile's K.
     grouped: tiles come from a list, each with a matrix and rows of its own. single: the list is one of matrices, a row each.
@@ -138,13 +140,13 @@ class MixedConfig:
 
     @property
     def picks(self) -> bool:
-        """Whether the largest results leave instead of all."""
-        return self.out in ("argmax", "sample")
+        """Whether the largest results leave, for peaks beside all."""
+        return self.out in ("argmax", "sample", "peaks")
 
     @property
     def part_rows(self) -> int:
         """Rows whose largest result leaves as one number: a tile's, or as many as the lanes of a warp have, four each."""
-        return min(self.rows, 128)
+        return min(self.rows, PART)
 
     @property
     def sum_floats(self) -> int:
@@ -166,8 +168,10 @@ class MixedConfig:
         """Raises ValueError naming the choice that cannot be."""
         if self.format not in PLANES:
             raise ValueError(f"format must be one of {', '.join(PLANES)}, got {self.format!r}")
-        if self.out not in ("bf16", "f32", "argmax", "sample"):
-            raise ValueError(f"out must be bf16, f32, argmax or sample, got {self.out!r}")
+        if self.out not in ("bf16", "f32", "argmax", "sample", "peaks"):
+            raise ValueError(f"out must be bf16, f32, argmax, sample or peaks, got {self.out!r}")
+        if self.out == "peaks" and self.rows % PART:
+            raise ValueError(f"slabs must be a multiple of {PART // SLAB} for peaks, got {self.slabs}")
         if self.picks and (self.paired or self.grouped or self.scaled != "no"):
             got = f"paired={self.paired}, grouped={self.grouped}, scaled={self.scaled!r}"
             raise ValueError(f"{self.out} needs one matrix's products as they are, got {got}")
@@ -263,7 +267,7 @@ def choose(
         return share * max(config.tokens, 64) * _COST[config.tokens, config.slabs] / config.cluster
 
     shapes = [(t, s) for t, s in _COST if t >= tokens and (t > 64 or t == tokens) and (t == tokens or t < 2 * m)]
-    shapes = [(t, s) for t, s in shapes if groups == 1 or n % (s * SLAB) == 0]
+    shapes = [(t, s) for t, s in shapes if (groups == 1 or n % (s * SLAB) == 0) and (out != "peaks" or s * SLAB == PART)]
     return min((plan(*shape) for shape in shapes), key=cost)
 
 
@@ -276,7 +280,7 @@ def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, 
     cost as much of the L2 cache's bandwidth as weights, so tiles rather have 64 rows, and CTAs share K where those are few.
     """
     tokens = 8 if m <= 8 else 16
-    fits = [s for s in (8, 4, 2, 1) if groups == 1 or n % (s * SLAB) == 0]
+    fits = [PART // SLAB] if out == "peaks" else [s for s in (8, 4, 2, 1) if groups == 1 or n % (s * SLAB) == 0]
     most = 4 if n > 3 * SLAB else -(-n // SLAB)  # slabs that a small matrix has
 
     def tiles(slabs: int) -> int:
@@ -286,7 +290,7 @@ def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, 
     wanted = [s for s in fits if s >= (4 if thrifty else 2) and tiles(s) >= _FOR_TWO]
     wanted += [s for s in fits if s >= 4 and tiles(s) >= _ENOUGH and thrifty]
     wanted += [s for s in fits if s >= 2 and tiles(s) >= _ENOUGH and tokens == 8]
-    slabs = next(iter(wanted), next(s for s in fits if s <= most))
+    slabs = next(iter(wanted), next((s for s in fits if s <= most), fits[0]))
     cluster = _cluster(tiles(slabs), k // (8 * TILE), 8 if tiles(slabs) < _ENOUGH // 2 else 2)
     if thrifty and slabs >= 4 and _ENOUGH // 2 <= tiles(slabs) < _FOR_TWO and k >= 32 * TILE:
         cluster = 2

@@ -12,6 +12,7 @@ The CTAs of a cluster read each other's, each its share of the slice:
 Where out is argmax, results themselves are not written, but for every token and part of the tile's rows the largest one and its
 row. They are those of a float32 y, to the bit; the lanes that have a token's compare theirs. Where out is sample, it is the
 largest of y / T + noise, of which four columns share a call of the generator: what `head.sampler` draws from y, unfiltered.
+Where out is peaks, y is written, and beside it what argmax leaves.
 
 Where SwiGLU's results are quantised (requant), they are first rounded to BF16, as if written; then the lanes that have columns
 of a block agree on its largest magnitude, and what leaves is the values of its codes, see `requantise`.
@@ -43,6 +44,7 @@ class Epilogue:
 
     plan: cutlass.Constexpr
     y: Any
+    peaks: Any
     alpha: Any
     factor: Any
     slots: Any
@@ -253,10 +255,13 @@ class Epilogue:
             if cutlass.const_expr(plan.out == "sample"):
                 keys = keys_of(keys, column // 4, self.factor[row], *(t[row] for t in self.draw))
             best = largest_of([pack(image(keys[e]), column + e) for e in range(4)])
+            if cutlass.const_expr(plan.out == "peaks"):
+                cute.autovec_copy(added, cute.local_tile(self.y[row, None], (4,), (column // 4,)))
         lanes = plan.part_rows // 4  # a power of two: tokens begin at multiples of it
         best = largest_of_lanes(best, lanes)
-        if counts and quad % lanes == 0:
-            self.y[row, column // plan.part_rows] = Int64(best)
+        into, part = self.peaks if plan.out == "peaks" else self.y, column // plan.part_rows
+        if counts and quad % lanes == 0 and part < into.shape[1]:
+            into[row, part] = Int64(best)
 
     @cute.jit
     def _added(self, at: Any, gain: Any) -> Any:

@@ -63,6 +63,7 @@ class MixedLinearSm90:
         records: cute.Tensor,
         alpha: cute.Tensor,
         y: cute.Tensor,
+        peaks: cute.Tensor,
         factor: cute.Tensor,
         slots: cute.Tensor,
         slot_weight: cute.Tensor,
@@ -80,7 +81,8 @@ class MixedLinearSm90:
         stream: Any,
     ) -> None:
         """x (rows, columns) bf16; records (E * slabs, tiles, words) i32; alpha (E, 2) f32; y (M, N) bf16 or f32, or (M, parts)
-        i64 for argmax and sample, whose group_rows is N and which has temperatures for factors and seed, position (M,) i64.
+        i64 for argmax and sample, whose group_rows is N and which has temperatures for factors and seed, position (M,) i64;
+        peaks (M, N / 128) i64, beside f32 y, with group_rows as there.
 
         factor: (M,) f32, of groups (M, G), of slots (tokens,), of matrices (E,); given (E,) f32: global scales of results;
         slots (M,) i32, slot_weight (slots,) f32 and top_k if slotted;
@@ -103,6 +105,7 @@ class MixedLinearSm90:
             records,
             alpha,
             y,
+            peaks,
             factor,
             slots,
             slot_weight,
@@ -134,6 +137,7 @@ class MixedLinearSm90:
         records: cute.Tensor,
         alpha: cute.Tensor,
         y: cute.Tensor,
+        peaks: cute.Tensor,
         factor: cute.Tensor,
         slots: cute.Tensor,
         slot_weight: cute.Tensor,
@@ -212,7 +216,21 @@ class MixedLinearSm90:
                 cute.arch.setmaxregister_increase(_MANY_REGISTERS)
             draw = (seed, position)
             out = Epilogue(
-                plan, y, alpha, factor, slots, slot_weight, given, draw, top_k, group_rows, limit, sums, shared, shared + 1
+                plan,
+                y,
+                peaks,
+                alpha,
+                factor,
+                slots,
+                slot_weight,
+                given,
+                draw,
+                top_k,
+                group_rows,
+                limit,
+                sums,
+                shared,
+                shared + 1,
             )
             self._consume(out, records, alpha, more_alpha, y, tiles, num_tiles, shared_x, shared_w, full, empty)
 

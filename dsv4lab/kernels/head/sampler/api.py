@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,20 +25,22 @@ def sample(
     top_p: torch.Tensor,
     seed: torch.Tensor,
     position: torch.Tensor,
+    peaks: torch.Tensor | None = None,
     *,
     config: SamplerConfig | None = None,
 ) -> torch.Tensor:
     """Draw one token a row, with the noise and comparisons of the reference bit for bit.
 
     logits (B, V) f32, no NaN; temperature (B,) f32, 0 = greedy; top_k (B,) i32 or i64, 0 = off; top_p (B,) f32, 1 = off; seed,
-    position (B,) i64; all contiguous -> ids (B,) i64. With top-p the kept set may differ from the reference's by an element
-    whose mass before it is within 1e-7 of top_p.
+    position (B,) i64; peaks (B, P) i64, of `gemm.mixed.api.linear_peaks`, which save work and change nothing; all contiguous
+    -> ids (B,) i64. With top-p the kept set may differ from the reference's by an element whose mass before it is within 1e-7
+    of top_p.
     Raises ValueError on shapes, TypeError on dtypes. Source: `reference.sampling.sample`.
     """
-    _check_logits(logits, temperature, top_k, top_p)
+    _check_logits(logits, temperature, top_k, top_p, peaks)
     _check_vectors(logits.shape[0], seed=seed, position=position)
     out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    _launch("sample", logits, temperature, top_k, top_p, seed, position, out, config)
+    _launch("sample", (logits, temperature, top_k, top_p, seed, position), peaks, out, config)
     return out
 
 
@@ -46,6 +49,7 @@ def probabilities(
     temperature: torch.Tensor,
     top_k: torch.Tensor,
     top_p: torch.Tensor,
+    peaks: torch.Tensor | None = None,
     *,
     config: SamplerConfig | None = None,
 ) -> torch.Tensor:
@@ -55,10 +59,10 @@ def probabilities(
 
     Raises ValueError on shapes, TypeError on dtypes.  Source: `reference.sampling.probabilities`.
     """
-    _check_logits(logits, temperature, top_k, top_p)
+    _check_logits(logits, temperature, top_k, top_p, peaks)
     out = torch.empty_like(logits)
     none = torch.empty(1, dtype=torch.int64, device=logits.device)
-    _launch("probabilities", logits, temperature, top_k, top_p, none, none, out, config)
+    _launch("probabilities", (logits, temperature, top_k, top_p, none, none), peaks, out, config)
     return out
 
 
@@ -105,13 +109,21 @@ def accept_drafts(
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------------
-def _check_logits(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> None:
+def _check_logits(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, peaks: torch.Tensor | None
+) -> None:
     if logits.dtype != torch.float32:
         raise TypeError(f"logits must be float32, got {logits.dtype}")
     if logits.ndim != 2 or logits.shape[1] < 1 or not logits.is_contiguous():
         raise ValueError(f"logits must be contiguous (B, V) with V >= 1, got {tuple(logits.shape)}, strides {logits.stride()}")
     _check_vectors(logits.shape[0], temperature=temperature, top_k=top_k, top_p=top_p)
     _check_size(logits.shape[0], logits.numel())
+    if peaks is None:
+        return
+    if peaks.dtype != torch.int64:
+        raise TypeError(f"peaks must be int64, got {_name(peaks.dtype)}")
+    if peaks.ndim != 2 or peaks.shape[0] != logits.shape[0] or not peaks.shape[1] or not peaks.is_contiguous():
+        raise ValueError(f"peaks must be contiguous ({logits.shape[0]}, P) with P >= 1, got {tuple(peaks.shape)}")
 
 
 def _check_vectors(batch: int, **vectors: torch.Tensor) -> None:
@@ -137,26 +149,19 @@ def _name(dtype: torch.dtype) -> str:
 
 # ---- launches ----------------------------------------------------------------------------------------------------------
 def _launch(
-    what: str,
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    seed: torch.Tensor,
-    position: torch.Tensor,
-    out: torch.Tensor,
-    config: SamplerConfig | None,
+    what: str, args: tuple[torch.Tensor, ...], peaks: torch.Tensor | None, out: torch.Tensor, config: SamplerConfig | None
 ) -> None:
-    batch, vocab = logits.shape
+    batch, vocab = args[0].shape
     if not batch:
         return
-    integer = _INTEGER[top_k.dtype]
-    config = config or SamplerConfig.for_shape(what, batch, vocab, integer)
+    integer = _INTEGER[args[2].dtype]  # of top_k
+    given = peaks is not None
+    config = config or replace(SamplerConfig.for_shape(what, batch, vocab, integer), peaks=given)
     config.check(vocab)
-    if (config.what, config.integer) != (what, integer):
-        raise ValueError(f"config must be for {what} with top_k {integer}, got {config}")
-    runtime = runtime_of(logits)
-    runtime.call(_compiled(config, runtime), logits, temperature, top_k, top_p, seed, position, out)
+    if (config.what, config.integer, config.peaks) != (what, integer, given):
+        raise ValueError(f"config must be for {what} with top_k {integer} and peaks={given}, got {config}")
+    runtime = runtime_of(out)
+    runtime.call(_compiled(config, runtime), *args, args[-1][None] if peaks is None else peaks, out)
 
 
 def _compiled(config: SamplerConfig | AcceptConfig, runtime: Runtime) -> Callable[..., Any]:
@@ -182,7 +187,8 @@ def _compiled(config: SamplerConfig | AcceptConfig, runtime: Runtime) -> Callabl
         whole = cutlass.Int32 if config.integer == "i32" else i64
         vectors = (fake(f32, rows, align=4), fake(whole, rows, align=whole.width // 8), fake(f32, rows, align=4))
         out = fake(i64, rows, align=8) if config.what == "sample" else fake(f32, rows, vocab, align=wide)
-        return Sampler(config), (fake(f32, rows, vocab, align=wide), *vectors, *where, out, fake_stream())
+        peaks = fake(i64, cute.sym_int(), cute.sym_int(), align=8)
+        return Sampler(config), (fake(f32, rows, vocab, align=wide), *vectors, *where, peaks, out, fake_stream())
 
     module = "accept" if isinstance(config, AcceptConfig) else "kernel"
     return cache.kernel(f"dsv4lab.kernels.head.sampler.{module}", config, build, runtime)

@@ -21,7 +21,8 @@ _WHATS = ("sample", "probabilities")
 class SamplerConfig:
     """what: "sample" or "probabilities". vector: rows start at 16 bytes, V % 4 == 0.
     room: logits that a CTA keeps in shared memory, 0 to read them again from L2 for every pass. cluster: CTAs that share a row.
-    warps: of a CTA. batch: loads of a thread in flight. integer: the type of top_k.
+    warps: of a CTA. batch: loads of a thread in flight. integer: the type of top_k. peaks: whether the head has left each
+    part's largest logit.
     """
 
     what: str
@@ -31,6 +32,7 @@ class SamplerConfig:
     warps: int = 32
     batch: int = 2
     integer: str = "i64"
+    peaks: bool = False
 
     @property
     def threads(self) -> int:

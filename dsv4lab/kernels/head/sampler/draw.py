@@ -15,9 +15,18 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Uint32, Uint64
 
-from dsv4lab.kernels._common.order import choose, floor_of, image, image_in, pack, value_of
+from dsv4lab.kernels._common.order import (
+    choose,
+    floor_of,
+    image,
+    image_in,
+    largest_of,
+    largest_of_lanes,
+    pack,
+    value_of,
+)
 from dsv4lab.kernels._common.ptx import exp2, log2
 from dsv4lab.kernels.head.sampler import noise
 from dsv4lab.kernels.head.sampler.config import GROUP, WARP, SamplerConfig
@@ -152,3 +161,14 @@ def submit(best: Any, code: Any, token: Any) -> None:
     lowest = cute.arch.warp_redux_sync(choose(code == largest, token, Int32(MAX_TOKEN)), "min")
     if cute.arch.lane_idx() == 0:
         shared_max(best, pack(Uint32(largest), Int32(lowest)))
+
+
+@cute.jit
+def submit_peaks(best: Any, peaks: Any, thread: Any, threads: cutlass.Constexpr) -> None:
+    """Raise the shared address `best` to the largest of a row's numbers that are packed already. By all threads."""
+    found = Uint64(0)
+    for i in cutlass.range(thread, peaks.shape[0], threads, unroll=1):
+        found = largest_of([found, Uint64(peaks[i])])
+    found = largest_of_lanes(found, WARP)
+    if cute.arch.lane_idx() == 0:
+        shared_max(best, found)

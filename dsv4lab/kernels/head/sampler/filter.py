@@ -10,6 +10,8 @@ narrow it down by 2048 bins, in order:
 What is kept so far is a rule of two numbers, (bar, id): x > bar, or x == bar up to that id. A bin's lower end is a bar, too:
 the float below all x whose rounded distance from the largest is less than the bin's far end; float64 finds it exactly (`_bar`).
 
+With peaks of the row from the head, its largest logit is known, and the first pass fills the cache.
+
 A pass: every CTA counts its elements by bin, in its shared memory; each sums 2048 / cluster bins over all CTAs; every CTA finds
 the end in those sums. Two barriers of the cluster a pass, two or three passes.
 
@@ -44,7 +46,7 @@ from dsv4lab.kernels.head.sampler.device import (
     widened,
     zeros_below_ones,
 )
-from dsv4lab.kernels.head.sampler.draw import MAX_TOKEN, submit
+from dsv4lab.kernels.head.sampler.draw import MAX_TOKEN, submit, submit_peaks
 
 _INFINITY = float("inf")
 _ALL = 0xFFFFFFFF
@@ -123,10 +125,36 @@ class Filter:
             cute.autovec_copy(held, cute.local_tile(self.cache, (GROUP,), (group - self.first,)))
 
     @cute.jit
-    def largest(self) -> tuple[Any, Any]:
-        """Read the row: (the largest logit / T, its lowest id). Fills the cache."""
+    def largest(self, peaks: Any, top_k: Any, filtered: Any) -> tuple[Any, Any]:
+        """(The largest logit / T, its lowest id), and the cache filled.
+
+        With peaks a row to be filtered is counted, too, for `rule`; the id is the lowest at T = 0: division may make equals.
+        """
+        address = self.peak.iterator.toint()
+        if cutlass.const_expr(self.plan.peaks):
+            submit_peaks(address, peaks, self.thread, self.plan.threads)
+            cute.arch.barrier()
+            best = self.peak[0]
+            top = noise.add(noise.div(value_of(image_in(best)), self.divisor), Float32(0.0))
+            if filtered:
+                self._read(top_k >= self.vocab, noise.smaller(top, Float32(_LARGEST)), True)
+            else:
+                self._read(False, top, False)
+        else:
+            held, at = self._read(False, Float32(0.0), False)
+            submit(address, image(held), at)
+            self.sync()
+            best = largest_of([remote(address, r, "u64") for r in range(self.plan.cluster)])
+            top = value_of(image_in(best))
+        return top, token_in(best)
+
+    @cute.jit
+    def _read(self, by_mass: Any, top: Any, counted: cutlass.Constexpr) -> tuple[Any, Any]:
+        """Fill the cache, and count lines where asked to: a thread's largest logit / T, and its lowest id."""
         plan = self.plan
         held, at = Float32(-_INFINITY), Int32(0)
+        if cutlass.const_expr(counted):
+            self._clear()
         for base in cutlass.range(self.first, self.last, plan.threads * plan.batch, unroll=1):
             groups = [base + b * plan.threads + self.thread for b in range(plan.batch)]
             read = [load_group(self.row, cutlass.min(g, self.last - 1), self.vocab, plan.vector) for g in groups]
@@ -138,10 +166,11 @@ class Filter:
                         held = choose(better, values[j], held)
                         at = choose(better, GROUP * groups[b] + j, at)
                     self.keep(values, groups[b])
-        submit(self.peak.iterator.toint(), image(held), at)
-        self.sync()
-        best = largest_of([remote(self.peak.iterator.toint(), r, "u64") for r in range(plan.cluster)])
-        return value_of(image_in(best)), token_in(best)
+                    if cutlass.const_expr(counted):
+                        self._count((Float32(-_INFINITY), Int32(MAX_TOKEN)), values, groups[b], by_mass, top)
+        if cutlass.const_expr(counted):
+            cute.arch.barrier()  # none may follow before other threads' groups are read
+        return held, at
 
     # ---- the end of the prefix -----------------------------------------------------------------------------------------
     @cute.jit
@@ -157,8 +186,9 @@ class Filter:
             low, high = Uint32(0), Uint32(_ALL)
             above, target = Float64(0.0), widened(Float32(top_k))
             while wanted:
-                if at < 0:
-                    self._count_lines((bar, last_id), by_mass, top)
+                if at < 0:  # with peaks the first filter's are counted
+                    if cutlass.const_expr(not self.plan.peaks) or by_mass & (top_k < self.vocab):
+                        self._count_lines((bar, last_id), by_mass, top)
                 else:
                     self._count_images((bar, last_id), by_mass, top, at, low, high, shift)
                 self.sync()
@@ -207,15 +237,18 @@ class Filter:
     def _count_lines(self, rule: Any, by_mass: Any, top: Any) -> None:
         """Counts and shares, by bins below the largest, of the CTA's elements that are kept so far."""
         self._clear()
-        counts = self.hist.iterator.toint()
         for group in cutlass.range(self.first + self.thread, self.last, self.plan.threads, unroll=1):
-            values = self._group(group)
-            for j in cutlass.range_constexpr(GROUP):
-                if self._kept(rule, values[j], GROUP * group + j):
-                    line, down = _line(top, values[j])
-                    shared_add(counts + 4 * line, Uint32(1))
-                    if by_mass:
-                        shared_add(counts + 4 * (BINS + line), _share(line, down))
+            self._count(rule, self._group(group), group, by_mass, top)
+
+    @cute.jit
+    def _count(self, rule: Any, values: Any, group: Any, by_mass: Any, top: Any) -> None:
+        counts = self.hist.iterator.toint()
+        for j in cutlass.range_constexpr(GROUP):
+            if self._kept(rule, values[j], GROUP * group + j):
+                line, down = _line(top, values[j])
+                shared_add(counts + 4 * line, Uint32(1))
+                if by_mass:
+                    shared_add(counts + 4 * (BINS + line), _share(line, down))
 
     @cute.jit
     def _count_images(self, rule: Any, by_mass: Any, top: Any, at: Any, low: Any, high: Any, shift: Any) -> None:

@@ -6,6 +6,9 @@ Which way a row goes is decided here, from its parameters in memory:
     no filter                the largest of logits / T + noise: one pass
     top-k or top-p           read once into shared memory, 2 or 3 passes there a filter, then the draw from what is kept
 
+With peaks, each part's largest logit from the head, a row at T <= 0 is not read, and the pass that reads one to be filtered is
+the first that counts.
+
 A row always has one cluster. Each of its CTAs leaves its packed maximum (image, lowest id) with the first one, through
 distributed shared memory, a barrier, and the id is written: no counters in memory that a launch would have to find cleared.
 
@@ -32,7 +35,7 @@ from dsv4lab.kernels._common.ptx import exp2
 from dsv4lab.kernels.head.sampler import noise
 from dsv4lab.kernels.head.sampler.config import GROUP, WARP, SamplerConfig
 from dsv4lab.kernels.head.sampler.device import arrive, fma, leave, low_high, part, remote, wait, widened
-from dsv4lab.kernels.head.sampler.draw import LOG2E, MAX_TOKEN, MIN_TEMPERATURE, Draw
+from dsv4lab.kernels.head.sampler.draw import LOG2E, MAX_TOKEN, MIN_TEMPERATURE, Draw, submit_peaks
 from dsv4lab.kernels.head.sampler.filter import Filter
 
 _LOG2E_HIGH, _LOG2E_LOW = 1.44269502162933349609375, 1.9259629911266174681e-08  # their sum is log2(e) to 48 bits
@@ -58,13 +61,14 @@ class Sampler:
         top_p: Any,
         seed: Any,
         position: Any,
+        peaks: Any,
         out: Any,
         stream: Any,
     ) -> None:
-        """logits (B, V), parameters (B,) -> out (B,) i64, or (B, V) f32. seed and position are read for draws only."""
+        """logits (B, V), parameters (B,), peaks (B, P) -> out (B,) i64, or (B, V) f32. seed, position: read for draws only."""
         plan = self.plan
         kernel = self.sample if plan.what == "sample" else self.probabilities
-        kernel(logits, temperature, top_k, top_p, seed, position, out).launch(
+        kernel(logits, temperature, top_k, top_p, seed, position, peaks, out).launch(
             grid=[plan.cluster, logits.shape[0], 1],
             block=[plan.threads, 1, 1],
             cluster=[plan.cluster, 1, 1] if plan.cluster > 1 else None,
@@ -73,7 +77,9 @@ class Sampler:
         )
 
     @cute.kernel
-    def sample(self, logits: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any, position: Any, out: Any) -> None:
+    def sample(
+        self, logits: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any, position: Any, peaks: Any, out: Any
+    ) -> None:
         plan = self.plan
         thread, _, _ = cute.arch.thread_idx()
         rank, batch, _ = cute.arch.block_idx()
@@ -87,12 +93,15 @@ class Sampler:
         wait(plan.cluster)
         if filtered:
             self.filter.begin(rank, row, divisor, first, last, vocab, thread)
-            top, _ = self.filter.largest()
+            top, _ = self.filter.largest(peaks[batch, None], k, filtered)
             rule = self.filter.rule(top, k, p)
             draw = (best, Float32(LOG2E), Float32(1.0), where, key)
             self.rest.noisy(row, rule, draw, first, last, vocab, thread)
         elif t <= Float32(0.0):
-            self.plain.greedy(row, best, first, last, vocab, thread)
+            if cutlass.const_expr(plan.peaks):
+                submit_peaks(best, peaks[batch, None], thread, plan.threads)
+            else:
+                self.plain.greedy(row, best, first, last, vocab, thread)
         else:
             draw = (best, noise.div(Float32(LOG2E), divisor), divisor, where, key)
             self.plain.noisy(row, (), draw, first, last, vocab, thread)
@@ -104,7 +113,9 @@ class Sampler:
             out[batch] = Int64(token_in(largest_of([self.slots[r] for r in range(plan.cluster)])))
 
     @cute.kernel
-    def probabilities(self, logits: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any, position: Any, out: Any) -> None:
+    def probabilities(
+        self, logits: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any, position: Any, peaks: Any, out: Any
+    ) -> None:
         plan = self.plan
         thread, _, _ = cute.arch.thread_idx()
         rank, batch, _ = cute.arch.block_idx()
@@ -115,7 +126,7 @@ class Sampler:
         first, last = part(cute.ceil_div(vocab, GROUP), rank, plan.cluster)
         wait(plan.cluster)
         self.filter.begin(rank, row, divisor, first, last, vocab, thread)
-        top, top_id = self.filter.largest()
+        top, top_id = self.filter.largest(peaks[batch, None], k, filtered)
         bar, last_id = Float32(-float("inf")), Int32(MAX_TOKEN)
         if filtered:
             bar, last_id = self.filter.rule(top, k, p)
