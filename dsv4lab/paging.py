@@ -54,9 +54,10 @@ def check_entries(
     page_size: int,
     *,
     visible: torch.Tensor | None = None,
+    most: int | None = None,
     chosen: torch.Tensor | None = None,
 ) -> None:
-    """What a query reads must have a page: entries 0 .. visible - 1, or those chosen (-1: none).
+    """What a query reads must have a page: entries 0 .. visible - 1, `most` at most, or those chosen (-1: none).
 
     block_table (num_seqs, nb) of page numbers below num_pages, -1 where there is none; seq_idx, visible (M,); chosen (M, k),
     integers.  Raises ValueError naming the first query without.
@@ -67,6 +68,7 @@ def check_entries(
     check_range("block_table", block_table, num_pages)
     seq_idx, there = seq_idx.long(), block_table >= 0
     if visible is not None:
+        visible = visible if most is None else visible.clamp(max=most)
         whole = there.long().cumprod(1).sum(1) * page_size  # entries before the first hole
         wrong, entry = visible > whole[seq_idx], whole[seq_idx]
     elif chosen is not None and chosen.numel():
@@ -100,7 +102,7 @@ def check_keys(
     num_pages: of the entries' pool, 0 without one.  Raises ValueError.
     """
     check_range("seq_idx", seq_idx, rings, start=0)
-    if num_pages:
+    if num_pages and _looks(positions):
         visible = (positions + 1) // ratio if topk_indices is None else None
         check_entries(block_table, seq_idx, num_pages, page_size, visible=visible, chosen=topk_indices)
 

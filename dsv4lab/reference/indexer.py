@@ -125,7 +125,7 @@ def index_scores(
     check_pool(pages, "index", record, page_size=page_size, dim=q.shape[-1])
     for name, value, want in (("head_weights", head_weights, 2), ("seq_idx", seq_idx, 1), ("num_visible", num_visible, 1)):
         check_shape(name, value, q.shape[:want])
-    check_entries(block_table, seq_idx, pages.shape[0], page_size, visible=num_visible.clamp(max=max_entries))
+    check_entries(block_table, seq_idx, pages.shape[0], page_size, visible=num_visible, most=max_entries)
     out = torch.full((q.shape[0], max_entries), -torch.inf, device=q.device)
     head_weights = head_weights * scale
     entry = torch.arange(max_entries, device=q.device)

@@ -199,6 +199,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     pytest.importorskip("tvm_ffi", reason="needs apache-tvm-ffi")
     folder = tmp_path_factory.getbasetemp() / "kernels of the benchmarks"
     monkeypatch.setattr(cache, "folder", lambda: folder)
+    monkeypatch.setattr(cache, "_loaded", {})  # what another test of this process compiled has no entry there
     monkeypatch.setattr(common, "num_copies", lambda nbytes: 2)
     torch.manual_seed(0)
     try:

@@ -9,6 +9,7 @@ from dsv4lab import paging, sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.cache.read.api import read_keys
 from dsv4lab.kernels.cache.write.api import write_keys
+from dsv4lab.lab import trace
 from dsv4lab.reference.attention import attention
 from dsv4lab.reference.cache import cache_read, cache_write
 from dsv4lab.reference.indexer import index_scores
@@ -132,3 +133,15 @@ def test_a_gpu_is_asked_only_where_that_is_wanted(monkeypatch: pytest.MonkeyPatc
         paging.check_range("ids", bad, 7)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         paging.check_range("ids", bad, 7)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_not_asked_computes_nothing() -> None:
+    """No eager arithmetic beside the kernels."""
+    many = [torch.zeros(1, 1, dtype=torch.int64, device="cuda") for _ in range(4)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        paging.check_slots(many[0][0], 1, 1, written=True)
+        paging.check_entries(many[0], many[1][0], 1, 1, visible=many[2][0], most=3)
+        paging.check_keys(many[0], many[1][0], many[2][0], None, rings=1, num_pages=1, page_size=1, ratio=4)
+        torch.cuda.synchronize()
+    assert not trace.foreign(profile)

@@ -59,7 +59,7 @@ def index_scores(
     kinds = dict(visible=INTEGERS[num_visible.dtype], sequence=INTEGERS[seq_idx.dtype])
     if not pages.shape[0] or not block_table.numel():
         return out.fill_(-torch.inf)  # there are no entries to see
-    check_entries(block_table, seq_idx, pages.shape[0], page_size, visible=num_visible.clamp(max=max_entries))
+    check_entries(block_table, seq_idx, pages.shape[0], page_size, visible=num_visible, most=max_entries)
     if config is None:
         config = IndexScoresConfig.for_shape(q.shape[0], block_table.shape[0], q.shape[1], record, page_size, **kinds)
     config.check()
