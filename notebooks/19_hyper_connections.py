@@ -32,7 +32,7 @@ from dsv4lab.kernels._common import cache
 from dsv4lab.kernels.mhc.config import TogetherConfig
 from dsv4lab.lab import baselines, hopper, observed, perplexity, roofline, rounding, sections
 from dsv4lab.model.block import Block
-from dsv4lab.reference import mhc
+from dsv4lab.reference import mhc, quant
 
 target, cpu = lab.setup(seed, device), torch.device("cpu")
 model = dsv4lab.load(checkpoint or dsv4lab.nano(), device=cpu, dtype=torch.float32)
@@ -168,6 +168,19 @@ for name, given in fused.items():
         apiece = (new, *ops.mhc_pre(new, *mix, **full))
     lab.check(f"{name}: new streams", new, mhc.mhc_post(y, streams, post, comb), row_cosine=0.99999, rel=0.05)
     lab.check_that(f"{name}: fused is post, then pre", all(map(torch.equal, together, apiece)), "==", 1)
+
+# %% [markdown]
+# Where a four- or eight-bit linear follows, the norm's row may leave as codes: of FP8 with a scale for 128, or of NVFP4. They are
+# those that the quantiser gives of the BF16 row, and `post` and `comb` the same, in every bit.
+
+# %%
+for act, given in {"fp8": None, "nvfp4": torch.tensor(1 / 128, device=target)}.items():
+    with hopper.running(target):
+        codes, block, *rest = ops.mhc_pre_quantized(new, *mix, given, act=act, **full)
+        again = ops.mhc_post_pre_quantized(y, streams, post, comb, *mix, given, act=act, **full)
+    values = quant.dequantize_fp8_rows(codes, block, group=128) if given is None else quant.dequantize_nvfp4(codes, block, given)
+    lab.check(f"{act}: values", values, mhc.mhc_pre(new, *mix, **full)[0], row_cosine=0.99)
+    lab.check_that(f"{act}: fused is post, then pre", all(map(torch.equal, again, (new, codes, block, *rest))), "==", 1)
 
 # %% [markdown]
 # ## 3. How exact the product must be

@@ -135,6 +135,18 @@ with hopper.running(target, schedule):
 lab.check("greedy tokens without logits", greedy, own.argmax(-1), max_abs=0)
 lab.check("draws without logits", drawn, sampling.sample(own, temperature=ones, **which), max_abs=0)
 
+# %% [markdown]
+# A filter does ask for the row. `lm_head_peaks` writes it and the largest of every 128 besides; the filter starts its first
+# histogram from those, without a pass that looks for the largest.
+
+# %%
+with hopper.running(target, schedule):
+    own, peaks = ops.lm_head_peaks(hidden, weight)
+    tokens = ops.sample(own, **how, **which, peaks=peaks)
+best = ~(peaks ^ torch.iinfo(torch.int64).min).amax(-1) & 0xFFFFFFFF  # unsigned: the logit in order, then ~id
+lab.check("the largest logit's id", best, own.argmax(-1), max_abs=0)
+lab.check("filtered tokens, with peaks", tokens, sampling.sample(own, **how, **which), max_abs=0)
+
 
 # %% [markdown]
 # ## 3. Distributions

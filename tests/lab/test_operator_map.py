@@ -17,7 +17,6 @@ NAMES = list(ops.implementations())
 # Operations that no notebook names, and that have no measured rows: why. All others must have both.
 NO_NOTEBOOK = {
     "quantize_fp8_blocks": "packs weights when a model is made, no step of inference; notebook 09 has the format",
-    "lm_head_peaks": "lm_head and what lm_head_greedy picks from, in one; notebook 20 has both",
 }
 UNMEASURED = {f"mhc_{name}_quantized" for name in ("pre", "post_pre")}  # until their suite runs on an H200, and 19 has them
 NO_KERNEL = "reference only: kernels decode weights on their way, and weights are packed once, when a checkpoint is loaded"
