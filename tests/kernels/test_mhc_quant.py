@@ -98,6 +98,14 @@ def test_tiles_of_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     check(plan, "nvfp4_tiles", arguments(plan, 131), how_of("nvfp4_tiles"), partial(simulate, "sm_90a"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_tokens_take_a_launch_more(kind: str) -> None:
+    args, named = arguments(PRE, 65), how_of(kind)
+    found = simulate("sm_90a", api.mhc_pre_quantized, *args, **named)
+    x, post, comb = simulate("sm_90a", api.mhc_pre, *args, **HOW)
+    assert same(found, (*codes_of(x, kind, named), post, comb))
+
+
 @pytest.mark.parametrize(("act", "given"), [("fp8", None), ("nvfp4", torch.tensor(GLOBAL))])
 def test_the_operators_reach_the_kernels(act: str, given: torch.Tensor | None) -> None:
     args, (y, post, comb), named = material(2, 64), written(2, 64), dict(act=act, global_scale=given, **HOW)
@@ -139,7 +147,8 @@ def test_on_the_gpu(columns: int, tokens: int, post: bool, kind: str) -> None:
     many = torch.cuda.get_device_properties(0).multi_processor_count
     config, named = MixConfig.for_shape(tokens, columns, 24, post, "bf16", many), how_of(kind, device="cuda")
     args, graph = on_gpu(arguments(config, tokens)), torch.cuda.CUDAGraph()
-    run = partial(api.mhc_post_pre_quantized if post else api.mhc_pre_quantized, *args, **named)
+    operation = api.mhc_post_pre_quantized if post else api.mhc_pre_quantized
+    run = partial(operation, *args, config=replace(config, quant=kind), **named)
     run()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
@@ -152,3 +161,6 @@ def test_on_the_gpu(columns: int, tokens: int, post: bool, kind: str) -> None:
         for _ in range(3):
             graph.replay()
         assert same(held, found)
+        *new, x, post_, comb = (api.mhc_post_pre if post else api.mhc_pre)(*args, **HOW)
+        if tokens > 64:
+            assert same(operation(*args, **named), (*new, *codes_of(x, kind, named), post_, comb))

@@ -18,7 +18,6 @@ NAMES = list(ops.implementations())
 NO_NOTEBOOK = {
     "quantize_fp8_blocks": "packs weights when a model is made, no step of inference; notebook 09 has the format",
 }
-UNMEASURED = {f"mhc_{name}_quantized" for name in ("pre", "post_pre")}  # until their suite runs on an H200, and 19 has them
 NO_KERNEL = "reference only: kernels decode weights on their way, and weights are packed once, when a checkpoint is loaded"
 NO_ROWS = {"dequantize": NO_KERNEL, "quantize_fp8_blocks": NO_KERNEL}
 
@@ -34,7 +33,7 @@ def test_every_operation_has_what_it_needs(listed: list[operator_map.Operation])
         assert ("reference", *operation.kernels) == ops.implementations()[operation.name]
         assert operation.sections != operator_map.NONE, f"the oracle of {operation.name} must cite a section of the spec"
         assert operation.tests, f"{operation.name} has no test"
-        assert bool(operation.notebooks) != (operation.name in {*NO_NOTEBOOK, *UNMEASURED}), (
+        assert bool(operation.notebooks) != (operation.name in NO_NOTEBOOK), (
             f"{operation.name}: {operation.notebooks}"
         )
         folders = [folder for found in operation.kernels.values() for folder in found]
@@ -45,7 +44,7 @@ def test_every_operation_has_what_it_needs(listed: list[operator_map.Operation])
 def test_every_operation_with_a_kernel_is_measured(listed: list[operator_map.Operation]) -> None:
     tables = [operator_map.measured(operator_map.BASELINES / name, NAMES) for name in operator_map.DEVICES.values()]
     without = {name for name in NAMES if not any(table.get(name) for table in tables)}
-    assert without == {*NO_ROWS, *UNMEASURED}
+    assert without == set(NO_ROWS)
     for operation in listed:
         assert bool(operation.kernels) != (operation.name in NO_ROWS), f"{operation.name} has kernels for {operation.kernels}"
 

@@ -25,6 +25,7 @@ from dsv4lab.kernels.mhc.config import (
     TogetherConfig,
 )
 from dsv4lab.kernels.mhc.prepared import prepared, prepared_fragments
+from dsv4lab.kernels.quant.rows.api import quantize_fp8_rows, quantize_nvfp4
 from dsv4lab.paging import check_range
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
@@ -32,6 +33,8 @@ _INTEGER = {torch.int32: "i32", torch.int64: "i64"}
 _ALIGN = 16  # bytes of a vector
 _UNSET = -1  # a sum that has not come yet, as in `values`
 _MAX_ELEMENTS = 2**31  # 32-bit words of a launch, indexed by 32 bits
+
+_FEW_CODED = 64  # tokens
 
 _scratch: dict[tuple[torch.device, int, int, int], torch.Tensor] = {}
 
@@ -251,7 +254,7 @@ def _quantized(
     hc_eps: float,
     sinkhorn_iters: int,
 ) -> tuple[torch.Tensor, ...]:
-    """`_mix` to codes and scales."""
+    """`_mix` to codes and scales; of many tokens by a launch more, since `MixConfig` is slower by more than that (H200)."""
     _check_mix(streams, fn, base, scale, norm_weight, 24, 3)
     if act not in ("fp8", "nvfp4") or (act == "nvfp4") != (global_scale is not None):
         raise ValueError(f"act must be fp8, or nvfp4 with a global_scale, got {act!r} and {global_scale}")
@@ -260,7 +263,13 @@ def _quantized(
     if layout != "linear" and (act, layout) != ("nvfp4", "atom128x4"):
         raise ValueError(f"layout must be linear, or atom128x4 of nvfp4, got {layout!r} of {act}")
     quant = act if layout == "linear" else "nvfp4_tiles"
-    return _mix(streams, given, fn, base, scale, norm_weight, eps, hc_eps, sinkhorn_iters, config, quant, global_scale)
+    mix = (streams, given, fn, base, scale, norm_weight, eps, hc_eps, sinkhorn_iters, config)
+    if config is not None or streams.shape[0] <= _FEW_CODED:
+        return _mix(*mix, quant, global_scale)
+    new, x, _, post, comb = _mix(*mix)
+    if global_scale is None:
+        return new, *quantize_fp8_rows(x, GROUPS["fp8"]), post, comb
+    return new, *quantize_nvfp4(x, global_scale.reshape(()), layout=layout)[:2], post, comb
 
 
 def _mix(
