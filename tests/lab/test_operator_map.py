@@ -33,9 +33,7 @@ def test_every_operation_has_what_it_needs(listed: list[operator_map.Operation])
         assert ("reference", *operation.kernels) == ops.implementations()[operation.name]
         assert operation.sections != operator_map.NONE, f"the oracle of {operation.name} must cite a section of the spec"
         assert operation.tests, f"{operation.name} has no test"
-        assert bool(operation.notebooks) != (operation.name in NO_NOTEBOOK), (
-            f"{operation.name}: {operation.notebooks}"
-        )
+        assert bool(operation.notebooks) != (operation.name in NO_NOTEBOOK), f"{operation.name}: {operation.notebooks}"
         folders = [folder for found in operation.kernels.values() for folder in found]
         assert all((ROOT / folder).is_dir() for folder in folders)
         assert all((ROOT / path).is_file() for path in (operation.oracle_file, *operation.tests, *operation.notebooks))
