@@ -10,7 +10,7 @@ from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.cache.read.api import read_keys
 from dsv4lab.kernels.cache.write.api import write_keys
 from dsv4lab.lab import trace
-from dsv4lab.reference.attention import attention
+from dsv4lab.reference.attention import attention as attend
 from dsv4lab.reference.cache import cache_read, cache_write
 from dsv4lab.reference.indexer import index_scores
 from dsv4lab.reference.mhc import embed_streams
@@ -99,10 +99,10 @@ def test_attention_s_entries_need_pages(table: list, chosen: list | None, messag
     )
     how = dict(window=8, ring_len=8, ratio=4, scale=0.1, record="plain", window_page=SIZE, entry_page=SIZE, rope_dim=64)
     if message is None:
-        assert attention(*arguments, **how).isfinite().all()
+        assert attend(*arguments, **how).isfinite().all()
     else:
         with pytest.raises(ValueError, match=message):
-            attention(*arguments, **how)
+            attend(*arguments, **how)
 
 
 def test_ids_are_looked_at() -> None:
