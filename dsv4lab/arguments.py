@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+PEAK_IDS = 128  # ids of the vocabulary that share a peak
+
 
 def check_shape(name: str, value: torch.Tensor, want: Sequence[int]) -> None:
     """Raises ValueError unless the tensor has exactly this shape: nothing is broadcast."""
@@ -28,6 +30,12 @@ def check_dense(name: str, value: torch.Tensor, want: Sequence[int | str], dtype
     if not fits or not value.is_contiguous():
         shape = ", ".join(map(str, want)) + "," * (len(want) == 1)
         raise ValueError(f"{name} must be contiguous ({shape}), got {tuple(value.shape)}, strides {value.stride()}")
+
+
+def check_peaks(peaks: torch.Tensor | None, logits: torch.Tensor) -> None:
+    """Of logits (B, V), one number, if any, for `PEAK_IDS` of them. Raises ValueError on shape, TypeError on dtype."""
+    if peaks is not None:
+        check_dense("peaks", peaks, (logits.shape[0], -(-logits.shape[1] // PEAK_IDS)), torch.int64)
 
 
 def check_limit(limit: float) -> None:

@@ -130,6 +130,12 @@ class PackedWeight:
             if value.shape != shape:
                 raise ValueError(f"{part} of a {self.shape} {form.name} weight must be {shape}, got {tuple(value.shape)}")
 
+    def check_input(self) -> None:
+        """`check`, where input_scale is no such weight's: for each call; the rest is checked where it is prepared."""
+        scale = self.input_scale
+        if scale is not None and (scale.dtype != torch.float32 or scale.shape != self.codes.shape[:-2]):
+            self.check()
+
     def __getitem__(self, index: int) -> PackedWeight:
         """One matrix of a stack."""
         return PackedWeight(self.format, **{name: t[index] for name, t in self.tensors().items()})
@@ -147,12 +153,12 @@ class PackedWeight:
 def weights_of(fmts: str, *parts: list[torch.Tensor]) -> list[PackedWeight]:
     """Weights from lists of their parts (codes, scales, ...), as operators take them; a missing part is an empty tensor.
 
-    fmts: the formats' names, commas between. Raises as `PackedWeight.check`.
+    fmts: the formats' names, commas between. Raises as `PackedWeight.check_input`.
     """
     columns = [[t if t.numel() else None for t in part] for part in parts[1:]]
     found = [PackedWeight(get_format(name), parts[0][i], *(c[i] for c in columns)) for i, name in enumerate(fmts.split(","))]
     for weight in found:
-        weight.check()
+        weight.check_input()
     return found
 
 

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+_EVERYWHERE = os.environ.get("DSV4LAB_CHECK_INDICES") == "1"
 _asked: ContextVar[bool | None] = ContextVar("dsv4lab_check_indices", default=None)
 
 
@@ -44,7 +45,7 @@ def check_slots(slots: torch.Tensor, num_pages: int, page_size: int, *, written:
     if written and _looks(slots):
         used, count = slots[slots >= 0].unique(return_counts=True)
         if (count > 1).any():
-            raise ValueError(f"slots must name no place twice, got {int(used[count > 1][0])} {int(count.max())} times")
+            raise ValueError(f"slots must name no place twice, got {int(used[count > 1][0])} {int(count[count > 1][0])} times")
 
 
 def check_entries(
@@ -108,9 +109,9 @@ def check_keys(
 
 
 def _looks(values: torch.Tensor) -> bool:
-    if isinstance(values, FakeTensor):
+    if isinstance(values, FakeTensor) or values.is_meta:
         return False
     asked = _asked.get()
     if asked is None:
-        asked = values.device.type == "cpu" or os.environ.get("DSV4LAB_CHECK_INDICES") == "1"
+        asked = values.device.type == "cpu" or _EVERYWHERE
     return asked and not (values.device.type == "cuda" and torch.cuda.is_current_stream_capturing())

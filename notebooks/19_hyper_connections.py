@@ -171,7 +171,7 @@ for name, given in fused.items():
 
 # %% [markdown]
 # Where a four- or eight-bit linear follows, the norm's row may leave as codes: of FP8 with a scale for 128, or of NVFP4. They are
-# those that the quantiser gives of the BF16 row, and `post` and `comb` the same, in every bit.
+# those that the quantiser gives of the BF16 row of the same configuration, in every bit.
 
 # %%
 for act, given in {"fp8": None, "nvfp4": torch.tensor(1 / 128, device=target)}.items():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4lab.formats import PackedWeight, weights_of
+from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels.attention.core import api as core
 from dsv4lab.kernels.gemm import operators as kernels
 from dsv4lab.kernels.gemm.mixed.layout import prepare
@@ -53,7 +53,9 @@ def test_a_weight_with_wrong_parts(name: str, part: str, change: Callable[[Any],
         lambda: kernels.linear_sm90(X, name, *parts, "nvfp4", None),
         lambda: kernels.linear_sm100(X, name, *parts, "nvfp4", None),
         lambda: kernels.grouped_linear_sm90(X[:, None], name, *parts, "none"),
-        lambda: weights_of(name, *([torch.empty(0) if t is None else t] for t in parts)),
+        lambda: kernels.two_linears_sm90(
+            X, f"{name},{name}", *([torch.empty(0) if t is None else t] * 2 for t in parts), act="none"
+        ),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             call()

@@ -74,8 +74,7 @@ def draw(
         return ops.lm_head_greedy(hidden, model.head.weight)
     if not filtered:
         return ops.lm_head_sample(hidden, model.head.weight, arguments["temperature"], seed, position)
-    logits, peaks = ops.lm_head_peaks(hidden, model.head.weight)
-    return ops.sample(logits, **arguments, seed=seed, position=position, peaks=peaks)
+    return ops.sample(ops.lm_head(hidden, model.head.weight), **arguments, seed=seed, position=position)
 
 
 class Round:
@@ -172,8 +171,7 @@ class Round:
             count = self.none
         else:
             assert self.draft_probs is not None and self.verified is not None
-            logits, peaks = ops.lm_head_peaks(hidden, model.head.weight)
-            target = ops.probabilities(logits, **self.verified, peaks=peaks)
+            target = ops.probabilities(ops.lm_head(hidden, model.head.weight), **self.verified)
             target = target.unflatten(0, self.step_ids.shape)
             count, token = ops.accept_drafts(target, self.draft_probs, self.step_ids[:, 1:], self.seed, self.known)
         new_ids, rows = ops.advance_decode(self.step_ids, self.known, self.limit, count, token)
@@ -195,10 +193,10 @@ class Round:
             if self.arguments is None or self.draft_probs is None:
                 token = ops.lm_head_greedy(hidden, self.model.head.weight)
             else:
-                logits, peaks = ops.lm_head_peaks(hidden, self.model.head.weight)
+                logits = ops.lm_head(hidden, self.model.head.weight)
                 position = self._plan(1, depth)[0]
-                token = ops.sample(logits, **self.arguments, seed=self.seed, position=position, peaks=peaks)
-                self.draft_probs[:, depth].copy_(ops.probabilities(logits, **self.arguments, peaks=peaks))
+                token = ops.sample(logits, **self.arguments, seed=self.seed, position=position)
+                self.draft_probs[:, depth].copy_(ops.probabilities(logits, **self.arguments))
             self.step_ids[:, depth + 1].copy_(token)
             if depth + 1 < self.num_drafts:
                 batch = self._batch(token, depth - 1, 0)

@@ -12,7 +12,8 @@ operation, with a shape function for meta tensors. What runs is decided by the a
   MissingKernel where there is none.
 
 Kernels keep what they make of a weight once. `forget_prepared()` after changing one through `.data` or in inference mode, which
-nobody sees. Slots, tables and ids are looked at on the CPU, on a GPU where that is asked for: `dsv4lab.paging`.
+nobody sees; CUDA graphs are to be captured again then. Slots, tables and ids are looked at on the CPU, on a GPU where that is
+asked for: `dsv4lab.paging`.
 
 `observe()` collects every call with its inputs and outputs, for pictures and for checking kernels on real activations.
 """

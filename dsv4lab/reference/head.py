@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import torch
 
+from dsv4lab.arguments import PEAK_IDS
 from dsv4lab.formats import PackedWeight
 from dsv4lab.reference.gemm import linear, lm_head
 from dsv4lab.reference.norm import rmsnorm
 from dsv4lab.reference.sampling import sample
-
-PEAK_IDS = 128  # ids of the vocabulary that share a peak
 
 
 def mtp_input(

@@ -91,8 +91,9 @@ def index_key_write(
 
 
 def index_key_read(pages: torch.Tensor, slots: torch.Tensor, *, record: str, page_size: int, dim: int) -> torch.Tensor:
-    """Gather and dequantise index keys: slots (N,) int64 -> (N, dim) f32. Raises as `cache_read`."""
+    """Gather and dequantise index keys: slots (N,) int64 -> (N, dim) f32; slot -1 gives some key's. Raises as `cache_read`."""
     packed = check_pool(pages, "index", record, page_size=page_size, dim=dim)
+    check_slots(slots, pages.shape[0], page_size)
     page, place = slots.clamp(min=0) // page_size, slots.clamp(min=0) % page_size
     if packed is None:
         return pages[page, place].float()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4lab.arguments import check_peaks
 from dsv4lab.paging import check_range
 
 SAMPLE, ACCEPT, RESIDUAL = 0, 1, 2  # streams: token draws, acceptance of drafts, the token after the accepted drafts
@@ -49,6 +50,7 @@ def sample(
     peaks: the logits' own, see `head.lm_head_peaks`; a kernel saves work by them, the result is the same.
     Raises ValueError on shapes, TypeError on dtypes. Logits must not be NaN.
     """
+    check_peaks(peaks, logits)
     scaled = _scaled(logits, temperature, top_k, top_p)
     check_vectors(logits.shape[0], seed=seed, position=position)
     keys = scaled + gumbel_noise(seed, position, logits.shape[1])
@@ -69,6 +71,7 @@ def probabilities(
     keeps the shortest run of the rest, by falling probability, whose mass reaches top_p of it, at least one element.
     Of equal logits the lower id ranks first, in both.
     """
+    check_peaks(peaks, logits)
     scaled = _scaled(logits, temperature, top_k, top_p)
     greedy = torch.nn.functional.one_hot(logits.float().argmax(-1), logits.shape[1]).float()
     return torch.where((temperature <= 0)[:, None], greedy, scaled.softmax(-1))

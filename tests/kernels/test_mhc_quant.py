@@ -99,9 +99,15 @@ def test_tiles_of_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_tokens_take_a_launch_more(kind: str) -> None:
-    args, named = arguments(PRE, 65), how_of(kind)
+def test_many_tokens_take_a_launch_more(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args, named, taken = arguments(PRE, 65), how_of(kind), []
+    name = "quantize_fp8_rows" if kind == "fp8" else "quantize_nvfp4"
+    quantize = getattr(api, name)
+    monkeypatch.setattr(api, name, lambda *a, **how: (taken.append(name), quantize(*a, **how))[1])
+    few = simulate("sm_90a", api.mhc_pre_quantized, *(args[0][:64].clone(), *args[1:]), **named)
+    assert not taken and len(few) == 4
     found = simulate("sm_90a", api.mhc_pre_quantized, *args, **named)
+    assert taken == [name]
     x, post, comb = simulate("sm_90a", api.mhc_pre, *args, **HOW)
     assert same(found, (*codes_of(x, kind, named), post, comb))
 
@@ -123,7 +129,7 @@ def test_what_is_refused_and_none_is_nothing() -> None:
         (dict(act="nvfp4"), "act must be fp8, or nvfp4 with a global_scale, got 'nvfp4' and None"),
         (dict(act="fp8", global_scale=one), "got 'fp8' and"),
         (dict(act="nvfp4", global_scale=one.double()), "global_scale must be float32"),
-        (dict(act="nvfp4", global_scale=one.repeat(4)), r"global_scale must be contiguous \(1,\), got \(4,\)"),
+        (dict(act="nvfp4", global_scale=one.repeat(4)), r"global_scale must be contiguous \(\), got \(4,\)"),
         (dict(act="fp8", layout="atom128x4"), "layout must be linear, or atom128x4 of nvfp4"),
         (dict(act="fp8", config=replace(PRE, columns=64, warps=4)), "config must have"),
         (dict(act="fp8", config=TOGETHER), "config must have"),

@@ -31,7 +31,7 @@ def keys(slots: list[int]) -> tuple[torch.Tensor, ...]:
     ("slots", "message"),
     [
         ([0, PAGES * SIZE], "slots must be below 12, got 12"),
-        ([5, -1, 5, -1], "slots must name no place twice, got 5 2 times"),
+        ([5, -1, 5, 9, 9, 9], "slots must name no place twice, got 5 2 times"),
     ],
 )
 def test_slots_are_looked_at(slots: list[int], message: str) -> None:
@@ -113,13 +113,15 @@ def test_ids_are_looked_at() -> None:
         router_hash(torch.randn(1, 16), torch.randn(5, 16), torch.zeros(2, 2).long(), torch.tensor([-1]), route_scale=1.0)
 
 
-def test_who_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_looks() -> None:
     bad = torch.tensor([7])
     with paging.checked(False):
         paging.check_range("ids", bad, 7)
     with pytest.raises(ValueError, match="ids must be below 7, got 7"):
         paging.check_range("ids", bad, 7)
     paging.check_range("ids", bad, 8)
+    with paging.checked():
+        paging.check_range("ids", bad.to("meta"), 7)
 
 
 @pytest.mark.gpu
@@ -128,7 +130,7 @@ def test_a_gpu_is_asked_only_where_that_is_wanted(monkeypatch: pytest.MonkeyPatc
     paging.check_range("ids", bad, 7)
     with paging.checked(), pytest.raises(ValueError, match="ids must be below 7, got 7"):
         paging.check_range("ids", bad, 7)
-    monkeypatch.setenv("DSV4LAB_CHECK_INDICES", "1")
+    monkeypatch.setattr(paging, "_EVERYWHERE", True)
     with pytest.raises(ValueError, match="ids must be below 7, got 7"):
         paging.check_range("ids", bad, 7)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):

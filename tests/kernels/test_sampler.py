@@ -328,8 +328,8 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
         with pytest.raises(error, match=message):
             sample(*({"logits": logits} | args | changed).values())
     for peaks, error, message in (
-        (torch.zeros(2, 1), TypeError, "peaks must be int64, got float32"),
-        (torch.zeros(2, 0).long(), ValueError, r"peaks must be contiguous \(2, P\) with P >= 1, got \(2, 0\)"),
+        (torch.zeros(2, 1), TypeError, r"peaks must be int64, got torch.float32"),
+        (torch.zeros(2, 0).long(), ValueError, r"peaks must be contiguous \(2, 1\), got \(2, 0\)"),
     ):
         with pytest.raises(error, match=message):
             probabilities(logits, *list(args.values())[:3], peaks)

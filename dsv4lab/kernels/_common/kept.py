@@ -50,9 +50,11 @@ def kept(key: Hashable, tensors: list[torch.Tensor], make: Callable[[], Made]) -
 
 
 def forget() -> None:
-    """Have everything made again at its next use. CUDA graphs that were captured before keep what they read."""
-    for key, entry in _known.items():
-        _known[key] = _Entry(entry.tensors, [], None)  # its finalizer stays
+    """Have everything made again at its next use. What CUDA graphs read that were captured before is then gone: capture them
+    again.
+    """
+    for entry in list(_known.values()):
+        entry.states.clear()
 
 
 def _state(tensor: torch.Tensor) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def factor_of(input_scale: torch.Tensor | None) -> str:
 
 def _weight(fmt: str, *parts: torch.Tensor | None) -> PackedWeight:
     weight = PackedWeight(get_format(fmt), *parts)  # type: ignore[arg-type]
-    weight.check()
+    weight.check_input()
     return weight
 
 
@@ -147,7 +147,7 @@ def linear_sm100(
     x enters the product as code * block scale * global scale, exactly; the reference rounds that to x's dtype first. Block
     scales of the weight are brought into atom128x4 order by torch, at every call.
     """
-    _weight(fmt, codes, scale, global_scale, input_scale)
+    _weight(fmt, codes, scale, global_scale, input_scale).check()
     rows = x.contiguous()
     if input_scale is None:
         x_codes, x_scale, row_scale = quantize_nvfp4(rows, layout="atom128x4", per_row=True)

@@ -67,8 +67,9 @@ def mhc_pre(
 def mhc_pre_quantized(streams: torch.Tensor, *mix: Any, **how: Any) -> tuple[torch.Tensor, ...]:
     """`mhc_pre`, and what `quant.rows.api` makes of its normalised input, bit for bit: codes, scales, post, comb.
 
-    Arguments of `mhc_pre`, a `MixConfig` if any; act "fp8", as `quantize_fp8_rows` in groups of 128, or "nvfp4", as
-    `quantize_nvfp4` with a global_scale (one f32, after norm_weight) and a layout.  Source: `reference.mhc.mhc_pre_quantized`.
+    Of the same configuration, that is: up to 64 tokens a `MixConfig`, which `mhc_pre` alone may not choose. Arguments of
+    `mhc_pre`, a `MixConfig` if any; act "fp8", as `quantize_fp8_rows` in groups of 128, or "nvfp4", as `quantize_nvfp4` with a
+    global_scale (one f32, after norm_weight) and a layout.  Source: `reference.mhc.mhc_pre_quantized`.
     """
     _check_streams(streams)
     return _quantized(streams, None, *mix, **how)[1:]
@@ -259,7 +260,7 @@ def _quantized(
     if act not in ("fp8", "nvfp4") or (act == "nvfp4") != (global_scale is not None):
         raise ValueError(f"act must be fp8, or nvfp4 with a global_scale, got {act!r} and {global_scale}")
     if global_scale is not None:
-        _expect("global_scale", global_scale.reshape(-1), (1,), torch.float32)
+        _expect("global_scale", global_scale, (), torch.float32)
     if layout != "linear" and (act, layout) != ("nvfp4", "atom128x4"):
         raise ValueError(f"layout must be linear, or atom128x4 of nvfp4, got {layout!r} of {act}")
     quant = act if layout == "linear" else "nvfp4_tiles"
@@ -269,7 +270,7 @@ def _quantized(
     new, x, _, post, comb = _mix(*mix)
     if global_scale is None:
         return new, *quantize_fp8_rows(x, GROUPS["fp8"]), post, comb
-    return new, *quantize_nvfp4(x, global_scale.reshape(()), layout=layout)[:2], post, comb
+    return new, *quantize_nvfp4(x, global_scale, layout=layout)[:2], post, comb
 
 
 def _mix(

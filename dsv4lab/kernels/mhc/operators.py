@@ -70,8 +70,8 @@ def _mix_refuses(
     global_scale: torch.Tensor | None = None,
     **how: Any,
 ) -> str | None:
-    if global_scale is not None and (global_scale.dtype != torch.float32 or global_scale.numel() != 1):
-        return f"global_scale must be one float32, got {global_scale.dtype} {tuple(global_scale.shape)}"
+    if global_scale is not None and (global_scale.dtype != torch.float32 or global_scale.ndim):
+        return f"global_scale must be one float32, (), got {global_scale.dtype} {tuple(global_scale.shape)}"
     for name, value in (("fn", fn), ("base", base), ("scale", scale)):
         if value.dtype != torch.float32:
             return f"{name} must be float32, got {value.dtype}"

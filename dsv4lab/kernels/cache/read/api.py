@@ -30,7 +30,7 @@ def read_keys(
 ) -> torch.Tensor:
     """Gather and dequantise keys: pages, a contiguous pool; slots (N,) i64 below P * page_size -> (N, dim) f32.
 
-    -1, or any slot down to -2^31, gives zeros, as one beyond the pool does (`paging` finds those). record "plain"
+    -1, or any slot down to -2^31, gives zeros, as one beyond the pool, below 2^31, does (`paging` finds those). record "plain"
     (BF16 or f32 pages), "fp8" or "nvfp4"; dim a multiple of 16 from 80 to 512, rope_dim 64. Numbers are the reference's in
     every bit.  Raises ValueError on shapes and names, TypeError on dtypes.
     Source: `reference.cache.cache_read`.

@@ -41,9 +41,9 @@ def write_keys(
     x (M, c) and norm_weight (c,) bf16 or f32; positions (M,) i64 up to 2^20; inv_freq (32,) f32, at most 1; slots (M,) i64
     below P * page_size, -1 (or any down to -2^31) = do not store, no slot twice; pages: a contiguous pool of P pages.
     kind "kv": c a multiple of 16 from 80 to 512, record "plain", "fp8" or "nvfp4"; "index": c = 128, record "plain", "fp8" or
-    "fp4". What has a slot beyond the pool is not stored (`paging` finds those, and doubles). Stored bytes are the reference's
-    wherever float32 sums and rotations round to the same `x.dtype` as the reference's float64 ones. settled: norm_weight and
-    inv_freq are no results of the kernel before, which may still run when they are read.
+    "fp4". What has a slot beyond the pool, below 2^31, is not stored (`paging` finds those, and doubles). Stored bytes are the
+    reference's wherever float32 sums and rotations round to the same `x.dtype` as the reference's float64 ones. settled:
+    norm_weight and inv_freq are no results of the kernel before, which may still run when they are read.
     Raises ValueError on shapes, names and page sizes, TypeError on dtypes.  Source: `reference.cache.cache_write`,
     `reference.indexer.index_key_write`.
     """

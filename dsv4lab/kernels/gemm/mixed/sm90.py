@@ -82,7 +82,7 @@ class MixedLinearSm90:
     ) -> None:
         """x (rows, columns) bf16; records (E * slabs, tiles, words) i32; alpha (E, 2) f32; y (M, N) bf16 or f32, or (M, parts)
         i64 for argmax and sample, whose group_rows is N and which has temperatures for factors and seed, position (M,) i64;
-        peaks (M, N / 128) i64, beside f32 y, with group_rows as there.
+        peaks (M, ceil(N / 128)) i64, beside f32 y, with group_rows as there.
 
         factor: (M,) f32, of groups (M, G), of slots (tokens,), of matrices (E,); given (E,) f32: global scales of results;
         slots (M,) i32, slot_weight (slots,) f32 and top_k if slotted;

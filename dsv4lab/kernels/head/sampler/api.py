@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_peaks
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.head.sampler.config import AcceptConfig, SamplerConfig
@@ -32,9 +33,9 @@ def sample(
     """Draw one token a row, with the noise and comparisons of the reference bit for bit.
 
     logits (B, V) f32, no NaN; temperature (B,) f32, 0 = greedy; top_k (B,) i32 or i64, 0 = off; top_p (B,) f32, 1 = off; seed,
-    position (B,) i64; peaks (B, P) i64, of `gemm.mixed.api.linear_peaks`, which save work and change nothing; all contiguous
-    -> ids (B,) i64. With top-p the kept set may differ from the reference's by an element whose mass before it is within 1e-7
-    of top_p.
+    position (B,) i64; peaks (B, ceil(V / 128)) i64, of `gemm.mixed.api.linear_peaks`, which save work and change nothing; all
+    contiguous -> ids (B,) i64. With top-p the kept set may differ from the reference's by an element whose mass before it is
+    within 1e-7 of top_p.
     Raises ValueError on shapes, TypeError on dtypes. Source: `reference.sampling.sample`.
     """
     _check_logits(logits, temperature, top_k, top_p, peaks)
@@ -118,12 +119,7 @@ def _check_logits(
         raise ValueError(f"logits must be contiguous (B, V) with V >= 1, got {tuple(logits.shape)}, strides {logits.stride()}")
     _check_vectors(logits.shape[0], temperature=temperature, top_k=top_k, top_p=top_p)
     _check_size(logits.shape[0], logits.numel())
-    if peaks is None:
-        return
-    if peaks.dtype != torch.int64:
-        raise TypeError(f"peaks must be int64, got {_name(peaks.dtype)}")
-    if peaks.ndim != 2 or peaks.shape[0] != logits.shape[0] or not peaks.shape[1] or not peaks.is_contiguous():
-        raise ValueError(f"peaks must be contiguous ({logits.shape[0]}, P) with P >= 1, got {tuple(peaks.shape)}")
+    check_peaks(peaks, logits)
 
 
 def _check_vectors(batch: int, **vectors: torch.Tensor) -> None:

@@ -6,8 +6,8 @@ Which way a row goes is decided here, from its parameters in memory:
     no filter                the largest of logits / T + noise: one pass
     top-k or top-p           read once into shared memory, 2 or 3 passes there a filter, then the draw from what is kept
 
-With peaks, each part's largest logit from the head, a row at T <= 0 is not read, and the pass that reads one to be filtered is
-the first that counts.
+With peaks, each part's largest logit from the head, a row at T <= 0 is not read by `sample`, and the pass that reads one to be
+filtered is the first that counts.
 
 A row always has one cluster. Each of its CTAs leaves its packed maximum (image, lowest id) with the first one, through
 distributed shared memory, a barrier, and the id is written: no counters in memory that a launch would have to find cleared.
