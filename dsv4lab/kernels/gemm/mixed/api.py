@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dsv4lab.arguments import check_dense, check_limit
+from dsv4lab.arguments import check_dense
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
@@ -244,8 +244,8 @@ def _check_beside(weight: PreparedWeight, tiles: Tiles, slots: Slots | None, row
 def _check_limit(weight: PreparedWeight, limit: float | None) -> None:
     if weight.paired == (limit is None):
         raise ValueError(f"limit must be given for a paired weight alone, got {limit} and paired={weight.paired}")
-    if limit is not None:
-        check_limit(limit)
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit must be positive, or infinite for none, got {limit}")
 
 
 def _check_requant(weight: PreparedWeight, requant: torch.Tensor | None) -> None:
