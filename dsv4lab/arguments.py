@@ -38,6 +38,12 @@ def check_peaks(peaks: torch.Tensor | None, logits: torch.Tensor) -> None:
         check_dense("peaks", peaks, (logits.shape[0], -(-logits.shape[1] // PEAK_IDS)), torch.int64)
 
 
+def check_codes(act: str, global_scale: torch.Tensor | None) -> None:
+    """Codes that a row may leave as; NVFP4's scale is given. Raises ValueError."""
+    if act not in ("fp8", "nvfp4") or (act == "nvfp4") != (global_scale is not None):
+        raise ValueError(f"act must be fp8, or nvfp4 with a global_scale, got {act!r} and {global_scale}")
+
+
 def check_limit(limit: float) -> None:
     """Of the clamped SwiGLU. Raises ValueError."""
     if not 0.0 < limit < float("inf"):

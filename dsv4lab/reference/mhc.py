@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_codes
 from dsv4lab.paging import check_range
 from dsv4lab.reference.gemm import matmul_rows
 from dsv4lab.reference.norm import rmsnorm
@@ -102,9 +103,9 @@ def mhc_pre_quantized(
     """`mhc_pre`, its normalised input quantised (spec 3, 8.2): act "fp8", in groups of 128, or "nvfp4" with a global_scale ().
 
     -> codes (M, D) e4m3, scale (M, ceil(D/128)) e8m0, or codes (M, D/2) u8, block_scale (M, D/16) e4m3; post, comb.
+    Raises ValueError on act, and as `mhc_pre`.
     """
-    if act not in ("fp8", "nvfp4") or (act == "nvfp4") != (global_scale is not None):
-        raise ValueError(f"act must be fp8, or nvfp4 with a global_scale, got {act!r} and {global_scale}")
+    check_codes(act, global_scale)
     x, *rest = mhc_pre(streams, *mix, **how)
     codes = quantize_fp8_rows(x, group=128) if act == "fp8" else quantize_nvfp4(x, global_scale=global_scale)[:2]
     return *codes, *rest

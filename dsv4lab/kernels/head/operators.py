@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv4lab.formats import BF16, PackedWeight, weights_of
-from dsv4lab.kernels._common.elements import FLOATS
+from dsv4lab.kernels._common.elements import FLOATS, contiguous
 from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.gemm.mixed.api import Draws, linear_peaks, partial_argmax, partial_sample
 from dsv4lab.kernels.gemm.mixed.config import FEW
@@ -48,12 +48,12 @@ def lm_head_sample(x: Tensor, weight: Tensor, temperature: Tensor, seed: Tensor,
 
 def sample(logits: Tensor, *args: Tensor | None) -> Tensor:
     """`ops.sample`."""
-    return api.sample(logits.contiguous(), *(t if t is None else t.contiguous() for t in args))  # type: ignore[arg-type]
+    return api.sample(*contiguous((logits, *args)))
 
 
 def probabilities(logits: Tensor, *args: Tensor | None) -> Tensor:
     """`ops.probabilities`."""
-    return api.probabilities(logits.contiguous(), *(t if t is None else t.contiguous() for t in args))  # type: ignore[arg-type]
+    return api.probabilities(*contiguous((logits, *args)))
 
 
 def accept_drafts(

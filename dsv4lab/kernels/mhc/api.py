@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dsv4lab.arguments import check_codes, check_dense
 from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
@@ -165,8 +166,8 @@ def embed_streams(
     """Look up embeddings and copy each into every stream.
 
     token_ids (M,) i32 or i64; weight (V, D) bf16 or f32, rows of a multiple of 16 bytes; contiguous -> (M, num_streams, D) like
-    weight. Negative ids count from the end; ids outside the table, which `paging` finds,
-    take its first or last row.  Raises ValueError on shapes, TypeError on dtypes.  Source: `reference.mhc.embed_streams`.
+    weight. Negative ids count from the end; ids outside the table, which `paging` finds, take its first or last row.
+    Raises ValueError on shapes, TypeError on dtypes.  Source: `reference.mhc.embed_streams`.
     """
     if token_ids.dtype not in _INTEGER or weight.dtype not in ELEMENT:
         raise TypeError(
@@ -208,9 +209,9 @@ def _check_streams(streams: torch.Tensor) -> None:
 
 def _check_post(y: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> None:
     m, _, columns = streams.shape
-    _expect("y", y, (m, columns), torch.bfloat16)
-    _expect("post", post, (m, STREAMS), torch.float32)
-    _expect("comb", comb, (m, STREAMS, STREAMS), torch.float32)
+    check_dense("y", y, (m, columns), torch.bfloat16)
+    check_dense("post", post, (m, STREAMS), torch.float32)
+    check_dense("comb", comb, (m, STREAMS, STREAMS), torch.float32)
 
 
 def _check_mix(
@@ -223,19 +224,12 @@ def _check_mix(
     scales: int,
 ) -> None:
     columns = streams.shape[2]
-    _expect("fn", fn, (outputs, STREAMS * columns), torch.float32)
-    _expect("base", base, (outputs,), torch.float32)
-    _expect("scale", scale, (scales,), torch.float32)
+    check_dense("fn", fn, (outputs, STREAMS * columns), torch.float32)
+    check_dense("base", base, (outputs,), torch.float32)
+    check_dense("scale", scale, (scales,), torch.float32)
     if norm_weight.dtype not in ELEMENT:
         raise TypeError(f"norm_weight must be bfloat16 or float32, got {norm_weight.dtype}")
-    _expect("norm_weight", norm_weight, (columns,), norm_weight.dtype)
-
-
-def _expect(name: str, value: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if value.dtype != dtype:
-        raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
-    if value.shape != shape or not value.is_contiguous():
-        raise ValueError(f"{name} must be contiguous {shape}, got {tuple(value.shape)}, strides {value.stride()}")
+    check_dense("norm_weight", norm_weight, (columns,), norm_weight.dtype)
 
 
 # ---- launches ----------------------------------------------------------------------------------------------------------
@@ -257,10 +251,9 @@ def _quantized(
 ) -> tuple[torch.Tensor, ...]:
     """`_mix` to codes and scales; of many tokens by a launch more, since `MixConfig` is slower by more than that (H200)."""
     _check_mix(streams, fn, base, scale, norm_weight, 24, 3)
-    if act not in ("fp8", "nvfp4") or (act == "nvfp4") != (global_scale is not None):
-        raise ValueError(f"act must be fp8, or nvfp4 with a global_scale, got {act!r} and {global_scale}")
+    check_codes(act, global_scale)
     if global_scale is not None:
-        _expect("global_scale", global_scale, (), torch.float32)
+        check_dense("global_scale", global_scale, (), torch.float32)
     if layout != "linear" and (act, layout) != ("nvfp4", "atom128x4"):
         raise ValueError(f"layout must be linear, or atom128x4 of nvfp4, got {layout!r} of {act}")
     quant = act if layout == "linear" else "nvfp4_tiles"
@@ -286,8 +279,8 @@ def _mix(
     config: MixConfig | TogetherConfig | None,
     quant: str = "",
     global_scale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """New streams (the old, without `given`: y, post and comb), x or codes, scales (bytes of x), post, comb; the last two empty
+) -> tuple[Any, ...]:
+    """New streams (the old, without `given`: y, post and comb), x or codes, scales (None of x), post, comb; the last two empty
     for the head.
     """
     if not 1e-30 <= eps < float("inf") or not 0 <= hc_eps < float("inf") or iters < 1:
@@ -326,16 +319,18 @@ def _mix(
         groups = min(max(runtime.multiprocessors // plan.slices, 1), -(-tokens // TILE))
         ctas = min(tokens, runtime.multiprocessors)
         place = slice(part.start // ATOM_ROWS, None) if quant == "nvfp4_tiles" else part
-        codes = scales.view(torch.uint8)[place], base if global_scale is None else global_scale.reshape(1)
+        codes = (
+            (out if scales is None else scales).view(torch.uint8)[place],
+            base if global_scale is None else global_scale.reshape(1),
+        )
         runtime.call(_compiled(plan, runtime), *rows, prepared(fn), sums, *shared, *results, *codes, groups, ctas)
     return new, out, scales, post, comb
 
 
-def _room(m: int, columns: int, quant: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """For x, and its bytes, or for codes and scales; of tiles the padding is zeros."""
+def _room(m: int, columns: int, quant: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """For x alone, or for codes and scales; of tiles the padding is zeros."""
     if not quant:
-        out = torch.empty(m, columns, dtype=torch.bfloat16, device=device)
-        return out, out.view(torch.uint8)
+        return torch.empty(m, columns, dtype=torch.bfloat16, device=device), None
     blocks = -(-columns // GROUPS[quant])
     if quant == "fp8":
         codes = torch.empty(m, columns, dtype=torch.float8_e4m3fn, device=device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dsv4lab.kernels._common.elements import FLOATS
+from dsv4lab.kernels._common.elements import FLOATS, contiguous
 from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.mhc import api
 from dsv4lab.kernels.mhc.config import BLOCK, STREAMS
@@ -16,41 +16,37 @@ INTEGERS = (torch.int32, torch.int64)
 
 def pre(*args: torch.Tensor, **how: Any) -> Any:
     """The operator `mhc_pre`."""
-    return api.mhc_pre(*_contiguous(args), **how)
+    return api.mhc_pre(*contiguous(args), **how)
 
 
 def pre_quantized(*args: torch.Tensor, **how: Any) -> Any:
     """The operator `mhc_pre_quantized`."""
-    return api.mhc_pre_quantized(*_contiguous(args), **how)
+    return api.mhc_pre_quantized(*contiguous(args), **how)
 
 
 def post(*args: torch.Tensor, **how: Any) -> Any:
     """The operator `mhc_post`."""
-    return api.mhc_post(*_contiguous(args), **how)
+    return api.mhc_post(*contiguous(args), **how)
 
 
 def post_pre(*args: torch.Tensor, **how: Any) -> Any:
     """The operator `mhc_post_pre`."""
-    return api.mhc_post_pre(*_contiguous(args), **how)
+    return api.mhc_post_pre(*contiguous(args), **how)
 
 
 def post_pre_quantized(*args: torch.Tensor, **how: Any) -> Any:
     """The operator `mhc_post_pre_quantized`."""
-    return api.mhc_post_pre_quantized(*_contiguous(args), **how)
+    return api.mhc_post_pre_quantized(*contiguous(args), **how)
 
 
 def head(*args: torch.Tensor, **how: Any) -> Any:
     """The operator `mhc_head`."""
-    return api.mhc_head(*_contiguous(args), **how)
+    return api.mhc_head(*contiguous(args), **how)
 
 
 def embed(*args: torch.Tensor, **how: Any) -> Any:
     """The operator `embed_streams`."""
-    return api.embed_streams(*_contiguous(args), **how)
-
-
-def _contiguous(args: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
-    return tuple(t if t is None else t.contiguous() for t in args)
+    return api.embed_streams(*contiguous(args), **how)
 
 
 def _streams_refuse(streams: torch.Tensor) -> str | None:

@@ -97,7 +97,7 @@ def attention(
     near = _bytes("window_pages", window_pages, config, window_page)
     far = None if entry_pages is None else _bytes("entry_pages", entry_pages, config, entry_page)
     tokens, held = near.shape[0] * window_page, 0 if far is None else far.shape[0] * entry_page
-    rings, pages = tokens // ring_len, held // entry_page if held else 0
+    rings, pages = tokens // ring_len, 0 if far is None else far.shape[0]
     paged = dict(rings=rings, num_pages=pages, page_size=entry_page, ratio=ratio)
     check_keys(block_table, positions, seq_idx, topk_indices, **paged)
     reach = 0 if far is None else block_table.shape[1] * entry_page  # of a sequence

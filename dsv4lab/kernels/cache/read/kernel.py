@@ -1,8 +1,8 @@
 """Slots of a page pool -> keys as float32: gather and dequantise, every bit the reference's.
 
 A warp has a row, whose record it decodes as `record` says: a store of the warp is 512 bytes in a row, all loads of a row are
-in flight before the first value is decoded. A slot outside the pool reads slot
-0, which is there as in any pool, and gives zeros.
+in flight before the first value is decoded. A slot outside the pool reads slot 0, which is there as in any pool, and gives
+zeros.
 
 Bytes of a row of 512: 584 (fp8), 384 (nvfp4) or 1024 (plain BF16) read, 2048 written. sm_90a and sm_100a.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from dsv4lab.arguments import PEAK_IDS
 from dsv4lab.kernels.gemm.mixed.layout import PLANES, SLAB, TILE, record_words
 
 SHARED_BYTES = 227 * 1024  # that a CTA may have
@@ -11,7 +12,7 @@ HALF_SHARED_BYTES = 113 * 1024  # two CTAs fit on a multiprocessor
 PITCH_PAD = 4  # floats between the epilogue's rows, so that stores hit every bank once
 ROW_PAD = 16  # bytes between tokens in shared memory where warps read them, for the same reason
 FEW = 16  # tokens up to which warps multiply on their own
-PART = 128  # rows whose largest result is one number: the lanes of a warp have four each
+PART = PEAK_IDS  # rows whose largest result is one number: the lanes of a warp have four each
 _MARGIN = 2048  # barriers, and alignment of the buffers to 1024 bytes
 _MULTIPROCESSORS = 132  # of an H100 SXM or H200
 _ENOUGH = 100  # CTAs that keep the memory busy, with a ring full of weights in flight each

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dsv4lab.arguments import check_peaks
+from dsv4lab.arguments import check_dense, check_peaks
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.head.sampler.config import AcceptConfig, SamplerConfig
@@ -85,15 +85,9 @@ def accept_drafts(
         raise ValueError(f"target_probs must be (B, n + 1, V) with V >= 1, got {tuple(target_probs.shape)}")
     batch, length, vocab = target_probs.shape
     drafts = length - 1
-    for name, value, shape, dtype in (
-        ("target_probs", target_probs, (batch, length, vocab), torch.float32),
-        ("draft_probs", draft_probs, (batch, drafts, vocab), torch.float32),
-        ("draft_ids", draft_ids, (batch, drafts), torch.int64),
-    ):
-        if value.dtype != dtype:
-            raise TypeError(f"{name} must be {_name(dtype)}, got {value.dtype}")
-        if tuple(value.shape) != shape or not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous {shape}, got {tuple(value.shape)}, strides {value.stride()}")
+    check_dense("target_probs", target_probs, (batch, length, vocab), torch.float32)
+    check_dense("draft_probs", draft_probs, (batch, drafts, vocab), torch.float32)
+    check_dense("draft_ids", draft_ids, (batch, drafts), torch.int64)
     _check_vectors(batch, seed=seed, position=position)
     _check_size(batch, target_probs.numel())
     check_range("draft_ids", draft_ids, vocab, start=0)
