@@ -18,6 +18,7 @@ import numpy as np
 
 MIME = "application/vnd.dsv4lab.check+json"
 
+_DISTANCES = ("cosine", "worst_row_cosine", "max_rel", "mean_rel", "max_abs")
 _OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
 
 
@@ -205,15 +206,36 @@ def publish_environment(facts: dict[str, str]) -> None:
     _publish({"kind": "environment", "facts": facts}, caption="environment", rows=[(k, v, "") for k, v in facts.items()])
 
 
+def line_of(record: dict[str, Any]) -> str:
+    """What was stored, as one line of text. Of arrays that are equal it leaves out what equality says."""
+    if record["kind"] == "environment":
+        return "environment: " + ", ".join(f"{key} {value}" for key, value in record["facts"].items())
+    if record["kind"] == "value":
+        return f"{record['name']}: {_text(record['value'])}{_spaced(record['unit'])}"
+    if record["kind"] == "bar":
+        facts = f": {_text(record['value'])} {record['op']} {_text(record['bound'])}{_spaced(record['unit'])}"
+    else:
+        facts = _measurements(record)
+    line = f"{'PASSED' if record['passed'] else 'FAILED'} {record['name']}{facts}"
+    return f"{line}\n  {record['shortfall']}" if record["shortfall"] else line
+
+
+def _measurements(record: dict[str, Any]) -> str:
+    measured, bars = record["measured"], record["bars"]
+    said = set(bars) | ({"max_abs"} if measured.get("max_abs") == 0 else set(_DISTANCES))
+    said |= {key for key in ("num_nan", "num_inf") if measured.get(key)}
+    parts = [
+        f"{key} {_measured(key, measured[key])}" + (f" {bars[key][0]} {_text(bars[key][1])}" if key in bars else "")
+        for key in (*_DISTANCES, "num_nan", "num_inf")
+        if key in said and key in measured
+    ]
+    return f" {tuple(record['shape'])}: {', '.join(parts)}"
+
+
 def _publish(payload: dict[str, Any], *, caption: str, rows: list[tuple[str, Any, str]], unit: str = "") -> None:
     """Display a payload with its text and table forms; outside a notebook, print the text."""
-    passed = payload.get("passed")
-    verdict = {True: "PASSED", False: "FAILED", None: ""}[passed]
-    lines = [f"{caption}  {verdict}".rstrip()]
-    lines += [f"  {key:<18}{_text(value)}{_spaced(unit)}{'   bar ' + bar if bar else ''}" for key, value, bar in rows]
-    if payload.get("shortfall"):
-        lines.append(f"  {payload['shortfall']}")
-    text = "\n".join(lines)
+    verdict = {True: "PASSED", False: "FAILED", None: ""}[payload.get("passed")]
+    text = line_of(payload)
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is None:
         print(text)
@@ -250,9 +272,9 @@ def _table(caption: str, verdict: str, rows: list[tuple[str, Any, str]], unit: s
     )
 
 
-def _measured(key: str, value: float) -> str:
+def _measured(key: str, value: Any) -> str:
     # a cosine says how near it is to 1 only in its later digits
-    return f"{value:.8f}" if "cosine" in key else _text(value)
+    return f"{value:.8f}" if "cosine" in key and isinstance(value, float) else _text(value)
 
 
 def _text(value: Any) -> str:

@@ -11,7 +11,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,9 +43,11 @@ class Report:
     num_run: int
 
 
-def write_report(output: Path = EXECUTED, *, notebooks: Path = NOTEBOOKS, pictures: bool = True) -> Report:
-    """Write `report.html` and `report.json` into the folder of executed notebooks; pictures: with thumbnails of the figures.
+def write_report(output: Path = EXECUTED, *, notebooks: Path = NOTEBOOKS, beside: Collection[str] | None = None) -> Report:
+    """Write `report.html` and `report.json` into the folder of executed notebooks.
 
+    beside: names of notebooks that will be read beside the page, which leaves what they show to them: results, and checks that
+    passed. It has no thumbnails of figures then; by default it shows all.
     Passed means: at least one notebook was executed, every one of them ended well, and no stored check fell short.
     Raises NotebookError when the folder holds no executed notebook.
     """
@@ -56,7 +58,7 @@ def write_report(output: Path = EXECUTED, *, notebooks: Path = NOTEBOOKS, pictur
     entries, figures = [], {}
     for path in executed:
         entry, found = _summarise(path, sources.get(path.stem))
-        figures[path.stem] = found if pictures else []
+        figures[path.stem] = found if beside is None else []
         entries.append(entry)
     ran = {path.stem for path in executed}
     entries += [{"name": name, "status": NOT_RUN, "checks": [], "values": []} for name in sources if name not in ran]
@@ -79,7 +81,7 @@ def write_report(output: Path = EXECUTED, *, notebooks: Path = NOTEBOOKS, pictur
     }
     page, record = output / "report.html", output / "report.json"
     write_atomically(record, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    write_atomically(page, _page(data, figures))
+    write_atomically(page, _page(data, figures, beside or ()))
     return Report(page, record, bool(data["passed"]), len(passing), len(judged))
 
 
@@ -172,14 +174,15 @@ def _thumbnail(data: dict[str, Any]) -> str | None:
     return None
 
 
-def _page(data: dict[str, Any], figures: dict[str, list[dict[str, str]]]) -> str:
+def _page(data: dict[str, Any], figures: dict[str, list[dict[str, str]]], beside: Collection[str]) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {
         "number": _number,
         "utc": utc,
         "cosine": lambda value: f"{value:.8f}" if isinstance(value, float) else str(value),
     }
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(figures=figures, plain=_plain, **data)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(figures=figures, beside=beside, plain=_plain, **data)
 
 
 def utc(started: str) -> str:

@@ -146,9 +146,23 @@ def test_record_keeps_numbers_and_strings(records: list[dict[str, Any]]) -> None
         lab.record("many", [1.0, 2.0])
 
 
-def test_outside_a_notebook_the_table_is_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_outside_a_notebook_checks_are_lines_of_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of equal arrays only what the bars ask for is said; of others everything; NaN where there are some."""
     lab.check("twins", [1.0, 2.0], [1.0, 2.0], max_abs=0)
-    assert "twins" in (out := capsys.readouterr().out) and "PASSED" in out and "worst_row_cosine" in out
+    lab.check("close", [3.0, 4.0], [3.0, 4.5], cosine=0.9)
+    lab.check_that("time", 2.5, "<", 3.0, "us")
+    lab.record("text", "a")
+    with pytest.raises(lab.CheckFailed):
+        lab.check("broken", [1.0, math.nan], [1.0, 2.0], rel=1)
+    assert capsys.readouterr().out.splitlines() == [
+        "PASSED twins (2,): max_abs 0 <= 0",
+        "PASSED close (2,): cosine 0.99846035 >= 0.9, worst_row_cosine 0.99846035, "
+        "max_rel 0.130744, mean_rel 0.065372, max_abs 0.5",
+        "PASSED time: 2.5 < 3 us",
+        "text: a",
+        "FAILED broken (2,): cosine nan, worst_row_cosine nan, max_rel nan <= 1, mean_rel nan, max_abs nan, num_nan 1",
+        "  1 NaN, 0 unshared infinities",
+    ]
 
 
 def test_setup_seeds_every_generator_and_resolves_the_device() -> None:

@@ -15,7 +15,16 @@ from dsv4lab.lab import publish
 from dsv4lab.lab.checks import MIME
 from dsv4lab.lab.notebooks import NotebookError
 
-RECORD = {"kind": "check", "name": "close", "passed": True, "cosine": 1.0, "numbers": {}}
+RECORD = {
+    "kind": "check",
+    "name": "close",
+    "passed": True,
+    "shape": [2],
+    "measured": {"cosine": 0.5, "max_abs": 0.25},
+    "bars": {"max_abs": ["<=", 0.5]},
+    "shortfall": "",
+}
+LARGE = 10**6  # bytes of a picture that all fit
 
 
 def executed(path: Path, *, pictures: int = 2, status: str = "passed", **run: str) -> None:
@@ -47,11 +56,11 @@ def test_one_form_of_each_output_stays(tmp_path: Path) -> None:
     executed(source / "01_a.ipynb")
     written = publish.publish(source, out, budget=2_000_000, notebooks=source)
     kinds, notebook = read(out / "01_a.ipynb")
-    assert kinds == [{"image/png"}, {"image/png"}, {"text/plain"}, {"text/html"}, set()]
+    assert kinds == [{"image/png"}, {"image/png"}, set(), {"text/html"}, set()]
     assert notebook.cells[0].source == "# A title\nText"
     assert notebook.cells[1].source == "draw()\n"
-    assert notebook.cells[1].outputs[-1].text == "said\n"
-    assert notebook.metadata["dsv4lab"]["status"] == "passed"
+    assert [notebook.cells[1].outputs[i].text for i in (2, -1)] == ["12 us\n", "said\n"]
+    assert notebook.metadata == {"dsv4lab": {"status": "passed"}, "language_info": {"name": "python"}}
     assert written.passed
     assert written.bytes == sum(path.stat().st_size for path in out.iterdir())
     assert {path.name for path in out.iterdir()} == {"01_a.ipynb", "index.md", "report.html"}
@@ -75,49 +84,61 @@ def test_each_run_s_own_commit_and_time_are_said(tmp_path: Path) -> None:
 
 
 def test_records_make_the_report_and_leave_the_notebook(tmp_path: Path) -> None:
-    kept = publish._smallest({MIME: RECORD, "text/html": "<table>", "text/plain": "close 1.0"}, 100, 12)
+    kept = publish._smallest({MIME: RECORD, "text/html": "<table>", "text/plain": "close 1.0"}, LARGE)
     assert kept == {MIME: RECORD, "text/plain": "close 1.0"}
     path = tmp_path / "a.ipynb"
     executed(path, pictures=0)
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[1].outputs.append(nbformat.v4.new_output("display_data", kept))
     nbformat.write(notebook, path)
-    assert MIME in publish.compact(path, width=100, colours=12)
-    path.write_text(publish.compact(path, width=100, colours=12))
+    path.write_text(publish.compact(path, picture_bytes=LARGE))
     assert read(path)[0][-1] == {MIME, "text/plain"}
     path.write_text(publish._without_records(path))
-    assert read(path)[0][-1] == {"text/plain"}
+    assert read(path)[1].cells[1].outputs[-1].text == "said\nPASSED close (2,): cosine 0.50000000, max_abs 0.25 <= 0.5\n"
 
 
 def test_neighbouring_texts_share_an_output(tmp_path: Path) -> None:
-    texts = [nbformat.v4.new_output("display_data", {"text/plain": text, MIME: RECORD}) for text in ("one", "two", "three")]
+    texts = [nbformat.v4.new_output("display_data", {"text/plain": text}) for text in ("one", "two  ", "three")]
     texts.insert(2, nbformat.v4.new_output("stream", name="stdout", text="between\n"))
     cell = nbformat.v4.new_code_cell("x", outputs=texts, metadata={"tags": ["parameters"], "execution": {"a": "b"}})
     path = tmp_path / "a.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A"), cell]), path)
-    path.write_text(publish.compact(path, width=100, colours=12))
+    path.write_text(publish.compact(path, picture_bytes=LARGE))
     path.write_text(publish._without_records(path))
     _, notebook = read(path)
-    assert [o.get("data", {}).get("text/plain") for o in notebook.cells[1].outputs] == ["one\n\ntwo", None, "three"]
+    (output,) = notebook.cells[1].outputs
+    assert (output.output_type, output.text) == ("stream", "one\ntwo\nbetween\nthree\n")
     assert notebook.cells[1].metadata == {"tags": ["parameters"]}
 
 
-def test_pictures_get_frequent_colours_that_are_well_apart() -> None:
-    """A line on white with a shade beside it: the palette has the ground's and both lines' colours, not the shade."""
-    image = Image.new("RGB", (60, 40), "white")
-    image.paste((0, 114, 178), (0, 10, 60, 14))
-    image.paste((10, 130, 190), (0, 14, 60, 16))  # 38 away from the line
-    image.paste((213, 94, 0), (0, 30, 60, 31))
+def picture_of(image: Image.Image) -> str:
     stream = io.BytesIO()
     image.save(stream, format="PNG")
-    png = base64.b64encode(stream.getvalue()).decode()
-    with Image.open(io.BytesIO(base64.b64decode(publish._palette_png(png, 60, 3)))) as kept:
-        assert (kept.mode, kept.size) == ("P", (60, 40))
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def test_pictures_get_the_colours_that_matter() -> None:
+    """A line on white with a shade beside it: the palette has the ground's and both lines' colours, not the shade."""
+    image = Image.new("RGB", (61, 40), "white")
+    image.paste((0, 114, 178), (0, 10, 61, 14))
+    image.paste((10, 130, 190), (0, 14, 61, 16))
+    image.paste((213, 94, 0), (0, 30, 61, 31))
+    small = image.quantize(palette=publish._palette(image, 3), dither=Image.Dither.NONE)
+    with Image.open(io.BytesIO(publish._palette_png(small))) as kept:
+        assert (kept.mode, kept.size) == ("P", (61, 40))
         found = kept.convert("RGB")
     assert {value for _, value in found.getcolors()} == {(255, 255, 255), (0, 114, 178), (213, 94, 0)}
-    assert [found.getpixel((5, y)) for y in (0, 13, 15, 30)] == [(255, 255, 255), (0, 114, 178), (0, 114, 178), (213, 94, 0)]
-    with Image.open(io.BytesIO(base64.b64decode(publish._palette_png(png, 30, 3)))) as kept:
-        assert kept.size == (30, 20)
+    assert [found.getpixel((60, y)) for y in (0, 13, 15, 30)] == [(255, 255, 255), (0, 114, 178), (0, 114, 178), (213, 94, 0)]
+
+
+def test_a_picture_is_as_good_as_its_bytes_allow() -> None:
+    rng = np.random.default_rng(1)
+    png = picture_of(Image.fromarray(rng.integers(0, 255, (50, 1200, 3), dtype=np.uint8)))
+    drawn = publish._palette_pngs(png)
+    assert [Image.open(io.BytesIO(each)).width for each in drawn] == [width for width, _ in publish.PICTURES]
+    for limit, want in ((LARGE, drawn[0]), (len(drawn[2]), drawn[2]), (0, min(drawn, key=len))):
+        assert base64.b64decode(publish._smallest({"image/png": png}, limit)["image/png"]) == want
+    assert len(publish._palette_pngs(picture_of(Image.new("RGB", (9, 9), "white")))) == 1  # no colours, no widths to choose
 
 
 def test_a_terse_report_says_the_same() -> None:
@@ -134,10 +155,9 @@ def test_pictures_shrink_until_the_budget_is_kept(tmp_path: Path) -> None:
     source.mkdir()
     executed(source / "01_a.ipynb")
     wide = publish.publish(source, tmp_path / "wide", budget=2_000_000, notebooks=source)
-    tight = publish.publish(source, tmp_path / "tight", budget=wide.bytes // 2, notebooks=source)
-    assert (wide.width, wide.colours) == publish.PICTURES[0]
-    assert tight.width < wide.width
-    assert tight.bytes <= wide.bytes // 2
+    tight = publish.publish(source, tmp_path / "tight", budget=wide.bytes * 3 // 5, notebooks=source)
+    assert tight.picture_bytes < wide.picture_bytes
+    assert tight.bytes <= wide.bytes * 3 // 5
     with pytest.raises(NotebookError, match=r"must fit 1,000 bytes"):
         publish.publish(source, tmp_path / "tight", budget=1000, notebooks=source)
     assert (tmp_path / "tight" / "01_a.ipynb").exists()  # what was published stays
@@ -145,7 +165,7 @@ def test_pictures_shrink_until_the_budget_is_kept(tmp_path: Path) -> None:
 
 def test_a_picture_left_out_is_said(tmp_path: Path) -> None:
     executed(tmp_path / "a.ipynb")
-    text = publish.compact(tmp_path / "a.ipynb", width=200, colours=12, most=1)
+    text = publish.compact(tmp_path / "a.ipynb", picture_bytes=LARGE, most=1)
     assert text.count("image/png") == 1
     assert text.count("not published") == 1
 

@@ -92,6 +92,18 @@ def test_one_page_and_one_json_tell_the_run(make_notebook: Maker, source: Path, 
     assert "http" not in text and "<script" not in text
 
 
+def test_a_page_beside_notebooks_leaves_to_them_what_they_show(make_notebook: Maker, source: Path, tmp_path: Path) -> None:
+    make_notebook("01_good", FIGURE, GOOD)
+    make_notebook("02_short", "from dsv4lab import lab\nlab.check('apart', [1.0, 2.0], [2.0, -1.0], cosine=0.9)")
+    make_notebook("03_elsewhere", "from dsv4lab import lab\nlab.check_that('kept', 1, '==', 1)")
+    out = tmp_path / "out"
+    runner.run_notebooks(directory=source, output=out, device="cpu", jobs=2)
+    page = Page(report.write_report(out, notebooks=source, beside=["01_good", "02_short"]).page.read_text())
+    assert not page.images and "2 of 2" in page.text  # how many checks passed is said of all
+    assert "ratio" not in page.text and "speed" not in page.text
+    assert "bar >= 0.9" in page.text and "kept" in page.text
+
+
 def stored_run(path: Path, **metadata: object) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x")])
     notebook.metadata["dsv4lab"] = metadata
