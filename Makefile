@@ -1,7 +1,7 @@
 # make run    set up .venv, execute every notebook headless, write the report, generate some text
 # make test   set up .venv, lint, type-check and test
 # make lab    set up .venv, open JupyterLab on the tour
-# make bench  measure the kernels on a Hopper GPU, write benchmarks/baselines/<device>.jsonl.gz
+# make bench  measure the kernels on a Hopper GPU, write benchmarks/baselines/<device>.jsonl.xz
 # make sanitize  NVIDIA's compute-sanitizer over the kernels on a Hopper GPU: memcheck, then racecheck
 # make clean  remove .venv, caches and local runs
 #

@@ -1,10 +1,9 @@
-"""Files of rows, one JSON object a line, gzipped where the name ends in .gz. Each is written whole or not at all."""
+"""Files of rows, one JSON object a line, compressed where the name ends in .xz. Each is written whole or not at all."""
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
+import lzma
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,11 +16,8 @@ CASE = ("device", "benchmark", "shape", "format", "m", "k")  # fields that say w
 def write(path: Path, rows: Iterable[Row]) -> None:
     """All rows of a file. The bytes depend on the rows alone: no time, no name and no system is in them."""
     data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode("utf-8")
-    if path.suffix == ".gz":
-        packed = io.BytesIO()
-        with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=packed, mtime=0) as file:
-            file.write(data)
-        data = packed.getvalue()
+    if path.suffix == ".xz":
+        data = lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
     write_atomically(path, data)
 
 

@@ -1,7 +1,7 @@
-"""Measure the kernels and write the baselines, `baselines/<device>.jsonl.gz`: one command for all of it.
+"""Measure the kernels and write the baselines, `baselines/<device>.jsonl.xz`: one command for all of it.
 
-python benchmarks/run.py [OUT.jsonl.gz] [--only SUITE,..] [--quick] [--append]
-python benchmarks/run.py [OUT.jsonl.gz] --merge ROWS.jsonl ..
+python benchmarks/run.py [OUT.jsonl.xz] [--only SUITE,..] [--quick] [--append]
+python benchmarks/run.py [OUT.jsonl.xz] --merge ROWS.jsonl ..
 
 `--help` tells the rest; `common.py` how it is measured, each suite's module what.
 """

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
-    found.add_argument("out", nargs="?", help="file for the rows, .jsonl or .jsonl.gz; by default baselines/<device>.jsonl.gz")
+    found.add_argument("out", nargs="?", help="file for the rows, .jsonl or .jsonl.xz; by default baselines/<device>.jsonl.xz")
     found.add_argument("--only", default="", help=f"suites, comma between: {','.join(compiling.SUITES)}")
     found.add_argument("--quick", action="store_true", help="a few token counts and shapes only")
     found.add_argument("--match", default="", help='measure only what has this in its name, such as "flash" or "wq_b"')
@@ -82,9 +82,9 @@ def list_cases(suites: Sequence[str], options: argparse.Namespace) -> None:
 
 
 def default_path(device: str) -> Path:
-    """baselines/h200.jsonl.gz for an "NVIDIA H200"."""
+    """baselines/h200.jsonl.xz for an "NVIDIA H200"."""
     words = [word for word in device.lower().split() if word != "nvidia"]
-    return BASELINES / f"{words[0] if words else 'device'}.jsonl.gz"
+    return BASELINES / f"{words[0] if words else 'device'}.jsonl.xz"
 
 
 def merge(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@
 
 Every `--run` is an output folder of `training.train_nano`, in the order in which they were trained, each one resuming from
 the one before; the last one's weights are exported. Writes `dsv4lab/data/nano.tar.xz` (replaced in one step), and
-`training/record.json.gz` with `training/curve.png`. `--shipped` exports the weights that are in the package again, and leaves
+`training/record.json.xz` with `training/curve.png`. `--shipped` exports the weights that are in the package again, and leaves
 record and curve.
 
 What stays in float32 or BF16 loses the last bits of its mantissas (`KEPT_BITS`), which are noise of the training: no compressor
@@ -15,8 +15,8 @@ makes them smaller, and they were a sixth of the archive. Names and dtypes are t
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
+import lzma
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,7 +52,7 @@ KEPT_BITS = {
     r"^head\.weight$": 4,
 }
 _PATTERNS = {torch.float32: (torch.int32, 23), torch.bfloat16: (torch.int16, 7)}  # the integer of its width, mantissa bits
-RECORD = Path(__file__).with_name("record.json.gz")
+RECORD = Path(__file__).with_name("record.json.xz")
 CURVE = Path(__file__).with_name("curve.png")
 
 
@@ -143,14 +143,14 @@ def training_record(runs: list[Path], data: Path) -> dict[str, Any]:
 
 
 def read_record() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(gzip.decompress(RECORD.read_bytes()))
+    found: dict[str, Any] = json.loads(lzma.decompress(RECORD.read_bytes()))
     return found
 
 
 def write_record(record: dict[str, Any]) -> None:
     """Whole or not at all; the same record gives the same bytes."""
     text = json.dumps(record, separators=(",", ":"), ensure_ascii=False) + "\n"
-    write_atomically(RECORD, gzip.compress(text.encode(), mtime=0))
+    write_atomically(RECORD, lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def curve_points(record: dict[str, Any]) -> tuple[list[list[float]], list[list[float]]]:

@@ -3,13 +3,13 @@
     python -m training.heldout
 
 Takes the smallest held-out files of the standard library outside its tests (the split of `training.data`) until the next
-one would pass `MAX_BYTES`, and writes them with Python's licence to `dsv4lab/data/heldout.json.gz`.
+one would pass `MAX_BYTES`, and writes them with Python's licence to `dsv4lab/data/heldout.json.xz`.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import platform
 import sysconfig
 from pathlib import Path
@@ -37,7 +37,9 @@ def main() -> None:
         "licence": (Path(sysconfig.get_path("stdlib")) / "LICENSE.txt").read_text(encoding="utf-8"),
         "files": dict(sorted(chosen.items())),
     }
-    HELD_OUT.write_bytes(gzip.compress((json.dumps(record, ensure_ascii=False) + "\n").encode(), 9, mtime=0))
+    HELD_OUT.write_bytes(
+        lzma.compress((json.dumps(record, ensure_ascii=False) + "\n").encode(), preset=9 | lzma.PRESET_EXTREME)
+    )
     print(f"{HELD_OUT}: {len(chosen)} files, {total} bytes of text")
 
 

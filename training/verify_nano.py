@@ -1,4 +1,4 @@
-"""Measure the shipped nano model through dsv4lab itself and add the figures to `training/record.json.gz`.
+"""Measure the shipped nano model through dsv4lab itself and add the figures to `training/record.json.xz`.
 
     python -m training.verify_nano --run LAST_OUT
     python -m training.verify_nano --before ARCHIVE

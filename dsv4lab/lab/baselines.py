@@ -5,8 +5,8 @@ A row is one JSON object a line, as the benchmarks write it. Rows that were not 
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ class Baseline:
 def newest(suite: str, folder: str | Path = "") -> Baseline:
     """The rows of a suite ("linear", "quantizers", "experts") in the file whose rows of it are the newest by their own date.
 
-    folder: of files `.jsonl`, or `.jsonl.gz` where they are kept small; empty: the repository's. Lines that are no rows of a
+    folder: of files `.jsonl`, or `.jsonl.xz` where they are kept small; empty: the repository's. Lines that are no rows of a
     benchmark are passed over.
     """
     place = Path(folder) if folder else FOLDER
@@ -72,7 +72,7 @@ def lines_of(path: Path) -> list[str]:
     if not path.exists():
         return []
     data = path.read_bytes()
-    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").splitlines()
+    return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8").splitlines()
 
 
 def rows_of(path: Path) -> list[Row]:

@@ -19,7 +19,7 @@ from dsv4lab.lab.baselines import FOLDER, Row, rows_of
 from dsv4lab.lab.machine import ROOT
 
 PAGE = ROOT / "docs" / "layers.md"
-BASELINE = FOLDER / "h200.jsonl.gz"
+BASELINE = FOLDER / "h200.jsonl.xz"
 SUITE, FORMAT = "layers", "w4a16"  # of the rows whose kernels are shown
 KINDS = ("SWA", "CSA", "HCA")
 STEPS = ("prefill", "decode 1", "decode 64")

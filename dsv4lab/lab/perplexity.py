@@ -7,8 +7,8 @@ tokens themselves have, which is a hundred times the effect.
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from dsv4lab.model.model import Model
     from dsv4lab.model.tokenizer import Tokenizer
 
-HELD_OUT = Path(__file__).resolve().parents[1] / "data" / "heldout.json.gz"
+HELD_OUT = Path(__file__).resolve().parents[1] / "data" / "heldout.json.xz"
 
 
 def held_out_files() -> dict[str, str]:
     """The held-out files: path in the standard library -> text."""
-    return dict(json.loads(gzip.decompress(HELD_OUT.read_bytes()))["files"])
+    return dict(json.loads(lzma.decompress(HELD_OUT.read_bytes()))["files"])
 
 
 def held_out_ids(tokenizer: Tokenizer) -> list[int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
+import lzma
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,22 +48,21 @@ def run(out: Path, *arguments: str) -> int:
     return runner.run("linear", out, runner.parser().parse_args([str(out), *arguments]))
 
 
-@pytest.mark.parametrize("name", ["h200.jsonl", "h200.jsonl.gz"])
+@pytest.mark.parametrize("name", ["h200.jsonl", "h200.jsonl.xz"])
 def test_a_file_is_read_as_it_was_written(tmp_path: Path, name: str) -> None:
     path, both = tmp_path / name, [row(m=1, peers={"cublas": {"us": None}}), row(m=3)]
     rows.write(path, both)
     assert rows_of(path) == both
-    text = gzip.decompress(path.read_bytes()) if name.endswith(".gz") else path.read_bytes()
+    text = lzma.decompress(path.read_bytes()) if name.endswith(".xz") else path.read_bytes()
     assert text == "".join(json.dumps(one, separators=(",", ":")) + "\n" for one in both).encode()
 
 
 def test_compressed_bytes_depend_on_the_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not on name, time or system: header bytes 4 to 7 are the time, 3 is the flags (a name?), 9 the system (255: unknown)."""
-    rows.write(tmp_path / "a.jsonl.gz", [row()])
+    """Not on name or time."""
+    rows.write(tmp_path / "a.jsonl.xz", [row()])
     monkeypatch.setattr("time.time", lambda: 2e9)
-    rows.write(tmp_path / "b.jsonl.gz", [row()])
-    data = (tmp_path / "a.jsonl.gz").read_bytes()
-    assert data == (tmp_path / "b.jsonl.gz").read_bytes() and data[3:8] == bytes(5) and data[9] == 255
+    rows.write(tmp_path / "b.jsonl.xz", [row()])
+    assert (tmp_path / "a.jsonl.xz").read_bytes() == (tmp_path / "b.jsonl.xz").read_bytes()
 
 
 def test_the_newest_row_of_a_case_stands_where_the_first_stood() -> None:
@@ -87,13 +86,13 @@ def test_rows_of_the_baselines_are_of_different_cases() -> None:
         path = baselines.FOLDER / name
         found = rows_of(path)
         assert found and rows.merged(found) == found
-        assert len(gzip.decompress(path.read_bytes()).splitlines()) == len(found)
+        assert len(lzma.decompress(path.read_bytes()).splitlines()) == len(found)
         assert runner.default_path(found[0]["device"]) == path and {one["benchmark"] for one in found} <= set(compiling.SUITES)
 
 
 def test_the_default_is_the_devices_baseline() -> None:
-    assert runner.default_path("NVIDIA H200") == baselines.FOLDER / "h200.jsonl.gz"
-    assert runner.default_path("NVIDIA H100 80GB HBM3").name == "h100.jsonl.gz"
+    assert runner.default_path("NVIDIA H200") == baselines.FOLDER / "h200.jsonl.xz"
+    assert runner.default_path("NVIDIA H100 80GB HBM3").name == "h100.jsonl.xz"
 
 
 OLD = [row("linear w4a16"), row(m=1, us=9.0), row("experts", us=8.0), row(m=3, us=7.0)]
@@ -111,7 +110,7 @@ def test_what_a_run_keeps(
     tmp_path: Path, suite_writes: Any, arguments: Sequence[str], status: int, want: list[tuple[str, int, float]]
 ) -> None:
     """Other suites' rows, with --append or a bad end its own that were not measured again; rows of suites that are gone go."""
-    out = tmp_path / "h200.jsonl.gz"
+    out = tmp_path / "h200.jsonl.xz"
     rows.write(out, OLD)
     suite_writes(row(m=1, us=2.0), status=status)
     assert run(out, *arguments) == status and times(out) == want
@@ -127,7 +126,7 @@ def test_a_suite_without_rows_changes_nothing(tmp_path: Path, suite_writes: Any)
 
 
 def test_a_stopped_run_leaves_the_file_and_its_rows_for_the_next(tmp_path: Path, suite_writes: Any) -> None:
-    out, part = tmp_path / "h200.jsonl.gz", tmp_path / "h200.linear.part"
+    out, part = tmp_path / "h200.jsonl.xz", tmp_path / "h200.linear.part"
     rows.write(out, OLD)
     suite_writes(row(m=1, us=2.0), error=KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
@@ -143,7 +142,7 @@ def test_a_stopped_run_leaves_the_file_and_its_rows_for_the_next(tmp_path: Path,
 
 
 def test_a_file_that_cannot_be_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "h200.jsonl.gz"
+    out = tmp_path / "h200.jsonl.xz"
     rows.write(out, OLD)
 
     def full(*_: object) -> None:
@@ -159,7 +158,7 @@ def test_files_are_merged_into_the_baseline_of_their_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(runner, "BASELINES", tmp_path)
-    first, second, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", tmp_path / "h200.jsonl.gz"
+    first, second, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl.xz", tmp_path / "h200.jsonl.xz"
     rows.write(out, OLD)
     rows.write(first, [row(m=1, us=2.0), row("linear, spot check")])
     rows.write(second, [row("mhc", us=1.5)])
@@ -184,6 +183,6 @@ def test_a_child_measures_into_the_part(tmp_path: Path, monkeypatch: pytest.Monk
         returncode = 3
 
     monkeypatch.setattr("subprocess.run", lambda command, **_: commands.append(command) or Done)
-    assert run(tmp_path / "h200.jsonl.gz", "--quick", "--match", "wq_b") == 3
+    assert run(tmp_path / "h200.jsonl.xz", "--quick", "--match", "wq_b") == 3
     part = str(tmp_path / "h200.linear.part")
     assert commands[0][2:] == [part, "--only", "linear", "--child", "--quick", "--match", "wq_b"]

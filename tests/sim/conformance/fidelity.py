@@ -2,15 +2,15 @@
 
     python -m tests.sim.conformance.fidelity OUT
 
-writes OUT/fidelity.json.gz (what the record `h200.json.gz` is made of) and OUT/native.npz (the GPU's results). The GPU's
+writes OUT/fidelity.json.xz (what the record `h200.json.xz` is made of) and OUT/native.npz (the GPU's results). The GPU's
 part runs in processes of its own, started again after a group that breaks its CUDA context; a broken group is recorded with
 its error.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -134,7 +134,7 @@ def write(path: Path, where: str, entries: list[dict[str, Any]]) -> None:
     """The record: what it was measured on, then one line per form, without what says nothing."""
     lines = [json.dumps({k: v for k, v in e.items() if v not in ("", None)}) for e in entries]
     text = f'{{"device": {json.dumps(where)}, "forms": [\n' + ",\n".join(lines) + "\n]}\n"
-    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+    path.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def main() -> None:
@@ -149,7 +149,7 @@ def main() -> None:
     supervise("native", parts / "native")
     simulator.wait()
     entries = record(parts / "native", parts / "simulated")
-    write(out / "fidelity.json.gz", device(), entries)
+    write(out / "fidelity.json.xz", device(), entries)
     gpu = {}
     for index, group in enumerate(suite.every("sm_90a")):
         found = results(parts / "native", index)

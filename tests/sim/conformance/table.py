@@ -1,13 +1,13 @@
-"""Writes docs/simulator-fidelity.md from the record h200.json.gz: python -m tests.sim.conformance.table"""
+"""Writes docs/simulator-fidelity.md from the record h200.json.xz: python -m tests.sim.conformance.table"""
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
-RECORD = Path(__file__).with_name("h200.json.gz")
+RECORD = Path(__file__).with_name("h200.json.xz")
 TARGET = Path(__file__).parents[3] / "docs" / "simulator-fidelity.md"
 INTRODUCTION = """# The simulator's fidelity
 
@@ -82,7 +82,7 @@ def table(record: dict[str, Any]) -> str:
 
 def recorded(path: Path = RECORD) -> dict[str, Any]:
     """What `fidelity` wrote: the device, and an entry for every form."""
-    found: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+    found: dict[str, Any] = json.loads(lzma.decompress(path.read_bytes()))
     return found
 
 

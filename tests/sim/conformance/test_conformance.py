@@ -67,7 +67,7 @@ def test_bits_are_those_of_the_gpu(family: str, simulated: Callable[[Group], lis
 def test_on_this_gpu(tmp_path: Path) -> None:
     """All forms natively and simulated: the GPU's results are within the stated bounds."""
     subprocess.run([sys.executable, "-m", "tests.sim.conformance.fidelity", str(tmp_path)], check=True, timeout=280)
-    entries = recorded(tmp_path / "fidelity.json.gz")["forms"]
+    entries = recorded(tmp_path / "fidelity.json.xz")["forms"]
     wrong = [f"{e['group']}: {e.get('error') or e['gpu_problem']}" for e in entries if e.get("error") or e.get("gpu_problem")]
     assert not wrong, "\n".join(wrong)
 
