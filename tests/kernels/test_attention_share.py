@@ -102,7 +102,7 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fp8", 64, 3, {}, "", (1, 3, 3)),
     ):
         with running_on(runtime):  # type: ignore[arg-type]
-            run(make_case(record, "window", [(400, queries)], heads), 1, **(dict(share=None) | more))  # type: ignore[arg-type]
+            run(make_case(record, "visible", [(9000, queries)], heads), 1, **(dict(share=None) | more))  # type: ignore[arg-type]
         assert (compiled[-1].share, runtime.sizes) == (wanted, sizes), (record, heads, queries, more)
 
 

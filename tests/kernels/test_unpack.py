@@ -65,12 +65,12 @@ def make_scene(
 
 
 def simulated(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, ctas: int = 2, *, line: bool = False, **how: Any
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, ctas: int = 2, *, line: bool = False, quads: bool = False, **how: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     sim.enable("sm_90a", multiprocessors=ctas)
     with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")), monkeypatch.context() as patch:
         patch.setattr(torch, "empty", lambda *shape, **of: torch.full(shape, UNTOUCHED, **of))
-        return unpack_keys(*scene.args, **scene.how, line=line)
+        return unpack_keys(*scene.args, **scene.how, line=line, quads=quads)
 
 
 def expected(scene: Scene) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -109,6 +109,12 @@ def check(scene: Scene, found: tuple[torch.Tensor, torch.Tensor | None]) -> None
             same = (got.view(torch.int16) == want.view(torch.int16)) | (got.isnan() & want.isnan())
             wrong = (~same.all(-1)).nonzero().tolist()
             assert not wrong, f"{len(wrong)} records differ, first at page and place {wrong[0]}"
+
+
+def check_quads(found: tuple[torch.Tensor, Any], other: tuple[torch.Tensor, Any]) -> None:
+    """The same rows in quads' order: of every 32 dims 2 (4 t + i) and the next at 2 (4 i + t)."""
+    pairs = found[0].view(torch.int32).view(-1, DIM // 32, 4, 4)
+    assert torch.equal(other[0].view(torch.int32).view_as(pairs), pairs.transpose(2, 3)) and torch.equal(found[1], other[1])
 
 
 def check_line(scene: Scene, found: tuple[torch.Tensor, Any], *, filled: bool = True) -> None:
@@ -169,7 +175,9 @@ def test_keys_in_line(record: str, what: dict[str, Any], schedule: str, monkeypa
     how: dict[str, Any] = dict(line=True, schedule=schedule, checks=sim.Checks(races=True))
     check_line(scene, simulated(scene, monkeypatch, **how))
     scene.args[2][0, :2] = -1
-    check_line(scene, simulated(scene, monkeypatch, **how))
+    found = simulated(scene, monkeypatch, **how)
+    check_line(scene, found)
+    check_quads(found, simulated(scene, monkeypatch, quads=True, **how))
 
 
 def test_pages_that_are_none_are_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +222,10 @@ def test_bad_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             UnpackConfig(KeyPlan("kv", "plain", DIM, 4, stored="bf16"), None),
             "window must be packed kv keys, got kv keys as 'plain'",
+        ),
+        (
+            UnpackConfig(key, None, quads=True),
+            "quads must be false for rows that are not in line, got True",
         ),
         (
             UnpackConfig(key, replace(key, record="nvfp4")),

@@ -14,12 +14,16 @@ from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.attention.core.config import (
     DIM,
     ROPE_DIM,
+    ROWS,
     AttentionConfig,
     CombineConfig,
+    ResidentConfig,
     capacity,
     divide,
     merges,
     pairs,
+    resident_config,
+    resides,
     shares,
     unpacks,
 )
@@ -53,6 +57,7 @@ def attention(
     pair: bool | None = None,
     merge: bool | None = None,
     share: bool | None = None,
+    resident: bool | None = None,
 ) -> torch.Tensor:
     """Attend from every query to its window and its compressed entries.
 
@@ -70,6 +75,9 @@ def attention(
     share: whether two CTAs, of two tiles of heads or two queries, have keys together, which a kernel before this one puts in
     line; not where entries are chosen, nor with parts. By default as `config.shares` has it where none of the above is given.
     Sums are in another order.
+    resident: whether a CTA keeps all keys of many queries in shared memory, from where a kernel before this one puts them in
+    line; not where entries are chosen or too many, nor with parts. By default as `config.resides` has it where none of the
+    above is given. Sums are in another order.
     Raises ValueError on shapes, TypeError on dtypes. Source: `reference.attention.attention`.
     """
     m, heads = q.shape[:2]
@@ -105,15 +113,31 @@ def attention(
     if unpack is None:
         most = min(held, min(m, block_table.shape[0]) * reach)
         unpack = unpacks(division, record, keys, rings=rings, window=window, tokens=tokens, entries=most)
+    free = free and share is None and resident is None
+    holding = resident_config(kind, window, reach)
+    if resident is None:
+        sizes = dict(multiprocessors=multiprocessors, rings=rings, ring_len=ring_len, entries=reach)
+        resident = free and holding is not None and resides(division, **sizes)
     if share is None:
-        share = free and unpack and shares(division, kind, rings=rings, ring_len=ring_len, entries=reach)
+        share = free and not resident and unpack and shares(division, kind, rings=rings, ring_len=ring_len, entries=reach)
+    for name, value in (("share", share), ("resident", resident)):
+        if value and count > 1:
+            raise ValueError(f"{name} must be false for several parts of a query, got True for {count}")
     table = block_table if kind != "window" else positions.view(torch.int32).view(1, -1)
-    if share or (unpack and record != "plain"):
+    if share or resident or (unpack and record != "plain"):
         how: dict[str, Any] = dict(window=window, ring_len=ring_len, ratio=max(ratio, 1))  # 0 of a layer that has no entries
         how |= dict(record=record, window_page=window_page, entry_page=entry_page, dim=DIM, rope_dim=ROPE_DIM)
-        if share and count > 1:
-            raise ValueError(f"share must be false for several parts of a query, got True for {count}")
-        plain, other = unpack_keys(window_pages, entry_pages, block_table, positions, seq_idx, **how, line=share)
+        if resident and holding is None:
+            raise ValueError(
+                f"resident must be false for keys that have no place in shared memory, got True for {kind!r} keys, a window of "
+                f"{window} and {reach} entries"
+            )
+        plain, other = unpack_keys(
+            window_pages, entry_pages, block_table, positions, seq_idx, **how, line=share or resident, quads=resident
+        )
+        if resident:
+            assert holding is not None and other is not None  # where sequences have their rows
+            return _resident(holding, runtime, q, sinks, plain, other, positions, seq_idx, out, scale, ratio)
         if share:
             assert other is not None  # where sequences have their rows
             config = AttentionConfig("plain", kind, window, share="queries" if division.head_tiles % 2 else "tiles")
@@ -165,6 +189,70 @@ def attention(
     if apart:
         runtime.call(_compiled_combine(runtime), partial, lse, sinks, flat)
     return out
+
+
+def _resident(
+    config: ResidentConfig,
+    runtime: Runtime,
+    q: torch.Tensor,
+    sinks: torch.Tensor,
+    keys: torch.Tensor,
+    places: torch.Tensor,
+    positions: torch.Tensor,
+    seq_idx: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+    ratio: int,
+) -> torch.Tensor:
+    """By the kernel that keeps keys, which are in line."""
+    m, heads = q.shape[:2]
+    tiles = -(-heads // ROWS)
+    rows = m * heads
+    runtime.call(
+        _compiled_resident(config, runtime),
+        q.view(rows, DIM),
+        sinks,
+        keys,
+        places,
+        positions,
+        seq_idx,
+        out.view(rows, DIM),
+        scale * _LOG2_E,
+        max(ratio, 1),
+        tiles,
+        min(m * tiles, runtime.multiprocessors),
+    )
+    return out
+
+
+def _compiled_resident(config: ResidentConfig, runtime: Runtime) -> Callable[..., Any]:
+    """The host function, with all sizes left open. Raises ValueError for an architecture without a class."""
+    if runtime.arch not in ARCHITECTURES:
+        raise ValueError(f"attention needs {' or '.join(ARCHITECTURES)}, got {runtime.arch}")
+
+    def build() -> tuple[Any, tuple[Any, ...]]:
+        import cutlass
+        import cutlass.cute as cute
+
+        from dsv4lab.kernels._common.fakes import fake, fake_stream
+        from dsv4lab.kernels.attention.core.resident import AttentionResidentSm90
+
+        i32, i64, f32, free = cutlass.Int32, cutlass.Int64, cutlass.Float32, cute.sym_int
+        examples = (
+            fake(cutlass.BFloat16, free(), DIM),
+            fake(f32, free(), align=4),
+            fake(cutlass.BFloat16, free(), DIM),
+            fake(i32, free(), free(), align=4),
+            fake(i64, free(), align=8),
+            fake(i64, free(), align=8),
+            fake(cutlass.BFloat16, free(), DIM),
+            f32(1.0),
+            *(i32(1) for _ in range(3)),
+            fake_stream(),
+        )
+        return AttentionResidentSm90(config), examples
+
+    return cache.kernel(f"{_MODULES}.resident", config, build, runtime)
 
 
 def _check(

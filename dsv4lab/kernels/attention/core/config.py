@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dsv4lab.kernels.cache.unpack.config import MAX_SEQS, rows_in_line
 from dsv4lab.records import KV_RECORDS, kv_record
 
+STEP = 16  # tokens that `resident` takes in at once: keys of a `wgmma` along them
 DIM, ROPE_DIM = 512, 64  # of a head, and of its rotated part: what the tiles are made for
 ROWS = 64  # query heads of a tile: rows of one `wgmma`
 KEYS = 64  # of a block
@@ -31,7 +32,9 @@ _PART_READ_US = ROWS * DIM * 4 / 4.0e6  # of 64 heads at 4 TB/s
 # keys 2.0: measured. A kernel that unpacks takes its launch, a look at all positions, latencies, and bytes at 80 % of a copy's
 # rate: estimates.
 _DECODE_US, _PAIR_DECODE_US, _UNPACK_US, _UNPACK_BYTES = 1.0, 0.4, 6.0, 3.4e6  # the last one a microsecond
+_RESIDENT_UNITS = 4  # of a multiprocessor, from which on `resides` is faster
 _LINE_ROWS = 1 << 20  # of keys in line at most, if all of every ring is seen: a GiB
+_SHARED_BYTES = 227 * 1024 - 2048  # of a CTA, without barriers and what comes before a multiple of 1024
 _SEEN = 0.5  # of a pool's entries: it is made for other sequences, too, and for longer ones
 
 
@@ -92,6 +95,46 @@ class AttentionConfig:
             raise ValueError(f"share must be '' but for plain records in line, attended by one CTA, got {self}")
         if self.pair and self.record == "plain":
             raise ValueError("pair must be false for plain records, which are not decoded, got True")
+
+
+@dataclass(frozen=True)
+class ResidentConfig:
+    """The kernel that keeps all keys of neighbouring queries in shared memory. window: tokens; entries: places for them, a
+    multiple of `STEP`, 0 where none are attended.
+    """
+
+    window: int = 128
+    entries: int = 0
+
+    @property
+    def reach(self) -> int:
+        """Blocks of tokens that a query sees besides its own, at most."""
+        return -(-(self.window - 1) // STEP)
+
+    @property
+    def ring(self) -> int:
+        """Blocks of tokens that are held."""
+        return self.reach + 1
+
+    @property
+    def rows(self) -> int:
+        """Keys that are held, and multiplied."""
+        return self.ring * STEP + self.entries
+
+    @property
+    def query_stages(self) -> int:
+        """Slices of queries, 64 heads x 64 dims, that have a place: a power of two, 0 where there is none for two."""
+        free = (_SHARED_BYTES - self.rows * DIM * 2) // (ROWS * TILE * 2)
+        return next((n for n in (8, 4, 2) if n <= free), 0)
+
+    def check(self) -> None:
+        """Raises ValueError naming the choice that cannot be."""
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
+        if self.entries < 0 or self.entries % STEP:
+            raise ValueError(f"entries must be a multiple of {STEP}, got {self.entries}")
+        if not self.query_stages:
+            raise ValueError(f"keys must have a place in shared memory, got {self.rows} rows for {self}")
 
 
 @dataclass(frozen=True)
@@ -206,6 +249,24 @@ def unpacks(division: Division, record: str, keys: int, *, rings: int, window: i
     records = min(tokens, division.queries + (window - 1) * seqs) + seen
     layout = kv_record(DIM, ROPE_DIM, record)
     return saved > _UNPACK_US + records * (layout.data_bytes + layout.scale_bytes + 2 * DIM) / _UNPACK_BYTES
+
+
+def resident_config(kind: str, window: int, entries: int) -> ResidentConfig | None:
+    """Of the kernel that keeps all keys in shared memory, if they have a place there. entries: most of a sequence."""
+    config = ResidentConfig(window, 0 if kind == "window" else -(-entries // STEP) * STEP)
+    return config if kind != "chosen" and config.query_stages else None
+
+
+def resides(division: Division, *, multiprocessors: int, rings: int, ring_len: int, entries: int) -> bool:
+    """Whether a call whose keys have a place in shared memory has them there: many queries in few sequences. entries: most of
+    a sequence.
+
+    A CTA reads up to 208 KB before its first query of a sequence, which 16 of them and more are worth; keys go in line first.
+    """
+    seqs, units = min(rings, division.queries), division.queries * division.head_tiles
+    if not 0 < rings <= MAX_SEQS or division.queries < STEP * seqs or units < _RESIDENT_UNITS * multiprocessors:
+        return False
+    return rows_in_line(division.queries, rings, ring_len=ring_len, entries=entries) <= _LINE_ROWS
 
 
 def shares(division: Division, kind: str, *, rings: int, ring_len: int, entries: int) -> bool:

@@ -33,6 +33,7 @@ def unpack_keys(
     dim: int,
     rope_dim: int,
     line: bool = False,
+    quads: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dequantise the keys that queries may see into plain pools of BF16, to which the same block table belongs.
 
@@ -45,6 +46,7 @@ def unpack_keys(
     -> (rows, dim) bf16 and (rings, 4) i32, of every sequence that has queries: the row of its first token, that token's
     position, the row of its first entry, its number of entries. The 7 rows after the last token, and those after the last entry
     up to a multiple of 8, are zeros, as are entries without a page.
+    quads: with another order of dims, see `UnpackConfig`.
     Raises ValueError on shapes and names, TypeError on dtypes.  Source: `reference.cache.cache_read`.
     """
     check_dense("positions", positions, ("M",), torch.int64)
@@ -70,7 +72,7 @@ def unpack_keys(
     rings = window_pages.shape[0] * window_page // ring_len
     if rings > MAX_SEQS:
         raise ValueError(f"window_pages must have at most {MAX_SEQS} rings, got {rings}")
-    config = UnpackConfig(keys[0], keys[1] if entry_pages is not None else None, line)
+    config = UnpackConfig(keys[0], keys[1] if entry_pages is not None else None, line, quads)
     config.check()
     rows = [pages.shape[0] * size for _, pages, size in pools]
     if line:

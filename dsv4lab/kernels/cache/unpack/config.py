@@ -21,15 +21,19 @@ def rows_in_line(queries: int, rings: int, *, ring_len: int, entries: int) -> in
 @dataclass(frozen=True)
 class UnpackConfig:
     """window, entries: the keys of either pool, packed ones of equal records; entries None where there are none. line: rows
-    stand one sequence after another; then they may be plain ones.
+    stand one sequence after another; then they may be plain ones. quads: in line, dims 8 t + 2 i and the next of every 32 stand
+    at 8 i + 2 t, t and i below 4: where `wgmma` has what the four lanes of a row have eight next to each other.
     """
 
     window: KeyPlan
     entries: KeyPlan | None
     line: bool = False
+    quads: bool = False
 
     def check(self) -> None:
         """Raises ValueError naming the choice that cannot be."""
+        if self.quads and not self.line:
+            raise ValueError("quads must be false for rows that are not in line, got True")
         for name, key in (("window", self.window), ("entries", self.entries)):
             if key is None:
                 continue

@@ -45,7 +45,7 @@ class UnpackKeys:
         config.check()
         self.window = StoredKey(config.window)
         self.entries: Any = None if config.entries is None else StoredKey(config.entries)
-        self.line = config.line
+        self.line, self.quads = config.line, config.quads
         self.row_bytes = 2 * config.window.dim
 
     @cute.jit
@@ -138,7 +138,10 @@ class UnpackKeys:
                     if cutlass.const_expr(self.line):
                         words = [cutlass.select_(there, word, Uint32(0)) for word in words]
                         here = row + a * stride < rows and self.window.has(step, lane)
-                    put_words(words, target + Int64((step * SPAN + lane * FOUR) * 2), here)
+                    place = lane * FOUR
+                    if cutlass.const_expr(self.quads):
+                        words, place = _quads(words, lane)
+                    put_words(words, target + Int64((step * SPAN + place) * 2), here)
 
     # ---- what there is to do ---------------------------------------------------------------------------------------------
     @cute.jit
@@ -230,6 +233,19 @@ class UnpackKeys:
                 same = table[other, nth] == page
             found = found or cute.arch.vote_any_sync(same)
         return found
+
+
+@cute.jit
+def _quads(words: Any, lane: Any) -> tuple[list[Any], Any]:
+    """Of a lane's two pairs of dims and those of the lane two away, two that are next to each other in quads' order; their
+    place in a span.
+    """
+    late = lane % 4 // 2
+    mine, given = cutlass.select_(late == 1, words[1], words[0]), cutlass.select_(late == 1, words[0], words[1])
+    got = Uint32(cute.arch.shuffle_sync_bfly(given, 2))
+    row, column = lane % 2 * 2 + late, lane % 8 // 4 * 2  # of the four by four pairs
+    pair = [cutlass.select_(late == 1, got, mine), cutlass.select_(late == 1, mine, got)]
+    return pair, lane // 8 * 32 + row * 8 + column * 2
 
 
 @cute.jit
