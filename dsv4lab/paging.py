@@ -97,14 +97,21 @@ def check_keys(
     num_pages: int,
     page_size: int,
     ratio: int,
+    max_entries: int | None = None,
 ) -> None:
     """What attention's queries read must be there: one of so many rings, and entries' pages as in `check_entries`.
 
-    num_pages: of the entries' pool, 0 without one.  Raises ValueError.
+    max_entries: no query may see more; None: no matter. num_pages: of the entries' pool, 0 without one.  Raises ValueError.
     """
     check_range("seq_idx", seq_idx, rings, start=0)
     if num_pages and _looks(positions):
-        visible = (positions + 1) // ratio if topk_indices is None else None
+        seen = (positions + 1) // ratio
+        if max_entries is not None and seen.numel() and int(seen.max()) > max_entries:
+            m = int((seen > max_entries).nonzero()[0])
+            raise ValueError(
+                f"max_entries must be at least what a query sees, got {max_entries} for {int(seen[m])} (query {m})"
+            )
+        visible = seen if topk_indices is None else None
         check_entries(block_table, seq_idx, num_pages, page_size, visible=visible, chosen=topk_indices)
 
 

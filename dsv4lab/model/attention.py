@@ -167,6 +167,7 @@ class Attention(nn.Module):
             window_page=WINDOW_PAGE,
             entry_page=1 if self.kind == SWA else batch.cache.page_size(self.kind),
             rope_dim=c.qk_rope_head_dim,
+            max_entries=batch.entries[self.kind].max_visible if self.kind in batch.entries else None,
         )
         out = ops.inverse_rope(out, batch.positions, self.inv_freq)
         low = self.wo_a(out.view(x.shape[0], c.o_groups, -1))

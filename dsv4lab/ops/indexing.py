@@ -61,6 +61,7 @@ def attention(
     window_page: int,
     entry_page: int,
     rope_dim: int,
+    max_entries: Optional[int] = None,
 ) -> Tensor:
     """See `reference.attention.attention`."""
     return _attention.attention(
@@ -80,4 +81,5 @@ def attention(
         window_page=window_page,
         entry_page=entry_page,
         rope_dim=rope_dim,
+        max_entries=max_entries,
     )

@@ -104,20 +104,23 @@ def attention(
     window_page: int,
     entry_page: int,
     rope_dim: int,
+    max_entries: int | None = None,
 ) -> torch.Tensor:
     """Attend from every query to its window and its compressed entries, over the paged cache.
 
     q (M, H, c) rotated; sinks (H,) f32 logits after scaling; window_pages: pool whose sequence s keeps position p in slot
     s * ring_len + p mod ring_len; entry_pages: pool of compressed entries or None (SWA); block_table (num_seqs, nb) int: the
     page of entries [b * entry_page, (b + 1) * entry_page); positions, seq_idx (M,) int64; topk_indices (M, k) int32, -1 =
-    empty, or None = every visible entry; ratio: tokens per entry; record: of the keys, "plain", "fp8" or "nvfp4"
+    empty, or None = every visible entry; ratio: tokens per entry; record: of the keys, "plain", "fp8" or "nvfp4";
+    max_entries: no query sees more, by default as many as the block table has places for: kernels choose their way by it
     -> (M, H, c) of q.dtype, values still carrying the key rotation (see `inverse_rope`).
-    Raises ValueError unless 1 <= window <= ring_len, on an entry without a page, and as `cache_read`.
+    Raises ValueError unless 1 <= window <= ring_len, on an entry without a page or beyond `max_entries`, and as
+    `cache_read`.
     """
     check_ring(window, ring_len)
     rings, count = window_pages.shape[0] * window_page // ring_len, 0 if entry_pages is None else entry_pages.shape[0]
     paged = dict(rings=rings, num_pages=count, page_size=entry_page, ratio=ratio)
-    check_keys(block_table, positions, seq_idx, topk_indices, **paged)
+    check_keys(block_table, positions, seq_idx, topk_indices, max_entries=max_entries, **paged)
     pages: dict[str, Any] = dict(record=record, window_page=window_page, entry_page=entry_page, rope_dim=rope_dim)
     out = torch.empty_like(q)
     for s in seq_idx.unique().tolist():

@@ -29,12 +29,12 @@ def simulated(case: Case, ctas: int = 2, **how: object) -> torch.Tensor:
 
 
 # ---- choice ------------------------------------------------------------------------------------------------------------
-def way(kind: str, queries: int, heads: int, *, rings: int, reach: int) -> bool:
+def way(kind: str, queries: int, heads: int, *, rings: int, reach: int, record: str = "fp8") -> bool:
     """reach: entries of a sequence."""
     if resident_config(kind, 128, reach) is None:
         return False
     division = divide(queries, heads, capacity(kind, 128, reach), 132)
-    return resides(division, multiprocessors=132, rings=rings, ring_len=4224, entries=reach)
+    return resides(division, record, multiprocessors=132, rings=rings, ring_len=4224, entries=reach)
 
 
 @pytest.mark.parametrize("heads", [64, 128])
@@ -47,7 +47,9 @@ def test_many_queries_of_few_keys(heads: int) -> None:
     assert not way("chosen", 4096, heads, rings=1, reach=64), "queries choose for themselves"
     assert not way("window", 4096, heads, rings=4096, reach=0), "as many sequences as queries"
     assert not way("window", 4096, heads, rings=300, reach=0), "14 queries a sequence"
-    assert not way("window", 64, heads, rings=1, reach=0), "half a query a multiprocessor"
+    assert not way("window", 64, 64, rings=1, reach=0), "half a query a multiprocessor"
+    assert way("window", 512, 64, rings=1, reach=0)
+    assert not way("window", 512, 64, rings=1, reach=0, record="plain"), "they would have to be put in line"
 
 
 def test_places() -> None:
@@ -78,8 +80,11 @@ def test_choices_that_cannot_be_are_refused() -> None:
             ValueError, match=r"resident must be false for keys that have no place .* got True for 'chosen' keys"
         ):
             run(make_case("fp8", "chosen", [(300, 2)], 64))
+        case = make_case("fp8", "visible", [(9000, 2)], 64)
         with pytest.raises(ValueError, match=r"resident must be false for keys that have no place .* and 71 entries"):
-            run(make_case("fp8", "visible", [(9000, 2)], 64))
+            run(case)
+        with pytest.raises(ValueError, match=r"max_entries must be at least what a query sees, got 64 for 70 \(query 0\)"):
+            run(case, max_entries=64)
 
 
 def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +97,9 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
     for record, kind, heads, queries, more, wanted in (
         ("fp8", "window", 64, 300, {}, "resident"),
         ("plain", "visible", 72, 300, {}, "resident"),
-        ("fp8", "window", 64, 20, {}, "other"),
+        ("fp8", "window", 64, 5, {}, "other"),
+        ("plain", "window", 64, 50, {}, "other"),
+        ("fp8", "visible", 64, 300, dict(max_entries=3), "resident"),
         ("fp8", "window", 64, 300, dict(resident=False), "other"),
         ("fp8", "window", 64, 300, dict(share=False), "other"),
         ("fp8", "window", 64, 300, dict(unpack=True), "other"),
@@ -135,6 +142,14 @@ def test_a_unit_or_none_a_cta() -> None:
         judge(case, simulated(case, ctas=4))
 
 
+def test_tables_may_be_wider_than_what_is_seen() -> None:
+    case = make_case("fp8", "visible", [(1030, 9)], 64)
+    *_, table, _, _, _ = case.args
+    wide = torch.cat((table, torch.full((table.shape[0], 200), -1, dtype=torch.int32)), dim=1)
+    given = replace(case, args=tuple(wide if a is table else a for a in case.args), how=case.how | dict(max_entries=8))
+    judge(case, simulated(given))
+
+
 def test_other_windows() -> None:
     case = make_case("fp8", "visible", [(1000, 20)], 4)
     for window in (1, 20, 64):
@@ -143,7 +158,7 @@ def test_other_windows() -> None:
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------------------
-LONG = ([(8192, 4096)], [(4096, 4096)], [(3000, 1000), (17, 17), (8191, 700), (2049, 1), (128, 128)])
+LONG = ([(8191, 4096)], [(4096, 4096)], [(3000, 1000), (17, 17), (8191, 700), (2049, 1), (128, 128)])
 
 
 @pytest.mark.gpu

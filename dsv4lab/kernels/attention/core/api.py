@@ -52,6 +52,7 @@ def attention(
     record: str,
     window_page: int,
     entry_page: int,
+    max_entries: int | None = None,
     parts: int | None = None,
     unpack: bool | None = None,
     pair: bool | None = None,
@@ -90,9 +91,14 @@ def attention(
     if not out.numel():
         return out
     runtime = runtime_of(q)
-    entries = topk_indices.shape[1] if topk_indices is not None else block_table.shape[1] * entry_page
+    reach = block_table.shape[1] * entry_page if entry_pages is not None else 0  # entries of a sequence, at most
+    if max_entries is not None:
+        if max_entries < 0:
+            raise ValueError(f"max_entries must be at least 0, got {max_entries}")
+        reach = min(reach, max_entries)
+    entries = topk_indices.shape[1] if topk_indices is not None else reach
     if kind != "window" and not entries:
-        kind, entry_pages, topk_indices = "window", None, None
+        kind, entry_pages, topk_indices, reach = "window", None, None, 0
     multiprocessors = runtime.multiprocessors
     keys = capacity(kind, window, entries)
     decoding = pairs(heads, record, multiprocessors) if pair is None else pair
@@ -107,8 +113,7 @@ def attention(
     tokens, held = near.shape[0] * window_page, 0 if far is None else far.shape[0] * entry_page
     rings, pages = tokens // ring_len, 0 if far is None else far.shape[0]
     paged = dict(rings=rings, num_pages=pages, page_size=entry_page, ratio=ratio)
-    check_keys(block_table, positions, seq_idx, topk_indices, **paged)
-    reach = 0 if far is None else block_table.shape[1] * entry_page  # of a sequence
+    check_keys(block_table, positions, seq_idx, topk_indices, max_entries=max_entries, **paged)
     free = unpack is None and pair is None and merge is None and count == 1
     if unpack is None:
         most = min(held, min(m, block_table.shape[0]) * reach)
@@ -117,7 +122,7 @@ def attention(
     holding = resident_config(kind, window, reach)
     if resident is None:
         sizes = dict(multiprocessors=multiprocessors, rings=rings, ring_len=ring_len, entries=reach)
-        resident = free and holding is not None and resides(division, **sizes)
+        resident = free and holding is not None and resides(division, record, **sizes)
     if share is None:
         share = free and not resident and unpack and shares(division, kind, rings=rings, ring_len=ring_len, entries=reach)
     for name, value in (("share", share), ("resident", resident)):
@@ -126,7 +131,9 @@ def attention(
     table = block_table if kind != "window" else positions.view(torch.int32).view(1, -1)
     if share or resident or (unpack and record != "plain"):
         how: dict[str, Any] = dict(window=window, ring_len=ring_len, ratio=max(ratio, 1))  # 0 of a layer that has no entries
-        how |= dict(record=record, window_page=window_page, entry_page=entry_page, dim=DIM, rope_dim=ROPE_DIM)
+        how |= dict(
+            max_entries=reach, record=record, window_page=window_page, entry_page=entry_page, dim=DIM, rope_dim=ROPE_DIM
+        )
         if resident and holding is None:
             raise ValueError(
                 f"resident must be false for keys that have no place in shared memory, got True for {kind!r} keys, a window of "

@@ -32,7 +32,7 @@ _PART_READ_US = ROWS * DIM * 4 / 4.0e6  # of 64 heads at 4 TB/s
 # keys 2.0: measured. A kernel that unpacks takes its launch, a look at all positions, latencies, and bytes at 80 % of a copy's
 # rate: estimates.
 _DECODE_US, _PAIR_DECODE_US, _UNPACK_US, _UNPACK_BYTES = 1.0, 0.4, 6.0, 3.4e6  # the last one a microsecond
-_RESIDENT_UNITS = 4  # of a multiprocessor, from which on `resides` is faster
+_RESIDENT_PLAIN = 8  # units of a multiprocessor from which on plain keys are worth being put in line: 64 us, gathered 65 (H200)
 _LINE_ROWS = 1 << 20  # of keys in line at most, if all of every ring is seen: a GiB
 _SHARED_BYTES = 227 * 1024 - 2048  # of a CTA, without barriers and what comes before a multiple of 1024
 _SEEN = 0.5  # of a pool's entries: it is made for other sequences, too, and for longer ones
@@ -257,14 +257,16 @@ def resident_config(kind: str, window: int, entries: int) -> ResidentConfig | No
     return config if kind != "chosen" and config.query_stages else None
 
 
-def resides(division: Division, *, multiprocessors: int, rings: int, ring_len: int, entries: int) -> bool:
+def resides(division: Division, record: str, *, multiprocessors: int, rings: int, ring_len: int, entries: int) -> bool:
     """Whether a call whose keys have a place in shared memory has them there: many queries in few sequences. entries: most of
     a sequence.
 
-    A CTA reads up to 208 KB before its first query of a sequence, which 16 of them and more are worth; keys go in line first.
+    A CTA reads up to 208 KB before its first query of a sequence, which 16 of them and more are worth; keys go in line first,
+    which plain ones need for nothing else.
     """
     seqs, units = min(rings, division.queries), division.queries * division.head_tiles
-    if not 0 < rings <= MAX_SEQS or division.queries < STEP * seqs or units < _RESIDENT_UNITS * multiprocessors:
+    fewest = (_RESIDENT_PLAIN if record == "plain" else 1) * multiprocessors
+    if not 0 < rings <= MAX_SEQS or division.queries < STEP * seqs or units < fewest:
         return False
     return rows_in_line(division.queries, rings, ring_len=ring_len, entries=entries) <= _LINE_ROWS
 

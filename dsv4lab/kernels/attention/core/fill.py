@@ -83,7 +83,7 @@ class Fill:
             if cutlass.const_expr(plan.entries == 0):
                 entries = Int32(0)
             wanted = cutlass.select_(same, cutlass.max(unit + 2 - UNITS, 0), unit)
-            for other in cutlass.range(known, wanted, unroll=1):
+            for other in cutlass.range(known, wanted, 1, unroll=1):
                 self.units.wait_done(other)
             known = cutlass.max(known, wanted)
             of, step = now, block

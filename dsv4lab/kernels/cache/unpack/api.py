@@ -32,6 +32,7 @@ def unpack_keys(
     entry_page: int,
     dim: int,
     rope_dim: int,
+    max_entries: int | None = None,
     line: bool = False,
     quads: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -40,7 +41,7 @@ def unpack_keys(
     Arguments as `reference.attention.attention` has them: pools of a packed `record`, the window's of at most 1,024 rings;
     block_table (sequences, pages) i32; positions, seq_idx (M,) i64, M > 0, all contiguous -> (P, window_page, dim) bf16 and,
     where there are entries, (P, entry_page, dim) bf16. Places that none of the queries may see are not written, pages that
-    are -1 not looked for.
+    are -1 not looked for, nor entries from `max_entries` on.
 
     line: into rows instead, one sequence after another, its tokens in the order of their positions; records may be plain, too
     -> (rows, dim) bf16 and (rings, 4) i32, of every sequence that has queries: the row of its first token, that token's
@@ -75,9 +76,11 @@ def unpack_keys(
     config = UnpackConfig(keys[0], keys[1] if entry_pages is not None else None, line, quads)
     config.check()
     rows = [pages.shape[0] * size for _, pages, size in pools]
+    most = 0 if entry_pages is None else block_table.shape[1] * entry_page
+    if max_entries is not None:
+        most = min(most, max_entries)
     if line:
-        entries = 0 if entry_pages is None else block_table.shape[1] * entry_page
-        rows = [rows_in_line(positions.shape[0], rings, ring_len=ring_len, entries=entries)]
+        rows = [rows_in_line(positions.shape[0], rings, ring_len=ring_len, entries=most)]
     plain = torch.empty(sum(rows), dim, dtype=torch.bfloat16, device=window_pages.device).split(rows)
     places = positions.new_empty(rings, 4, dtype=torch.int32)
     runtime = runtime_of(window_pages)
@@ -94,6 +97,7 @@ def unpack_keys(
         window,
         ring_len,
         ratio,
+        most,
         runtime.multiprocessors,
     )
     if line:
@@ -125,7 +129,7 @@ def _compiled(config: UnpackConfig, runtime: Runtime) -> Callable[..., Any]:
             fake(cutlass.BFloat16, free(), dim),
             fake(cutlass.BFloat16, free(), dim),
             fake(i32, free(), free(), align=4),
-            *(i32(1) for _ in range(4)),
+            *(i32(1) for _ in range(5)),
             fake_stream(),
         )
         return UnpackKeys(config), examples

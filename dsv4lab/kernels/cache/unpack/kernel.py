@@ -62,15 +62,17 @@ class UnpackKeys:
         window: Int32,
         ring_len: Int32,
         ratio: Int32,
+        most: Int32,
         ctas: Int32,
         stream: Any,
     ) -> None:
-        """Pages (P, page_bytes) u8, P > 0; table (sequences, pages) i32; positions, seq_idx (M,) i64, M > 0 -> pools as
-        (slots, dim) bf16; in line all rows in the first, and places (rings, 4) i32: the row of the first token, its position,
-        the row of the first entry, the number of entries. What the configuration does not have may be anything.
+        """Pages (P, page_bytes) u8, P > 0; table (sequences, pages) i32; positions, seq_idx (M,) i64, M > 0; most: entries of
+        a sequence -> pools as (slots, dim) bf16; in line all rows in the first, and places (rings, 4) i32: the row of the first
+        token, its position, the row of the first entry, the number of entries. What the configuration does not have may be
+        anything.
         """
         self.kernel(
-            window_pages, entry_pages, table, positions, seq_idx, window_out, entry_out, places, window, ring_len, ratio
+            window_pages, entry_pages, table, positions, seq_idx, window_out, entry_out, places, window, ring_len, ratio, most
         ).launch(grid=[ctas, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True)
 
     @cute.kernel
@@ -87,6 +89,7 @@ class UnpackKeys:
         window: Int32,
         ring_len: Int32,
         ratio: Int32,
+        most: Int32,
     ) -> None:
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
@@ -111,7 +114,7 @@ class UnpackKeys:
             count = cutlass.min(cutlass.min(last + 1, last - low[thread] + window), ring_len)
             first[thread] = (last + 1 - count) % ring_len
             if cutlass.const_expr(self.entries is not None):
-                visible = cutlass.min((last + 1) // ratio, Int32(table.shape[1] * self.entries.key.page_size))
+                visible = cutlass.min((last + 1) // ratio, most)
         tokens[thread], seen[thread] = count, visible
         through = self._through(sums, warp, lane, self._near(count) + self._far(visible))
         ends[thread] = through
