@@ -192,6 +192,19 @@ for parts, got in by_parts.items():
     lab.check(f"{parts} parts", got, exact, row_cosine=0.9999, mean_rel=0.004)
 
 # %% [markdown]
+# Many queries that follow each other see few keys in SWA, and in HCA up to 8,192 tokens. There a CTA keeps them all in shared
+# memory, and a warpgroup has all scores of a query's 64 heads in registers: one softmax, no maximum that grows, nobody to wait
+# for. 4,096 queries at the end of 8,192 tokens took 243 us block by block, and take 195 us so (H200).
+
+# %%
+inputs = {n: v for n, v in given("HCA", "fp8").items() if n != "rope_dim"}
+host = contextlib.nullcontext() if target.type == "cuda" else running_on(sim.Host(hopper.ARCH))
+with host, hopper.launching(target, hopper.schedules(target)[-1]):
+    got = api.attention(**inputs, parts=1, resident=True)
+exact = reference.attention(**given("HCA", "fp8") | dict(q=inputs["q"].double()))
+lab.check("all keys at once", got, exact, row_cosine=0.9999, mean_rel=0.004)
+
+# %% [markdown]
 # ## 5. Who does what when
 #
 # The simulator's clock is a **model**, no measurement. 160 keys are three blocks of 2 x 2 x 64 x 64 x 512 flops, which a lone
