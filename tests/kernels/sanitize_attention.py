@@ -19,6 +19,8 @@ from dsv4lab.kernels.rope.heads import api as heads_api
 from dsv4lab.records import allocate_index_pages, allocate_kv_pages
 from dsv4lab.reference import cache, indexer, norm, quant, rope
 from tests.kernels.attention import judge, make_case
+from tests.kernels.test_attention_resident import run as run_resident
+from tests.kernels.test_attention_share import in_order
 from tests.kernels.test_attention_share import run as run_shared
 from tests.kernels.test_compress import Scene, long_step
 from tests.kernels.test_index_scores import scene, worst
@@ -101,6 +103,7 @@ def attentions() -> None:
     for record, kind, heads in (("fp8", "visible", 64), ("plain", "visible", 128), ("nvfp4", "window", 64)):
         case = make_case(record, kind, [(7300, 5), (130, 2)], heads, device="cuda")
         judge(case, run_shared(case))
+        judge(in_order(case), run_resident(in_order(case)))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ queries: a warp copies half of the keys to both, another one asks for queries (`
 Several parts of a query are a cluster of CTAs, an item each, which puts them together (`merge`). Where a cluster would be too
 large, or not all run at once, each leaves O / sum and log2(sum) + M in float32, and a second kernel does (`combine`).
 
+Many neighbouring queries that see few keys have another kernel, `resident`.
+
 Cost of a block, 64 heads x 64 keys: 8.4 MFLOP, 2048 cycles of a multiprocessor's tensor cores (4096 FLOP a cycle). Shared
 memory, 128 bytes a cycle: Q and K for the scores 1024 cycles, K again and the half of the probabilities that another warpgroup
 has for the sums 640, the gathered keys written 512: 2176, which is the bound, 94 % of the matrix rate; packed codes of half a
