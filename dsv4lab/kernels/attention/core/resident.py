@@ -17,8 +17,8 @@ warpgroups have every other unit, and one's products run beside the other's expo
 
 Keys are rows of BF16 in line (`cache.unpack`). Blocks of 16 tokens go round a ring, the entries have places of their own; all
 places are multiplied, and what a query does not see is masked: window 128 and 64 entries are 208 rows for the 192 that are seen
-at most. Cost of a unit: 27.3 MFLOP, 6656 cycles of the tensor cores; softmax 832 cycles of the exponential unit, which the other
-warpgroup's products hide; 64 KB of queries and 64 KB of output, 10 bytes a cycle each. 4,096 units: 537 MB, 128 us of an H200's
+at most. Cost of a unit: 27.3 MFLOP, 6656 cycles of the tensor cores; softmax 832 cycles of the exponential unit, which another
+warpgroup hides; 64 KB of queries and 64 KB of output, 10 bytes a cycle each. 4,096 units: 537 MB, 128 us of an H200's
 memory, and 138 us of products at the rate that its power allows them. Measured, with the unpacking: 192 us.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
