@@ -169,7 +169,8 @@ for kind, record in cases:
     inputs = given(kind, record)
     exact = reference.attention(**inputs | dict(q=inputs["q"].double()))
     unrounded = reference.attention(**(base_of := given(kind, "plain")) | dict(q=base_of["q"].double()))
-    for schedule in hopper.schedules(target):
+    schedules = hopper.schedules(target)
+    for schedule in schedules if kind == "CSA" and record == "fp8" else schedules[-1:]:
         with hopper.running(target, schedule):
             got = ops.attention(**inputs)
         lab.check(f"{kind}, {record}, {schedule}", got, exact, row_cosine=0.9999, rel=0.1, mean_rel=0.004)
@@ -186,7 +187,7 @@ print(hopper.table([{n: v if isinstance(v, str) else f"{v:.7f}" for n, v in line
 inputs = {n: v for n, v in given("CSA", "fp8").items() if n != "rope_dim"}
 host = contextlib.nullcontext() if target.type == "cuda" else running_on(sim.Host(hopper.ARCH))
 with host, hopper.launching(target, hopper.schedules(target)[-1]):
-    by_parts = {parts: api.attention(**inputs, parts=parts) for parts in (1, 2, 3)}
+    by_parts = {parts: api.attention(**inputs, parts=parts) for parts in (2, 3)}
 exact = reference.attention(**given("CSA", "fp8") | dict(q=inputs["q"].double()))
 for parts, got in by_parts.items():
     lab.check(f"{parts} parts", got, exact, row_cosine=0.9999, mean_rel=0.004)
