@@ -62,6 +62,12 @@ def check_ring(window: int, ring_len: int) -> None:
         raise ValueError(f"window must be 1 to ring_len = {ring_len}, got {window}")
 
 
+def check_max_entries(most: int | None) -> None:
+    """What queries see at most, if that is told. Raises ValueError."""
+    if most is not None and most < 0:
+        raise ValueError(f"max_entries must be at least 0, got {most}")
+
+
 def check_routing(x: torch.Tensor, weights: torch.Tensor, expert_idx: torch.Tensor) -> None:
     """What a router gives for tokens x (M, D). Raises ValueError on shapes, TypeError on dtypes."""
     if weights.dtype != torch.float32 or expert_idx.dtype != torch.int64:

@@ -36,18 +36,8 @@ from dsv4lab.lab.runner import NOTEBOOKS
 
 NOTEBOOK_BYTES = 400_000  # of one notebook, the house's limit
 PICTURES = ((911, 16), (800, 16), (720, 16), (640, 12), (560, 12), (480, 12), (480, 8))  # pixels across, colours: best first
-PICTURE_BYTES = (
-    24_000,
-    16_000,
-    12_000,
-    9_000,
-    7_000,
-    6_000,
-    5_000,
-    4_000,
-    3_000,
-    0,
-)  # of a PNG; where none of PICTURES fits, the smallest
+# of a PNG, by turns; where none of PICTURES fits, the smallest
+PICTURE_BYTES = (24_000, 16_000, 12_000, 9_000, 7_000, 6_000, 5_000, 4_000, 3_000, 0)
 _SOURCES = "../../notebooks/"  # from executed/<device>/
 _RUN = ("status", "commit", "started")  # facts about the run that a notebook keeps
 

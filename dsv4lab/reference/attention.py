@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dsv4lab.arguments import check_ring
+from dsv4lab.arguments import check_max_entries, check_ring
 from dsv4lab.paging import check_keys
 from dsv4lab.reference.cache import cache_read
 
@@ -118,6 +118,7 @@ def attention(
     `cache_read`.
     """
     check_ring(window, ring_len)
+    check_max_entries(max_entries)
     rings, count = window_pages.shape[0] * window_page // ring_len, 0 if entry_pages is None else entry_pages.shape[0]
     paged = dict(rings=rings, num_pages=count, page_size=entry_page, ratio=ratio)
     check_keys(block_table, positions, seq_idx, topk_indices, max_entries=max_entries, **paged)

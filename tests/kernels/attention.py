@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,6 +138,29 @@ def _together(*pools: torch.Tensor) -> list[torch.Tensor]:
     return [part.view(pool.dtype).view(pool.shape) for part, pool in zip(parts, pools, strict=True)]
 
 
+def in_order(case: Case) -> Case:
+    """Queries by sequence and position, as prefill has them."""
+    q, sinks, window, entries, table, positions, seq_idx, chosen = case.args
+    order = (seq_idx * 2**32 + positions).argsort()
+    return replace(case, args=(q[order], sinks, window, entries, table, positions[order], seq_idx[order], chosen))
+
+
+class Silent:
+    """A runtime that launches nothing and remembers every call's arguments."""
+
+    arch, libraries = "sm_90a", ()
+
+    def __init__(self, multiprocessors: int) -> None:
+        self.multiprocessors = multiprocessors
+        self.calls: list[tuple[Any, ...]] = []
+
+    def clusters(self, size: int) -> int:
+        return self.multiprocessors // size
+
+    def call(self, function: Any, *args: Any) -> None:
+        self.calls.append(args)
+
+
 def composed(case: Case) -> torch.Tensor:
     """The same in BF16 by torch: scores in float32, probabilities and keys in BF16."""
     q, sinks, window, entries, table, positions, seq_idx, chosen = case.args
@@ -166,3 +190,24 @@ def judge(case: Case, found: torch.Tensor) -> float:
     error = (found - want).norm() / want.norm()
     assert error <= 2 * (composed(case).double() - want).norm() / want.norm(), float(error)
     return float(error)
+
+
+def error_of(case: Case, found: torch.Tensor) -> float:
+    """The relative error: of many queries, for which `judge` takes long."""
+    want = reference(*case.args, **case.how).double()
+    return float((found.double() - want).norm() / want.norm())
+
+
+def check_replays(run: Callable[[Case], torch.Tensor], cases: list[Case]) -> None:
+    """A CUDA graph captured with the first, the largest, gives what each of the cases needs."""
+    first = cases[0]
+    run(first)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(first)
+    for case in cases:
+        first.take(case)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert error_of(case, found) < 0.004

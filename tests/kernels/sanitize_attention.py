@@ -18,9 +18,8 @@ from dsv4lab.kernels.indexer.topk.api import index_topk
 from dsv4lab.kernels.rope.heads import api as heads_api
 from dsv4lab.records import allocate_index_pages, allocate_kv_pages
 from dsv4lab.reference import cache, indexer, norm, quant, rope
-from tests.kernels.attention import judge, make_case
+from tests.kernels.attention import in_order, judge, make_case
 from tests.kernels.test_attention_resident import run as run_resident
-from tests.kernels.test_attention_share import in_order
 from tests.kernels.test_attention_share import run as run_shared
 from tests.kernels.test_compress import Scene, long_step
 from tests.kernels.test_index_scores import scene, worst

@@ -26,7 +26,7 @@ from dsv4lab.kernels.attention.operators import ENTRIES
 from dsv4lab.records import kv_record
 from dsv4lab.reference.attention import attention as reference
 from dsv4lab.reference.cache import cache_read
-from tests.kernels.attention import BF16, RAGGED, WINDOW, Case, judge, make_case
+from tests.kernels.attention import BF16, RAGGED, WINDOW, Case, Silent, check_replays, judge, make_case
 
 
 def simulated(case: Case, parts: int | None = None, ctas: int = 4, *, unpack: bool = False, **how: object) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(attention_api, name, lambda *_: None)
     case = make_case("fp8", "chosen", [(300, 1), (200, 2)], 4, k=20)
     window, far, table = case.args[2:5]
-    with running_on(Silent()):
+    with running_on(Silent(132)):
         case.run()
         with paging.checked(False):
             replace(case, args=(*case.args[:4], table[:, :1].contiguous(), *case.args[5:])).run()
@@ -109,24 +109,6 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, rings = window.shape[0] * 64, window.shape[0] * 64 // case.how["ring_len"]
     assert rings == 2 and told[0] == dict(rings=2, window=128, tokens=tokens, entries=min(far.shape[0], table.numel()) * 32)
     assert told[1] == told[0] | dict(entries=2 * 32) and told[2]["entries"] == 0
-
-
-class Silent:
-    """A runtime that launches nothing."""
-
-    arch, multiprocessors, libraries = "sm_90a", 132, ()
-
-    def bind(self, host_code: bytes) -> bytes:
-        return host_code
-
-    def know(self, ptx: str, cubin: bytes) -> None:
-        pass
-
-    def clusters(self, size: int) -> int:
-        return self.multiprocessors // size
-
-    def call(self, function: Any, *args: Any) -> None:
-        pass
 
 
 def test_records_and_pages() -> None:
@@ -366,15 +348,4 @@ def test_a_cuda_graph_unpacks_what_is_seen_then(record: str, kind: str) -> None:
     cases: list[Case] = [
         make_case(record, kind, [(n, 150), (n // 2, 70)], 64, k=512, seed=n, device="cuda") for n in (9000, 400, 5000, 8999)
     ]
-    first = cases[0]
-    first.run(unpack=True)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = first.run(unpack=True)
-    for case in cases:
-        first.take(case)
-        graph.replay()
-        torch.cuda.synchronize()
-        want = reference(*case.args, **case.how).double()
-        assert (found.double() - want).norm() / want.norm() < 0.004
+    check_replays(lambda case: case.run(unpack=True), cases)

@@ -11,7 +11,7 @@ from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core import api
 from dsv4lab.kernels.attention.core.config import CLUSTER, DIM, KEYS, ROWS, AttentionConfig, divide, merges
-from tests.kernels.attention import RAGGED, WINDOW, Case, judge, make_case
+from tests.kernels.attention import RAGGED, WINDOW, Case, Silent, judge, make_case
 
 
 def run(case: Case, parts: int | None, *, merge: bool | None, pair: bool | None = None) -> torch.Tensor:
@@ -85,21 +85,6 @@ def test_as_many_parts_as_run_at_once() -> None:
     assert plan.parts > 1 and not plan.merge
 
 
-class Silent:
-    """A runtime that launches nothing and remembers how often, and how many CTAs it was asked for first."""
-
-    arch, multiprocessors, libraries = "sm_90a", 132, ()
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-
-    def clusters(self, size: int) -> int:
-        return self.multiprocessors // size
-
-    def call(self, function: Any, *args: Any) -> None:
-        self.calls.append(args)
-
-
 def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[AttentionConfig] = []
     monkeypatch.setattr(api, "_compiled", lambda config, _: compiled.append(config))
@@ -114,7 +99,7 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
         (64, 70, None, False, 1, 70),
         (64, 3, None, True, 1, 6),
     ):
-        runtime = Silent()
+        runtime = Silent(132)
         with running_on(runtime):  # type: ignore[arg-type]
             run(make_case("fp8", "window", [(300, queries)], heads), parts, merge=None)
         found = (compiled[-1].merge, len(runtime.calls), runtime.calls[0][-1])

@@ -11,7 +11,7 @@ from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core import api
 from dsv4lab.kernels.attention.core.config import AttentionConfig, pairs
-from tests.kernels.attention import RAGGED, Case, judge, make_case
+from tests.kernels.attention import RAGGED, Case, Silent, judge, make_case
 
 
 def run(case: Case, parts: int | None = None, *, pair: bool | None, unpack: bool | None = False) -> torch.Tensor:
@@ -38,24 +38,11 @@ def test_pairs_are_for_packed_keys_and_tiles_that_come_in_twos() -> None:
         simulated(make_case("fp8", "chosen", [(3, 1)], 64))
 
 
-class Silent:
-    """A runtime that launches nothing and remembers how many CTAs it was asked for."""
-
-    arch, multiprocessors, libraries = "sm_90a", 7, ()
-    ctas: int
-
-    def clusters(self, size: int) -> int:
-        return self.multiprocessors // size
-
-    def call(self, function: Any, *args: Any) -> None:
-        self.ctas = args[-1]
-
-
 def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[AttentionConfig] = []
     monkeypatch.setattr(api, "_compiled", lambda config, _: compiled.append(config))
     monkeypatch.setattr(api, "unpack_keys", lambda near, *_, **__: (torch.empty(near.shape[0], 64, 512).bfloat16(), None))
-    runtime = Silent()
+    runtime = Silent(7)
     for record, heads, queries, unpack, wanted, ctas in (
         ("fp8", 128, 1, False, True, 2),
         ("fp8", 128, 9, False, True, 6),  # of seven multiprocessors
@@ -66,7 +53,7 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with running_on(runtime):  # type: ignore[arg-type]
             run(make_case(record, "window", [(300, queries)], heads), 1, pair=None, unpack=unpack)
-        assert (compiled[-1].pair, runtime.ctas) == (wanted, ctas), (record, heads, queries)
+        assert (compiled[-1].pair, runtime.calls[-1][-1]) == (wanted, ctas), (record, heads, queries)
 
 
 # ---- in the simulator --------------------------------------------------------------------------------------------------

@@ -12,9 +12,7 @@ from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core import api
 from dsv4lab.kernels.attention.core.config import ResidentConfig, capacity, divide, resident_config, resides
-from dsv4lab.reference.attention import attention as reference
-from tests.kernels.attention import Case, judge, make_case
-from tests.kernels.test_attention_share import Silent, in_order
+from tests.kernels.attention import Case, Silent, check_replays, error_of, in_order, judge, make_case
 
 
 def run(case: Case, parts: int | None = 1, *, resident: bool | None = True, **more: Any) -> torch.Tensor:
@@ -105,7 +103,7 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fp8", "window", 64, 300, dict(unpack=True), "other"),
         ("fp8", "chosen", 64, 300, {}, "other"),
     ):
-        with running_on(Silent()):  # type: ignore[arg-type]
+        with running_on(Silent(7)):  # type: ignore[arg-type]
             run(make_case(record, kind, [(400, queries)], heads), 1, **(dict(resident=None) | more))  # type: ignore[arg-type]
         assert taken[-1][0] == wanted, (record, kind, heads, queries, more)
 
@@ -161,11 +159,6 @@ def test_other_windows() -> None:
 MANY = ([(8191, 4096)], [(4096, 4096)], [(3000, 1000), (17, 17), (8191, 700), (2049, 1), (128, 128)])
 
 
-def error_of(case: Case, found: torch.Tensor) -> float:
-    want = reference(*case.args, **case.how).double()
-    return float((found.double() - want).norm() / want.norm())
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("record", ["plain", "fp8", "nvfp4"])
@@ -199,14 +192,4 @@ def test_long_prefill_on_the_gpu(record: str, sequences: list[tuple[int, int]], 
 def test_a_cuda_graph_replays_with_new_inputs(heads: int) -> None:
     """Positions change after capture: rows are put in line, and found, from what is on the device."""
     cases = [make_case("fp8", "visible", [(n, 150), (n // 2, 70)], heads, seed=n, device="cuda") for n in (8000, 400, 7999)]
-    first = cases[0]
-    run(first)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run(first)
-    for case in cases:
-        first.take(case)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert error_of(first, found) < 0.004
+    check_replays(run, cases)

@@ -12,8 +12,7 @@ from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core import api
 from dsv4lab.kernels.attention.core.config import AttentionConfig, capacity, divide, shares
-from dsv4lab.reference.attention import attention as reference
-from tests.kernels.attention import RAGGED, Case, judge, make_case
+from tests.kernels.attention import RAGGED, Case, Silent, check_replays, in_order, judge, make_case
 
 
 def run(case: Case, parts: int | None = 1, *, share: bool | None = True, **more: Any) -> torch.Tensor:
@@ -25,13 +24,6 @@ def simulated(case: Case, ctas: int = 4, **how: object) -> torch.Tensor:
     sim.enable("sm_90a", multiprocessors=ctas)
     with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):  # type: ignore[arg-type]
         return run(case)
-
-
-def in_order(case: Case) -> Case:
-    """Queries by sequence and position, as prefill has them."""
-    q, sinks, window, entries, table, positions, seq_idx, chosen = case.args
-    order = (seq_idx * 2**32 + positions).argsort()
-    return replace(case, args=(q[order], sinks, window, entries, table, positions[order], seq_idx[order], chosen))
 
 
 # ---- choice ------------------------------------------------------------------------------------------------------------
@@ -72,28 +64,15 @@ def test_choices_that_cannot_be_are_refused() -> None:
         run(case, 2)
 
 
-class Silent:
-    """A runtime that launches nothing and remembers how many CTAs it was asked for."""
-
-    arch, multiprocessors, libraries = "sm_90a", 7, ()
-    sizes: tuple[int, ...]
-
-    def clusters(self, size: int) -> int:
-        return self.multiprocessors // size
-
-    def call(self, function: Any, *args: Any) -> None:
-        self.sizes = args[-3:]  # head tiles, items, CTAs
-
-
 def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[AttentionConfig] = []
     monkeypatch.setattr(api, "_compiled", lambda config, _: compiled.append(config))
     plain = torch.empty(1, 64, 512).bfloat16()
     found = {True: (plain[0], torch.empty(1, 4, dtype=torch.int32)), False: (plain, None)}
     monkeypatch.setattr(api, "unpack_keys", lambda *_, line, **__: found[line])
-    runtime = Silent()
+    runtime = Silent(7)
     for record, heads, queries, more, wanted, sizes in (
-        ("fp8", 64, 300, {}, "queries", (1, 300, 6)),
+        ("fp8", 64, 300, {}, "queries", (1, 300, 6)),  # tiles of heads, items, CTAs
         ("nvfp4", 64, 301, {}, "queries", (1, 302, 6)),
         ("fp8", 72, 301, {}, "tiles", (2, 602, 6)),
         ("plain", 64, 301, {}, "", (1, 301, 7)),  # is not unpacked
@@ -103,7 +82,7 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with running_on(runtime):  # type: ignore[arg-type]
             run(make_case(record, "visible", [(9000, queries)], heads), 1, **(dict(share=None) | more))  # type: ignore[arg-type]
-        assert (compiled[-1].share, runtime.sizes) == (wanted, sizes), (record, heads, queries, more)
+        assert (compiled[-1].share, runtime.calls[-1][-3:]) == (wanted, sizes), (record, heads, queries, more)
 
 
 # ---- in the simulator --------------------------------------------------------------------------------------------------
@@ -159,15 +138,4 @@ def test_on_the_gpu(record: str, heads: int, seed: int) -> None:
 def test_a_cuda_graph_replays_with_new_inputs(heads: int) -> None:
     """Positions change after capture: rows are put in line, and found, from what is on the device."""
     cases = [make_case("fp8", "visible", [(n, 150), (n // 2, 70)], heads, seed=n, device="cuda") for n in (9000, 400, 8999)]
-    first = cases[0]
-    run(first)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run(first)
-    for case in cases:
-        first.take(case)
-        graph.replay()
-        torch.cuda.synchronize()
-        want = reference(*case.args, **case.how).double()
-        assert (found.double() - want).norm() / want.norm() < 0.004
+    check_replays(run, cases)

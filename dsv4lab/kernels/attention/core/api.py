@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from dsv4lab.arguments import check_dense, check_ring
+from dsv4lab.arguments import check_dense, check_max_entries, check_ring
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.attention.core.config import (
     DIM,
     ROPE_DIM,
-    ROWS,
     AttentionConfig,
     CombineConfig,
+    Division,
     ResidentConfig,
     capacity,
     divide,
@@ -85,6 +85,7 @@ def attention(
     kind = "window" if entry_pages is None else "visible" if topk_indices is None else "chosen"
     _check(q, sinks, block_table, positions, seq_idx, topk_indices)
     check_ring(window, ring_len)
+    check_max_entries(max_entries)
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     out = torch.empty_like(q)
@@ -93,8 +94,6 @@ def attention(
     runtime = runtime_of(q)
     reach = block_table.shape[1] * entry_page if entry_pages is not None else 0  # entries of a sequence, at most
     if max_entries is not None:
-        if max_entries < 0:
-            raise ValueError(f"max_entries must be at least 0, got {max_entries}")
         reach = min(reach, max_entries)
     entries = topk_indices.shape[1] if topk_indices is not None else reach
     if kind != "window" and not entries:
@@ -144,7 +143,8 @@ def attention(
         )
         if resident:
             assert holding is not None and other is not None  # where sequences have their rows
-            return _resident(holding, runtime, q, sinks, plain, other, positions, seq_idx, out, scale, ratio)
+            _resident(holding, division, runtime, q, sinks, plain, other, positions, seq_idx, out, scale * _LOG2_E, ratio)
+            return out
         if share:
             assert other is not None  # where sequences have their rows
             config = AttentionConfig("plain", kind, window, share="queries" if division.head_tiles % 2 else "tiles")
@@ -200,6 +200,7 @@ def attention(
 
 def _resident(
     config: ResidentConfig,
+    division: Division,
     runtime: Runtime,
     q: torch.Tensor,
     sinks: torch.Tensor,
@@ -208,34 +209,29 @@ def _resident(
     positions: torch.Tensor,
     seq_idx: torch.Tensor,
     out: torch.Tensor,
-    scale: float,
+    factor: float,
     ratio: int,
-) -> torch.Tensor:
-    """By the kernel that keeps keys, which are in line."""
-    m, heads = q.shape[:2]
-    tiles = -(-heads // ROWS)
-    rows = m * heads
+) -> None:
+    """By the kernel that keeps keys, which are in line. factor: scale times log2 e."""
     runtime.call(
         _compiled_resident(config, runtime),
-        q.view(rows, DIM),
+        q.view(-1, DIM),
         sinks,
         keys,
         places,
         positions,
         seq_idx,
-        out.view(rows, DIM),
-        scale * _LOG2_E,
+        out.view(-1, DIM),
+        factor,
         max(ratio, 1),
-        tiles,
-        min(m * tiles, runtime.multiprocessors),
+        division.head_tiles,
+        min(division.queries * division.head_tiles, runtime.multiprocessors),
     )
-    return out
 
 
 def _compiled_resident(config: ResidentConfig, runtime: Runtime) -> Callable[..., Any]:
     """The host function, with all sizes left open. Raises ValueError for an architecture without a class."""
-    if runtime.arch not in ARCHITECTURES:
-        raise ValueError(f"attention needs {' or '.join(ARCHITECTURES)}, got {runtime.arch}")
+    _check_arch(runtime)
 
     def build() -> tuple[Any, tuple[Any, ...]]:
         import cutlass
@@ -260,6 +256,11 @@ def _compiled_resident(config: ResidentConfig, runtime: Runtime) -> Callable[...
         return AttentionResidentSm90(config), examples
 
     return cache.kernel(f"{_MODULES}.resident", config, build, runtime)
+
+
+def _check_arch(runtime: Runtime) -> None:
+    if runtime.arch not in ARCHITECTURES:
+        raise ValueError(f"attention needs {' or '.join(ARCHITECTURES)}, got {runtime.arch}")
 
 
 def _check(
@@ -297,8 +298,7 @@ def _bytes(name: str, pages: torch.Tensor, config: AttentionConfig, page_size: i
 
 def _compiled(config: AttentionConfig, runtime: Runtime) -> Callable[..., Any]:
     """The host function, with all sizes left open. Raises ValueError for an architecture without a class."""
-    if runtime.arch not in ARCHITECTURES:
-        raise ValueError(f"attention needs {' or '.join(ARCHITECTURES)}, got {runtime.arch}")
+    _check_arch(runtime)
 
     def build() -> tuple[Any, tuple[Any, ...]]:
         import cutlass

@@ -3,7 +3,7 @@
     Q   slices of 64 dims come from shared memory into registers before they are multiplied, so that their places are free
     S   64 heads x all keys: rows / 2 sums a thread
     P   BF16, half as many registers, which are the operand of the next product
-    O   128 dims at a time
+    O   128 dims at a time: two places by turns would spill
 
 A row's four lanes have eight dims each of every 32, next to each other: 16 bytes that are loaded, and stored, at once. `wgmma`
 takes them for others, the four by four pairs of dims transposed; so the keys have their dims in that order, too
@@ -17,34 +17,20 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils.hopper_helpers as hopper
-from cutlass import BFloat16, Float32, Int64, Uint32
-from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass import Float32, Int64, Uint32
+from cutlass.cute.nvgpu import warpgroup
 
 from dsv4lab.kernels._common.ptx import exp2, load_words
 from dsv4lab.kernels._common.rings import arrive_with
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import DIM, ROWS, STEP, TILE, TILES
+from dsv4lab.kernels.attention.core.consume import LOWEST, WIDTH, score_product, sum_product
 from dsv4lab.kernels.attention.core.merge import LOG2_E
 from dsv4lab.kernels.attention.core.units import UNITS
 from dsv4lab.kernels.cache.unpack.config import GROUP
 from dsv4lab.kernels.quant.rows import encode as enc
 
-_WIDTH = 128  # dims of O that are multiplied at once: two places by turns would spill
 _AHEAD = 2  # slices of queries in registers
-_LOWEST = -1e30  # a maximum of nothing
-
-
-def score_product(rows: int) -> Any:
-    """Q K^T: queries from registers."""
-    k, source = OperandMajorMode.K, warpgroup.OperandSource.RMEM
-    return hopper.make_trivial_tiled_mma(BFloat16, BFloat16, k, k, Float32, (1, 1, 1), (ROWS, rows), source)
-
-
-def sum_product() -> Any:
-    """P V, some of the dims: P from registers."""
-    k, mn, source = OperandMajorMode.K, OperandMajorMode.MN, warpgroup.OperandSource.RMEM
-    return hopper.make_trivial_tiled_mma(BFloat16, BFloat16, k, mn, Float32, (1, 1, 1), (ROWS, _WIDTH), source)
 
 
 @dataclass(frozen=True)
@@ -79,9 +65,9 @@ class Attend:
         groups = self.plan.rows // GROUP
         by_key = ((GROUP, groups), (TILE, 1), TILES)
         keys = cute.make_layout(by_key, stride=((TILE, GROUP * DIM), (1, 0), GROUP * TILE))
-        by_dim = ((TILE, _WIDTH // TILE), (GROUP, groups), DIM // _WIDTH)
-        values = cute.make_layout(by_dim, stride=((1, GROUP * TILE), (TILE, GROUP * DIM), _WIDTH * GROUP))
-        score, product = score_product(self.plan.rows), sum_product()
+        by_dim = ((TILE, WIDTH // TILE), (GROUP, groups), DIM // WIDTH)
+        values = cute.make_layout(by_dim, stride=((1, GROUP * TILE), (TILE, GROUP * DIM), WIDTH * GROUP))
+        score, product = score_product(self.plan.rows, registers=True), sum_product(registers=True)
         part_s, part_o = score.get_slice(thread), product.get_slice(thread)
         q = [score.make_fragment_A(part_s.partition_shape_A((ROWS, TILE))) for _ in range(_AHEAD)]
         p = product.make_fragment_A(part_o.partition_shape_A((ROWS, self.plan.rows)))
@@ -93,7 +79,7 @@ class Attend:
             p_words=cute.recast_tensor(p, Uint32),
             v=product.make_fragment_B(part_o.partition_B(cute.make_tensor(self.keys.iterator, values))),
             scores=cute.make_rmem_tensor(part_s.partition_shape_C((ROWS, self.plan.rows)), Float32),
-            output=cute.make_rmem_tensor(part_o.partition_shape_C((ROWS, _WIDTH)), Float32),
+            output=cute.make_rmem_tensor(part_o.partition_shape_C((ROWS, WIDTH)), Float32),
         )
 
     @cute.jit
@@ -116,10 +102,10 @@ class Attend:
             weights = self._softmax(f, sinks)
             even = head - lane // 4 % 2
             base = self.out.iterator.toint() + (Int64(query * heads + even) * DIM + lane % 8 * 8) * 2
-            product = sum_product()
-            for c in cutlass.range_constexpr(DIM // _WIDTH):
+            product = sum_product(registers=True)
+            for c in cutlass.range_constexpr(DIM // WIDTH):
                 self._sums(f, product, c)
-                if cutlass.const_expr(c == DIM // _WIDTH - 1):
+                if cutlass.const_expr(c == DIM // WIDTH - 1):
                     cute.arch.sync_warp()
                     if lane == 0:
                         cute.arch.mbarrier_arrive(self.units.done + unit % UNITS)
@@ -141,7 +127,7 @@ class Attend:
     @cute.jit
     def _scores(self, f: cutlass.Constexpr, unit: Any, lane: Any, warp: Any) -> None:
         """S of a unit."""
-        score = score_product(self.plan.rows)
+        score = score_product(self.plan.rows, registers=True)
         score.set(warpgroup.Field.ACCUMULATE, False)
         for t in cutlass.range_constexpr(TILES):
             if cutlass.const_expr(t >= _AHEAD):
@@ -197,7 +183,7 @@ class Attend:
         scores, words = f.scores, f.p_words
         weights = []
         for r in cutlass.range_constexpr(2):
-            high = Float32(_LOWEST)
+            high = Float32(LOWEST)
             for j in cutlass.range_constexpr(self.plan.rows // GROUP):
                 high = cute.arch.fmax(high, cute.arch.fmax(scores[4 * j + 2 * r], scores[4 * j + 2 * r + 1]))
             for offset in (1, 2):
@@ -224,7 +210,7 @@ class Attend:
         """
         odd = lane // 4 % 2 == 1
         for r in cutlass.range_constexpr(2):
-            for n in cutlass.range_constexpr(_WIDTH // TILE):
+            for n in cutlass.range_constexpr(WIDTH // TILE):
                 halves = []
                 for c32 in cutlass.range_constexpr(2):
                     words = []
@@ -237,7 +223,7 @@ class Attend:
                     got = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, halves[0][i], halves[1][i]), 4)
                     even.append(cutlass.select_(odd, got, halves[0][i]))
                     late.append(cutlass.select_(odd, halves[1][i], got))
-                at = base + (8 * r * DIM + c * _WIDTH + n * TILE) * 2
+                at = base + (8 * r * DIM + c * WIDTH + n * TILE) * 2
                 if head + 8 * r < self.sinks.shape[0]:
                     ptx.store_global(at, even)
                 if head + 8 * r + 1 < self.sinks.shape[0]:

@@ -35,26 +35,27 @@ from dsv4lab.kernels.attention.core.merge import LOG2_E, Merge
 from dsv4lab.kernels.quant.rows import encode as enc
 
 _PROBABLE, _SUMMED, _SCORED = 1, 3, 4  # named barriers: 1 and 2, one a stage; an item's end; its first scores
-_LOWEST = -1e30  # a maximum before the first key: its distance to anything is a number
+LOWEST = -1e30  # a maximum before the first key: its distance to anything is a number
 _SLACK = 8.0  # by which scores may exceed the maximum they are taken against, as a power of two
 _HALF = DIM // HALVES
-_WIDTH = 128  # of a product of probabilities and values: with 256 ptxas asks for more registers than 512 threads start with
+WIDTH = 128  # of a product of probabilities and values: with 256 ptxas asks for more registers than 512 threads start with
 _HALF_TILES = TILES // HALVES
 _GROUPS = KEYS // 8  # column groups of the scores, four values of a thread each
 _STEPS = KEYS // 16  # of a `wgmma` along the keys
 
 
-def score_product() -> Any:
-    """Q K^T of a block: both from shared memory."""
+def score_product(keys: int = KEYS, *, registers: bool = False) -> Any:
+    """Q K^T of so many keys: Q from registers or from shared memory."""
+    source = warpgroup.OperandSource.RMEM if registers else warpgroup.OperandSource.SMEM
     k = OperandMajorMode.K
-    return hopper.make_trivial_tiled_mma(BFloat16, BFloat16, k, k, Float32, (1, 1, 1), (ROWS, KEYS))
+    return hopper.make_trivial_tiled_mma(BFloat16, BFloat16, k, k, Float32, (1, 1, 1), (ROWS, keys), source)
 
 
 def sum_product(*, registers: bool) -> Any:
-    """P V of a block, half the dims: P from registers or from shared memory."""
+    """P V, `WIDTH` dims: P from registers or from shared memory."""
     source = warpgroup.OperandSource.RMEM if registers else warpgroup.OperandSource.SMEM
     k, mn = OperandMajorMode.K, OperandMajorMode.MN
-    product = hopper.make_trivial_tiled_mma(BFloat16, BFloat16, k, mn, Float32, (1, 1, 1), (ROWS, _WIDTH), source)
+    product = hopper.make_trivial_tiled_mma(BFloat16, BFloat16, k, mn, Float32, (1, 1, 1), (ROWS, WIDTH), source)
     product.set(warpgroup.Field.ACCUMULATE, True)
     return product
 
@@ -133,7 +134,7 @@ class Consume:
         phase, turn = Int32(0), Int32(0)  # of the stage; of the items
         for item in cutlass.range(first, items, stride, unroll=1):
             f.output.fill(0.0)
-            f.high.fill(_LOWEST)
+            f.high.fill(LOWEST)
             f.total.fill(0.0)
             blocks = self._blocks(turn)
             if blocks <= me and lane == 0:

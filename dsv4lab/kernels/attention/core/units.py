@@ -23,10 +23,14 @@ class Units:
     facts: Any
 
     def wait_full(self, unit: Any) -> None:
-        cute.arch.mbarrier_wait(self.full + unit % UNITS, unit // UNITS % 2)
+        _wait(self.full, unit)
 
     def wait_read(self, unit: Any) -> None:
-        cute.arch.mbarrier_wait(self.read + unit % UNITS, unit // UNITS % 2)
+        _wait(self.read, unit)
 
     def wait_done(self, unit: Any) -> None:
-        cute.arch.mbarrier_wait(self.done + unit % UNITS, unit // UNITS % 2)
+        _wait(self.done, unit)
+
+
+def _wait(barriers: Any, unit: Any) -> None:
+    cute.arch.mbarrier_wait(barriers + unit % UNITS, unit // UNITS % 2)
