@@ -63,15 +63,18 @@ RACES = [
     ("sm_90a", "eager", 4099, 512, IndexTopkConfig(4, 64, 1, 4, "i32")),  # more registers of a lane than a word has bits
     ("sm_90a", "lazy", 1999, 1024, IndexTopkConfig(4, 4, 4, 1)),
     ("sm_100a", "random", 900, 64, IndexTopkConfig(4, 4, 2, 2)),
+    ("sm_90a", "random", 1700, 300, IndexTopkConfig(4, 4, 4, 1, alone=500)),  # rows of four CTAs, of one, and of no choice
 ]
 
 
 @pytest.mark.parametrize(("arch", "schedule", "entries", "k", "config"), RACES)
 def test_any_schedule_and_no_race(arch: str, schedule: str, entries: int, k: int, config: IndexTopkConfig) -> None:
     scores, visible = masked(scores_of(entries), seed=1)
-    want = indexer.index_topk(scores, visible, k=k)
     some = [0, 1, 2, 6]  # kinds
-    scores, visible, want = scores[some], visible[some], want[some]
+    scores, visible = scores[some], visible[some]
+    if config.alone:
+        visible = torch.tensor([config.alone + 1, config.alone, k + 1, k])
+    want = indexer.index_topk(scores, visible, k=k)
     number = visible.int() if config.visible == "i32" else visible
     found = run(scores, number, k, config, arch, schedule=schedule, seed=7, checks=sim.Checks(races=True))
     assert torch.equal(found, want)
@@ -100,12 +103,16 @@ def test_choices_fit() -> None:
             config.check()
             assert entries <= config.capacity <= max(4 * entries, 1024)
             assert config.cluster == 1 or entries > 16384 or rows * config.cluster <= 132
+            fits = rows * config.cluster <= 132
+            assert config.alone == (0 if config.cluster == 1 else 4096 if fits else config.threads * config.values)
     for change, message in (
         (dict(warps=5), "warps must be 4, 8 or 16, got 5"),
         (dict(values=12), "values must be 4, 8, 16, 32 or 64, got 12"),
         (dict(cluster=16), "cluster must be 1, 2, 4 or 8, got 16"),
         (dict(copies=3), "copies must be 1, 2, 4 or 8, got 3"),
         (dict(visible="u32"), "visible must be i32 or i64, got 'u32'"),
+        (dict(alone=1), "alone must be 0 to 0 for 1 CTAs a row, got 1"),
+        (dict(cluster=2, alone=1025), "alone must be 0 to 1024 for 2 CTAs a row, got 1025"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(IndexTopkConfig(8, 4, 1, 4), **change).check()  # type: ignore[arg-type]
@@ -157,6 +164,16 @@ def test_on_the_gpu(rows: int, entries: int, seed: int) -> None:
         want = indexer.index_topk(scores, visible, k=k)
         assert torch.equal(index_topk(scores, visible, k=k), want)
         assert torch.equal(index_topk(scores, visible.int(), k=k), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 64, 300])
+def test_rows_that_show_less_than_they_may_on_the_gpu(rows: int) -> None:
+    """As a captured graph has them: a row alone, by all its CTAs, or nothing to choose, side by side."""
+    scores, _ = masked(scores_of(MAX_ENTRIES, 0, "cuda", rows))
+    for most in (600, 4096, 4097, 32768, 32769):
+        visible = torch.arange(rows, device="cuda") % 3 * -100 + most
+        assert torch.equal(index_topk(scores, visible, k=512), indexer.index_topk(scores, visible, k=512))
 
 
 @pytest.mark.gpu

@@ -13,12 +13,14 @@ MAX_ENTRIES = 1 << 18
 SHARED_BYTES = 227 * 1024  # that a CTA may have
 _INTEGERS = ("i32", "i64")
 _MARGIN = 4096
+_SHORT = 4096  # entries that one CTA selects from about as fast as several
 
 
 @dataclass(frozen=True)
 class IndexTopkConfig:
     """warps: of a CTA. values: scores of a lane. cluster: CTAs that share a row. copies: of a histogram, so that equal digits
-    of neighbouring lanes are counted apart. visible: integer type of num_visible.
+    of neighbouring lanes are counted apart. visible: integer type of num_visible. alone: the most visible entries of which
+    a cluster's first CTA selects by itself; with clusters only.
     """
 
     warps: int
@@ -26,6 +28,7 @@ class IndexTopkConfig:
     cluster: int
     copies: int
     visible: str = "i64"
+    alone: int = 0
 
     @property
     def threads(self) -> int:
@@ -67,11 +70,14 @@ class IndexTopkConfig:
             raise ValueError(f"cluster must be 1, 2, 4 or 8, got {self.cluster}")
         if self.copies not in (1, 2, 4, 8) or self.shared_bytes > SHARED_BYTES:
             raise ValueError(f"copies must be 1, 2, 4 or 8, got {self.copies}")
+        most = self.threads * self.values if self.cluster > 1 else 0
+        if not 0 <= self.alone <= most:
+            raise ValueError(f"alone must be 0 to {most} for {self.cluster} CTAs a row, got {self.alone}")
 
     @classmethod
     def for_shape(cls, rows: int, entries: int, multiprocessors: int, *, visible: str = "i64") -> IndexTopkConfig:
         """Rows enough for all multiprocessors have a CTA each, as long as registers hold a row; fewer or longer rows have
-        several, up to eight.
+        several, up to eight. Where not all of them run at once, a CTA takes alone what it can hold.
         """
         spread = max(multiprocessors // rows, 1)  # CTAs that a row could have at once
         cluster = next(c for c in (1, 2, 4, 8) if c * 16384 >= entries or c == 8)
@@ -80,4 +86,9 @@ class IndexTopkConfig:
         share = -(-entries // cluster)
         warps = 16 if share > 2048 else 8
         values = next(v for v in (4, 8, 16, 32, 64) if v * warps * WARP >= share)
-        return cls(warps, values, cluster, 2, visible)
+        alone = warps * WARP * values
+        if cluster == 1:
+            alone = 0
+        elif rows * cluster <= multiprocessors:
+            alone = min(alone, _SHORT)
+        return cls(warps, values, cluster, 2, visible, alone)

@@ -2,7 +2,8 @@
 
 A row is a CTA's, or that of the CTAs of a cluster. It is read once; a lane holds up to 64 scores as integers that compare the
 other way round, small for a large score. Warp w of CTA c owns neighbouring entries, a lane one of each 32, so that order by
-(CTA, warp, register, lane) is the order of entries.
+(CTA, warp, register, lane) is the order of entries. Where a row of a cluster shows few entries, its first CTA selects by itself
+and the others leave: a graph is captured for the longest rows that it may ever see.
 
 1. Three digits of 11, 11 and 10 bits: count the scores of each digit that share the digits already known, by atomics in shared
    memory; sum up the counts of the cluster; find the digit that the k-th score has. Done early where all of a digit fits.
@@ -22,6 +23,7 @@ Predicted on an H200: 100 us; 4 us for few short rows. sm_90a and sm_100a.
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
@@ -66,17 +68,23 @@ class IndexTopk:
         block, _, _ = cute.arch.block_idx()
         row, rank = block // plan.cluster, block % plan.cluster
         memory = SmemAllocator()
-        self.counts = memory.allocate_tensor(Uint32, cute.make_layout(plan.copies * _COPY), byte_alignment=16)
-        if cutlass.const_expr(plan.cluster > 1):  # a digit's counts of this CTA, for the others
-            self.local = memory.allocate_tensor(Uint32, cute.make_layout((BINS, len(SHIFTS))), byte_alignment=16)
-        self.warps = memory.allocate_tensor(Int32, cute.make_layout((plan.cluster * plan.warps, 2)))
-        self.sums = memory.allocate_tensor(Int32, cute.make_layout(plan.warps))
-        self.found = memory.allocate_tensor(Int32, cute.make_layout(4), byte_alignment=16)
+        counts = memory.allocate_tensor(Uint32, cute.make_layout(plan.copies * _COPY), byte_alignment=16)
+        local = counts
+        if cutlass.const_expr(plan.cluster > 1):
+            local = memory.allocate_tensor(Uint32, cute.make_layout((BINS, len(SHIFTS))), byte_alignment=16)
+        selection = Selection(
+            plan,
+            counts,
+            local,
+            memory.allocate_tensor(Int32, cute.make_layout((plan.cluster * plan.warps, 2))),
+            memory.allocate_tensor(Int32, cute.make_layout(plan.warps)),
+            memory.allocate_tensor(Int32, cute.make_layout(4), byte_alignment=16),
+        )
         cute.arch.griddepcontrol_launch_dependents()
         quads = cute.make_rmem_tensor((4,), Uint32)
         quads.fill(0)
         for i in cutlass.range(thread, plan.copies * _COPY // 4, plan.threads, unroll=1):
-            cute.autovec_copy(quads, cute.local_tile(self.counts, (4,), (i,)))
+            cute.autovec_copy(quads, cute.local_tile(counts, (4,), (i,)))
         cute.arch.griddepcontrol_wait()
         visible = num_visible.element_type(scores.shape[1])
         visible = Int32(cutlass.max(cutlass.min(num_visible[row], visible), num_visible.element_type(0)))
@@ -84,11 +92,28 @@ class IndexTopk:
         if visible <= k:
             for i in cutlass.range(rank * plan.threads + thread, k, plan.cluster * plan.threads, unroll=1):
                 out[row, i] = i if i < visible else Int32(-1)
-        else:
-            self._select(scores, out, row, rank, visible, k)
+        elif cutlass.const_expr(plan.alone == 0) or visible > plan.alone:
+            selection.select(scores, out, row, rank, visible, k)
+        elif rank == 0:
+            replace(selection, plan=replace(plan, cluster=1)).select(scores, out, row, rank, visible, k)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Of a row. counts: copies of a histogram, zero; local: of a cluster, this CTA's counts of each digit, for the others.
+    warps, sums, found: what warps tell each other.
+    """
+
+    plan: cutlass.Constexpr
+    counts: Any
+    local: Any
+    warps: Any
+    sums: Any
+    found: Any
 
     @cute.jit
-    def _select(self, scores: Any, out: Any, row: Any, rank: Any, visible: Any, k: Any) -> None:
+    def select(self, scores: Any, out: Any, row: Any, rank: Any, visible: Any, k: Any) -> None:
+        """The row's k best of `visible`, which are more, by CTA `rank` of those that the plan has for it."""
         plan = self.plan
         thread, _, _ = cute.arch.thread_idx()
         lane = thread % WARP
