@@ -3,6 +3,7 @@
     scores prefill       4,096 queries at the end of 65,536 tokens: 15,361 to 16,384 entries each
     scores all visible   the same with every entry seen by every query: the tensor cores' shape
     scores decode        1 query of each of 1, 8 or 64 sequences of 4,096 or 262,144 entries (16 k and 1 M tokens)
+    .. of 262144         as in a graph captured for sequences of so many entries; scores that are not visible are left alone
     topk                 512 (Flash) or 1,024 (Pro) of 4,096 x 16,384, 1 x 262,144 and 64 x 4,096 scores
 
 Bound: 2 * 64 * 128 flops a query and visible entry over the BF16 rate, or the bytes of queries, of every index key of a
@@ -38,13 +39,16 @@ _COMPILED = "scores decode 64 x 4096"
 
 @dataclass(frozen=True)
 class Scores:
-    """queries: of one sequence, its last ones, or one of each of `seqs`. entries: of a sequence. masked: causally."""
+    """queries: of one sequence, its last ones, or one of each of `seqs`. entries: of a sequence. masked: causally. most: entries
+    that the call is made for, `entries` if 0.
+    """
 
     name: str
     queries: int
     seqs: int
     entries: int
     masked: bool
+    most: int = 0
 
     @property
     def decode(self) -> bool:
@@ -74,12 +78,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Choice:
-    """k of the entries that each query sees, the last of `entries`, or all of them."""
+    """k of the entries that each query sees, the last of `entries`, or all of them. most: as of `Scores`."""
 
     name: str
     queries: int
     entries: int
     k: int
+    most: int = 0
 
     @property
     def masked(self) -> bool:
@@ -93,17 +98,22 @@ class Choice:
         return 4.0 * Scores("", self.queries, 1, self.entries, self.masked).total_visible + 4.0 * self.queries * self.k
 
 
-_DECODE = tuple((seqs, entries) for entries in (4096, 262144) for seqs in (1, 8, 64))
+_LONGEST = 262144
+_DECODE = tuple((seqs, entries) for entries in (4096, _LONGEST) for seqs in (1, 8, 64))
 SCORES = (
     Scores("scores prefill", 4096, 1, 16384, True),
     Scores("scores all visible", 4096, 1, 16384, False),
     *(Scores(f"scores decode {seqs} x {entries}", seqs, seqs, entries, False) for seqs, entries in _DECODE),
+    *(Scores(f"scores decode {n} x 4096 of {_LONGEST}", n, n, 4096, False, _LONGEST) for n in (1, 64)),
 )
-_SIZES = ((4096, 16384), (1, 262144), (64, 4096))
-CHOICES = tuple(
-    Choice(f"topk {k} of {queries} x {entries}", queries, entries, k)
-    for queries, entries in _SIZES
-    for k in (FLASH.index_topk, PRO.index_topk)
+_SIZES = ((4096, 16384), (1, _LONGEST), (64, 4096))
+CHOICES = (
+    *(
+        Choice(f"topk {k} of {queries} x {entries}", queries, entries, k)
+        for queries, entries in _SIZES
+        for k in (FLASH.index_topk, PRO.index_topk)
+    ),
+    *(Choice(f"topk {FLASH.index_topk} of {n} x 4096 of {_LONGEST}", n, 4096, FLASH.index_topk, _LONGEST) for n in (1, 64)),
 )
 QUICK = (
     "scores prefill",
@@ -143,7 +153,7 @@ def scores_args(shape: Scores, record: str, device: str, copies: int = 1) -> lis
         q = torch.randn(shape.queries, HEADS, INDEX_DIM, device=device).bfloat16()
         weights = torch.randn(shape.queries, HEADS, device=device) * (INDEX_DIM * HEADS) ** -0.5
         seqs = torch.arange(shape.queries, device=device) if shape.decode else torch.zeros_like(shape.visible(device))
-        named = dict(record=record, page_size=PAGE, max_entries=shape.entries)
+        named = dict(record=record, page_size=PAGE, max_entries=shape.most or shape.entries, fill=not shape.most)
         found.append(((q, weights, pages, part.contiguous(), seqs, shape.visible(device)), named))
     return found
 
@@ -153,8 +163,8 @@ def choice_args(shape: Choice, device: str, copies: int = 1) -> list[Args]:
     found = []
     for _ in range(copies):
         visible = shape.visible(device)
-        scores = torch.randn(shape.queries, shape.entries, device=device)
-        scores.masked_fill_(torch.arange(shape.entries, device=device) >= visible[:, None], -torch.inf)
+        scores = torch.randn(shape.queries, shape.most or shape.entries, device=device)
+        scores.masked_fill_(torch.arange(scores.shape[1], device=device) >= visible[:, None], -torch.inf)
         found.append(((scores, visible), dict(k=shape.k)))
     return found
 
@@ -218,8 +228,9 @@ def compared_scores(args: Args, y: torch.Tensor) -> dict[str, Any]:
     rows = common.sampled(q.shape[0], _ORACLE_QUERIES)
     want = reference.index_scores(q[rows].double(), weights[rows], pages, table, seqs[rows], visible[rows], **named)
     hidden = torch.arange(y.shape[1], device=y.device) >= visible[:, None]
+    shown = int(visible.min())
     figures = operations.accuracy_fields(y[rows].masked_fill(hidden[rows], 0.0), want.masked_fill(hidden[rows], 0.0))
-    return figures | {"equal_mask": bool((torch.isneginf(y) == hidden).all())}
+    return figures | {"equal_mask": bool((torch.isneginf(y) == hidden)[:, : None if named["fill"] else shown].all())}
 
 
 def compared_choice(args: Args, y: torch.Tensor) -> dict[str, Any]:

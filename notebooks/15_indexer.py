@@ -58,7 +58,8 @@ with ops.observe() as calls:
 names = "index_query", "index_scores", "index_topk", "attention"
 asked, scored, chose, attended = (observed.only(calls, name, "layers.1") for name in names)
 scores, chosen, visible = scored.output, chose.output, chose.inputs["num_visible"]
-entries, seen, full = scores.shape[1], scores > -torch.inf, visible > k
+entries, full = scores.shape[1], visible > k
+seen = torch.arange(entries) < visible[:, None]
 last = slice(text_tokens - shown_queries, text_tokens)
 viz.plot_index_scores(scores[last], selected=chosen[last].long(), visible=visible[last], query_start=last.start)
 
@@ -189,7 +190,7 @@ for record in INDEX_RECORDS:
 # %%
 for record in INDEX_RECORDS:
     q = indexer.index_query(**asked.inputs | dict(record=record))[rows]
-    given = some(scored.inputs, "head_weights", "seq_idx", "num_visible", q=q, pages=pages[record], record=record)
+    given = some(scored.inputs, "head_weights", "seq_idx", "num_visible", q=q, pages=pages[record], record=record, fill=True)
     want = indexer.index_scores(**given)
     size = float(want[want > -torch.inf].abs().max())
     for schedule in hopper.schedules(target):

@@ -91,6 +91,7 @@ class Indexer(nn.Module):
             page_size=batch.cache.page_size(CSA),
             max_entries=plan.max_visible,
             scale=self.scale,
+            fill=False,  # `index_topk` looks at what is visible
         )
         return ops.index_topk(scores, plan.num_visible, k=self.config.index_topk)
 

@@ -30,10 +30,12 @@ def index_scores(
     page_size: int,
     max_entries: int,
     scale: float = 1.0,
+    fill: bool = True,
 ) -> Tensor:
     """See `reference.indexer.index_scores`."""
     tensors = (q, head_weights, pages, block_table, seq_idx, num_visible)
-    return _indexer.index_scores(*tensors, record=record, page_size=page_size, max_entries=max_entries, scale=scale)
+    how = dict(record=record, page_size=page_size, max_entries=max_entries)
+    return _indexer.index_scores(*tensors, **how, scale=scale, fill=fill)  # type: ignore[arg-type]
 
 
 @operator()

@@ -116,11 +116,13 @@ def index_scores(
     page_size: int,
     max_entries: int,
     scale: float = 1.0,
+    fill: bool = True,
 ) -> torch.Tensor:
     """I[t, j] = sum_h scale w[t, h] relu(q[t, h] . k_j) over the entries of the query's own sequence.
 
     q (M, Hi, ci) from `index_query`; head_weights (M, Hi) f32; scale: ci^-1/2 Hi^-1/2 in the model; block_table (num_seqs, nb)
-    int, pages of `page_size` entries; num_visible (M,) int -> (M, max_entries) f32, -inf from num_visible on.
+    int, pages of `page_size` entries; num_visible (M,) int -> (M, max_entries) f32, -inf from num_visible on; without `fill`
+    these may be anything, which saves a kernel most of what it writes where little is seen of what may be.
     Raises ValueError on shapes, the name, the pool and a visible entry without a page, TypeError on the pool's dtype.
     """
     check_pool(pages, "index", record, page_size=page_size, dim=q.shape[-1])

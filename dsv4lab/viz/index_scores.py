@@ -19,7 +19,8 @@ def plot_index_scores(
     """Heat map of index scores, queries by entries.
 
     scores (S, T) real; NaN or infinite cells (masked) stay grey. selected: (S, K) indices, -1 = empty, or an (S, T) mask.
-    visible (S,) int: number of entries query s may see; drawn as a step line. query_start: position of the first query.
+    visible (S,) int: number of entries query s may see; drawn as a step line, right of which cells stay grey whatever they are.
+    query_start: position of the first query.
     Raises ValueError (shapes, ranges), TypeError (dtypes).
     """
     values = as_array("scores", scores, "S,T")
@@ -28,6 +29,7 @@ def plot_index_scores(
     limit = None if visible is None else as_array("visible", visible, "S", kind="int", shape=(queries,))
     if limit is not None:
         require_range("visible", limit, 0, entries)
+        values = np.where(np.arange(entries) < limit[:, None], values, np.nan)
 
     ax = one_axes(ax, (8.0, float(np.clip(1.6 + 0.07 * queries, 3.0, 6.0))))
     finite = values[np.isfinite(values)]

@@ -106,11 +106,13 @@ def run(
     config: IndexScoresConfig | None = None,
     multiprocessors: int = 4,
     scale: float = 1.0,
+    fill: bool = True,
     **how: Any,
 ) -> torch.Tensor:
     sim.enable("sm_90a", multiprocessors=multiprocessors)
+    named: dict[str, Any] = dict(record=record, page_size=page_size, max_entries=entries, scale=scale, fill=fill, config=config)
     with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):
-        return index_scores(*args, record=record, page_size=page_size, max_entries=entries, scale=scale, config=config)
+        return index_scores(*args, **named)
 
 
 def test_a_scale_is_a_scale_of_the_weights() -> None:
@@ -143,6 +145,10 @@ RACES = [
     ("eager", "fp8", [260, 70, 5], [3, 4, 2], False, IndexScoresConfig("fp8", 64, 32, 4, 2, 3)),
     ("lazy", "fp4", [200, 130], [3, 4], True, IndexScoresConfig("fp4", 8, 48, 4, 2, 2, visible="i32")),
     ("random", "plain", [130, 70], [2, 3], True, IndexScoresConfig("plain", 5, 4, 2, 1, 2, sequence="i32")),
+    # a query a tile: parts of several of them for a CTA, some see nothing; more than a warp has lanes
+    ("eager", "fp4", [700, 3, 260], [2, 1, 2], False, IndexScoresConfig("fp4", 8, 32, 1, 2, 2)),
+    ("lazy", "fp8", [300, 70, 5], [12, 3, 20], True, IndexScoresConfig("fp8", 8, 4, 1, 1, 3, visible="i32", sequence="i32")),
+    ("random", "plain", [260, 70], [2, 3], True, IndexScoresConfig("plain", 64, 32, 1, 2, 2)),
 ]
 
 
@@ -157,7 +163,7 @@ def test_any_schedule_and_no_race(
     visible = visible.int() if config.visible == "i32" else visible
     args = (q, weights, pages, table, seq, visible)
     how = dict(schedule=schedule, seed=5, checks=sim.Checks(races=True))
-    found = run(args, record, max(counts) + 3, page_size=size, config=config, **how)
+    found = run(args, record, max(counts) + 3, page_size=size, config=config, multiprocessors=1, **how)
     assert worst(args, found, record, size) < SIMULATED_BOUND / DOT_BOUND
 
 
@@ -170,6 +176,18 @@ def test_scores_do_not_depend_on_the_batch() -> None:
     part = (q[1:3], weights[1:3], pages, table, seq[1:3], visible[1:3])
     found = run(part, "fp4", 150, page_size=48, config=config)
     assert torch.equal(found, whole[1:3, :150])
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_what_is_not_seen_is_left_alone(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = scene("fp4", [200, 130], [3, 4], heads=8, page_size=48, seed=3)
+    config = IndexScoresConfig("fp4", 8, 48, queries, 2, 2)
+    whole = run(args, "fp4", 700, page_size=48, config=config)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: empty(*size, **how).fill_(7))
+    found = run(args, "fp4", 700, page_size=48, config=config, fill=False)
+    seen = ~torch.isneginf(whole)
+    assert torch.equal(found[seen], whole[seen]) and bool((found[:, 256:] == 7).all())
 
 
 def test_damage_stays_visible_and_outside_values_do_no_harm() -> None:
@@ -197,9 +215,13 @@ def test_choices_fit_and_share_the_work(record: str, heads: int) -> None:
             config.check()
             assert config.shared_bytes <= (SHARED_BYTES if config.hands_over else HALF_SHARED_BYTES)
             assert config.queries == (1 if queries <= 256 else 4 if heads <= 64 else 2)
+            tiles, places = -(-queries // config.queries), config.resident * 132
+            if config.queries == 1:  # no CTA without anything to do, if all is seen
+                ctas = config.ctas(queries, entries, 132)
+                assert ctas == places or ctas * 64 * config.groups < queries * (entries + 64 * config.groups)
+                continue
             span = config.span(queries, entries, 132)
             assert span % (64 * config.groups) == 0 and span > 0
-            tiles, places = -(-queries // config.queries), config.resident * 132
             ctas = tiles * -(-entries // span)
             # Where there are keys for all multiprocessors, nine tenths of the time of whole rounds is work.
             if entries >= 4096 and tiles * entries >= places * 4096:
@@ -253,6 +275,8 @@ BATCHES = [
     ([16384] * 5 + [300, 64, 0], [1, 2, 4, 3, 8, 2, 1, 1]),
     ([262144], [1]),
     ([30000, 262144, 8], [4, 4, 4]),
+    ([4096] * 40 + [9000, 1], [1] * 42),
+    ([600, 100], [150, 150]),  # two queries a CTA and more
     ([1024, 5000], [301, 222]),  # prefill of two sequences, and a short last tile
     ([16384], [4096]),
 ]

@@ -58,6 +58,8 @@ def test_one_head_of_an_attention_map() -> None:
 def test_index_scores_draw_the_boundary_at_the_visible_count() -> None:
     visible = np.array([2, 2, 3, 5])
     ax = viz.plot_index_scores(np.arange(20.0).reshape(4, 5), visible=visible, query_start=9)
+    shown = ax.images[0].get_array()
+    assert np.ma.getmaskarray(shown).sum(1).tolist() == (5 - np.asarray(visible)).tolist()  # the rest may be anything
     boundary = ax.lines[0]
     np.testing.assert_array_equal(np.asarray(boundary.get_xdata())[::2], visible - 0.5)
     assert boundary.get_ydata()[0] == 8.5 and boundary.get_ydata()[-1] == 12.5

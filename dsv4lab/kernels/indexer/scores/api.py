@@ -30,6 +30,7 @@ def index_scores(
     page_size: int,
     max_entries: int,
     scale: float = 1.0,
+    fill: bool = True,
     config: IndexScoresConfig | None = None,
 ) -> torch.Tensor:
     """I[t, j] = sum_h scale w[t, h] relu(q[t, h] . k_j) over the entries of the query's own sequence.
@@ -37,8 +38,8 @@ def index_scores(
     q (M, Hi, 128) bf16, Hi <= 256; head_weights (M, Hi) f32; pages of `page_size` records, a multiple of 4: plain (P,
     page_size, 128) bf16, fp8 and fp4 (P, page bytes) u8; block_table (num_seqs, nb) i32, page numbers; seq_idx and num_visible
     (M,) i32 or i64, rows of one sequence next to each other for speed; all contiguous; max_entries up to 2^28
-    -> (M, max_entries) f32, -inf from num_visible on. num_visible is cut to max_entries; a visible entry must
-    have a page (`paging` finds those without: -1 counts as page 0).
+    -> (M, max_entries) f32; from num_visible on -inf, without `fill` anything. num_visible is cut to max_entries; a visible
+    entry must have a page (`paging` finds those without: -1 counts as page 0).
     A weight times scale is rounded once. Products are exact, sums float32's: a score is within 2^-17 sum |w relu(q . k)| +
     2^-21 sum |w| sum |q k| of the exact one (2^-18 sum |w relu(q . k)| in the simulator, whose tensor core cuts
     nothing off). `decode` has the limits of scales. A NaN in a query, a plain key or a scale leaves its scores
@@ -67,9 +68,11 @@ def index_scores(
     if (config.record, config.heads, config.page_size, config.visible, config.sequence) != given:
         raise ValueError(f"config must have record, heads, page_size, visible, sequence {given}, got {config}")
     runtime = runtime_of(q)
-    span = config.span(q.shape[0], max_entries, runtime.multiprocessors)
+    size = (q.shape[0], max_entries, runtime.multiprocessors)
+    span, ctas = (0, config.ctas(*size)) if config.queries == 1 else (config.span(*size), 0)
     flat = pages.view(torch.uint8).view(pages.shape[0], -1)
-    runtime.call(_compiled(config, runtime), q, head_weights, flat, block_table, seq_idx, num_visible, out, span, scale)
+    tensors = (q, head_weights, flat, block_table, seq_idx, num_visible, out)
+    runtime.call(_compiled(config, runtime), *tensors, span, ctas, int(fill), scale)
     return out
 
 
@@ -85,6 +88,7 @@ def refuses(
     page_size: int,
     max_entries: int,
     scale: float = 1.0,
+    fill: bool = True,
 ) -> Exception | None:
     """What is wrong with these arguments."""
     if record not in INDEX_RECORDS:
@@ -139,7 +143,7 @@ def _compiled(config: IndexScoresConfig, runtime: Runtime) -> Callable[..., Any]
             fake(types[config.sequence], m, align=types[config.sequence].width // 8),
             fake(types[config.visible], m, align=types[config.visible].width // 8),
             fake(cutlass.Float32, m, cute.sym_int(), align=4),
-            cutlass.Int32(1),
+            *[cutlass.Int32(1)] * 3,
             cutlass.Float32(1.0),
             fake_stream(),
         )

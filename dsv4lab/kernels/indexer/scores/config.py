@@ -17,7 +17,7 @@ _MIN_PAGE = 4  # records whose scales are 16 bytes, the smallest bulk copy
 _MARGIN = 2048  # barriers, runs, and alignment of the buffers to 1024 bytes
 _MANY_ROWS = 256  # queries from which several share a tile
 _MAX_STAGES = 12
-_SPAN = {1: 8192, 2: 16384, 4: 32768}  # most keys of a CTA, by queries of a tile; longer ones would end unevenly
+_SPAN = {2: 16384, 4: 32768}  # most keys of a CTA, by queries of a tile; longer ones would end unevenly
 _START = 256  # keys that could be scored while a CTA starts
 
 
@@ -83,8 +83,12 @@ class IndexScoresConfig:
         """CTAs of a multiprocessor at a time."""
         return 2 if self.shared_bytes <= HALF_SHARED_BYTES and not self.hands_over else 1
 
+    def ctas(self, queries: int, entries: int, multiprocessors: int) -> int:
+        """That single queries are divided among: those that run at once, but no more than have a tile for each warpgroup."""
+        return min(self.resident * multiprocessors, queries * -(-entries // (self.groups * TILE)))
+
     def span(self, queries: int, entries: int, multiprocessors: int) -> int:
-        """Keys of a CTA: of those that finish soonest, all CTAs together, the fewest CTAs."""
+        """Keys of a CTA with tiles of several queries: of those that finish soonest, all CTAs together, the fewest CTAs."""
         tiles, step = -(-queries // self.queries), self.groups * TILE
         places = self.resident * multiprocessors
         most = min(-(-entries // step), max(-(-places // tiles), 1) * 8)
@@ -125,8 +129,8 @@ class IndexScoresConfig:
         sequence: str = "i64",
     ) -> IndexScoresConfig:
         """Few queries, in all or for each of the sequences that there may be: one a tile, since its neighbours may see other
-        keys, and two CTAs a multiprocessor, one of which multiplies while the other starts. Many: as many as a product takes,
-        so that keys are read and decoded less often.
+        keys, and two CTAs a multiprocessor, one of which multiplies while the other starts; they divide what is seen. Many: as
+        many as a product takes, so that keys are read and decoded less often.
         """
         padded = -(-heads // 8) * 8
         many = queries > max(_MANY_ROWS, 2 * sequences)

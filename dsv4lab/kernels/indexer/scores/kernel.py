@@ -1,6 +1,7 @@
 """I[t, j] = sum_h w[t, h] relu(q[t, h] . k_j) on Hopper, with keys as the cache stores them.
 
-A CTA has up to four neighbouring queries and a span of entries. Queries stay in shared memory, keys stream past them:
+A CTA has up to four neighbouring queries and a span of entries, or, where queries are few, parts of what single ones see
+(`shares`). Queries stay in shared memory, keys stream past them:
 
     load (a warp)                a tile of 64 keys, from their pages, into a ring of stages by bulk copies
     multiply (two warpgroups)    each its own tiles: keys decoded in registers as the A operand (`decode`), the heads of all
@@ -11,7 +12,8 @@ A CTA has up to four neighbouring queries and a span of entries. Queries stay in
 A thread's products of a row are one key's, so relu and the weighted sum are two instructions a product, x + |x| and a fused
 multiply-add with half the weight; quads of lanes then add up, each lane keeping what it stores. Neighbouring queries of one
 sequence are a run: keys are read once for all of it, up to the most that one of its queries sees. Columns of the tile's other
-queries are then idle. Every entry of the result is written, -inf where a query does not see it.
+queries are then idle. -inf is written where a query does not see an entry, for who asks for it: in a graph of 64
+sequences that may each have a pool of a million tokens, that is 67 MB, 16 us.
 
 Flops: 2 M T H 128. 4096 queries, 16384 keys, 64 heads: 1.1 TFLOP, 1.4 ms at 807 TFLOP/s. Beside it a warp has 490 instructions
 for each 64 keys and four queries, whose products take 1024 cycles of the tensor core; two warpgroups take turns. Bytes: keys
@@ -23,6 +25,7 @@ from L2 after the first, and are bound by the tensor core from the second (fp8) 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
@@ -43,6 +46,7 @@ from dsv4lab.kernels.indexer.scores.decode import (
     decode_rows,
     query_offset,
 )
+from dsv4lab.kernels.indexer.scores.shares import Shares
 
 _FEW_REGISTERS, _MANY_REGISTERS = 24, 240  # of loading and of multiplying threads, where sums need them
 _SLAB = 64  # columns of an operand's row of 128 bytes
@@ -68,11 +72,14 @@ class IndexScoresSm90:
         num_visible: Any,
         out: Any,
         span: Int32,
+        ctas: Int32,
+        fill: Int32,
         scale: Float32,
         stream: Any,
     ) -> None:
         """q (M, Hi, 128) bf16, head_weights (M, Hi) f32, pages (P, bytes) u8, block_table (num_seqs, nb) i32, seq_idx and
-        num_visible (M,) -> out (M, T) f32. span: entries of a CTA, a multiple of a tile for each warpgroup.
+        num_visible (M,) -> out (M, T) f32. span: entries of a CTA, a multiple of a tile for each warpgroup, where a tile has
+        several queries; otherwise CTAs are `ctas`. fill: whether -inf is written.
         """
         plan = self.plan
         mma = hopper.make_trivial_tiled_mma(
@@ -86,9 +93,11 @@ class IndexScoresSm90:
             a_source=warpgroup.OperandSource.RMEM,
         )
         layout = hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (TILE, plan.columns, _SLAB), BFloat16, DIM // _SLAB)
-        tiles = cute.ceil_div(q.shape[0], plan.queries)
-        self.kernel(mma, q, head_weights, pages, block_table, seq_idx, num_visible, out, span, scale, layout).launch(
-            grid=[tiles, cute.ceil_div(out.shape[1], span), 1],
+        grid = [ctas, 1, 1]
+        if cutlass.const_expr(plan.queries > 1):
+            grid = [cute.ceil_div(q.shape[0], plan.queries), cute.ceil_div(out.shape[1], span), 1]
+        self.kernel(mma, q, head_weights, pages, block_table, seq_idx, num_visible, out, span, fill, scale, layout).launch(
+            grid=grid,
             block=[plan.threads, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
@@ -107,13 +116,14 @@ class IndexScoresSm90:
         num_visible: Any,
         out: Any,
         span: Int32,
+        fill: Int32,
         scale: Float32,
         layout: cute.ComposedLayout,
     ) -> None:
         plan = self.plan
         thread, _, _ = cute.arch.thread_idx()
-        tile, part, _ = cute.arch.block_idx()
-        tiles, _, _ = cute.arch.grid_dim()
+        block, part, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
         warp = cute.arch.make_warp_uniform(thread // WARP)
         multiply = plan.groups * WARPGROUP  # threads
         memory = SmemAllocator()
@@ -124,44 +134,102 @@ class IndexScoresSm90:
         queries = memory.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         stages = memory.allocate_tensor(Uint8, cute.make_layout(plan.stages * plan.stage_bytes), byte_alignment=128)
 
-        # Later queries see more: they start first, and what ends last is short.
-        first = (tiles - 1 - tile) * plan.queries
-        low = part * span
-        high = cutlass.min(low + span, out.shape[1])
         if warp == multiply // WARP:
             ring.init(full=1, empty=WARPGROUP // WARP)
             cute.arch.mbarrier_init_fence()
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
-        if thread == multiply:
-            self._find_runs(seq_idx, num_visible, out, first, runs, sees)
+        shares = Shares(num_visible, out.shape[1], plan.groups * TILE)
+        # Later queries see more: they start first, and what ends last is short.
+        first = (blocks - 1 - block) * plan.queries
+        low = part * span
+        high = cutlass.min(low + span, out.shape[1])
+        if cutlass.const_expr(plan.queries > 1) and thread == multiply:
+            self._find_runs(seq_idx, shares, first, runs, sees)
         cute.arch.barrier()
+        multiplying = Multiplying(plan, mma, q, head_weights, scale, queries, weights, stages, ring, out)
 
         if warp >= multiply // WARP:
             if cutlass.const_expr(plan.hands_over):
                 cute.arch.setmaxregister_decrease(_FEW_REGISTERS)
             if warp == multiply // WARP:
-                self._load(pages, block_table, runs, low, high, stages, ring)
+                loading = Loading(plan, pages, block_table, stages, ring)
+                if cutlass.const_expr(plan.queries > 1):
+                    step = Int32(0)
+                    for r in cutlass.range(runs[_RUN * plan.queries], unroll=1):
+                        _, _, limit, sequence, tiles = self._run(runs, r, low, high)
+                        loading.load(sequence, low, limit, tiles, step)
+                        step += tiles
+                else:
+                    self._load_shares(loading, shares, seq_idx)
         else:
             if cutlass.const_expr(plan.hands_over):
                 cute.arch.setmaxregister_increase(_MANY_REGISTERS)
-            self._arrange(q, head_weights, scale, first, thread, queries, weights)
-            cute.arch.fence_view_async_shared()
-            cute.arch.barrier(barrier_id=1, number_of_threads=multiply)
-            self._multiply(mma, runs, sees, first, low, high, stages, queries, weights, ring, out)
+            if cutlass.const_expr(plan.queries > 1):
+                multiplying.arrange(first)
+                base = Int32(0)  # steps of the runs before
+                for r in cutlass.range(runs[_RUN * plan.queries], unroll=1):
+                    start, end, _, _, tiles = self._run(runs, r, low, high)
+                    multiplying.multiply(sees, first, start, end, low, high, tiles, base)
+                    base += tiles
+                    if fill != 0:
+                        multiplying.fill(first + start, first + end, low + tiles * TILE, high, thread, multiply)
+            else:
+                self._multiply_shares(multiplying, shares, sees)
+                if fill != 0:
+                    for row in cutlass.range(num_visible.shape[0], unroll=1):
+                        begin, step = block * multiply + thread, blocks * multiply
+                        multiplying.fill(row, row + 1, shares.seen(row), out.shape[1], begin, step)
+
+    # ---- shares --------------------------------------------------------------------------------------------------------
+    @cute.jit
+    def _load_shares(self, loading: Any, shares: Any, seq_idx: Any) -> None:
+        block, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        length = shares.length(blocks)
+        item, step = block, Int32(0)
+        row, low, high = shares.find(item, length)
+        while row >= 0:
+            seen = shares.seen(row)
+            tiles = cute.ceil_div(cutlass.min(seen, high) - low, TILE)
+            loading.load(Int32(seq_idx[row]), low, seen, tiles, step)
+            step += tiles
+            item += blocks
+            row, low, high = shares.find(item, length)
+
+    @cute.jit
+    def _multiply_shares(self, multiplying: Any, shares: Any, sees: Any) -> None:
+        block, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        thread, _, _ = cute.arch.thread_idx()
+        length = shares.length(blocks)
+        item, base = block, Int32(0)
+        row, low, high = shares.find(item, length)
+        while row >= 0:
+            seen = shares.seen(row)
+            end = cutlass.min(seen, high)
+            tiles = cute.ceil_div(end - low, TILE)
+            if item != block:  # all have read the query before
+                cute.arch.barrier(barrier_id=1, number_of_threads=self.plan.groups * WARPGROUP)
+            if thread == 0:
+                sees[0] = seen
+            multiplying.arrange(row)
+            multiplying.multiply(sees, row, Int32(0), Int32(1), low, end, tiles, base)
+            base += tiles
+            item += blocks
+            row, low, high = shares.find(item, length)
 
     # ---- runs ----------------------------------------------------------------------------------------------------------
     @cute.jit
-    def _find_runs(self, seq_idx: Any, num_visible: Any, out: Any, first: Any, runs: Any, sees: Any) -> None:
+    def _find_runs(self, seq_idx: Any, shares: Any, first: Any, runs: Any, sees: Any) -> None:
         """The tile's queries in runs of one sequence, and what each sees. By one thread."""
         plan = self.plan
-        rows = cutlass.min(out.shape[0] - first, plan.queries)
+        rows = cutlass.min(seq_idx.shape[0] - first, plan.queries)
         sequence, seen = [], []
         for i in cutlass.range_constexpr(plan.queries):
             row = first + cutlass.min(Int32(i), rows - 1)
             sequence.append(Int32(seq_idx[row]))
-            most = num_visible.element_type(out.shape[1])
-            seen.append(Int32(cutlass.max(cutlass.min(num_visible[row], most), num_visible.element_type(0))))
+            seen.append(shares.seen(row))
         count, start, limit = Int32(0), Int32(0), seen[0]
         for i in cutlass.range_constexpr(plan.queries):
             sees[i] = seen[i]
@@ -183,11 +251,23 @@ class IndexScoresSm90:
         start, end, limit, sequence = (runs[_RUN * index + i] for i in range(_RUN))
         return start, end, limit, sequence, cute.ceil_div(cutlass.max(cutlass.min(limit, high) - low, 0), TILE)
 
-    # ---- loads ---------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Loading:
+    """Keys from pages into the ring, by a warp."""
+
+    plan: cutlass.Constexpr
+    pages: Any
+    block_table: Any
+    stages: Any
+    ring: Any
+
     @cute.jit
-    def _load(self, pages: Any, block_table: Any, runs: Any, low: Any, high: Any, stages: Any, ring: Any) -> None:
-        """A lane a copy: the data of a unit of records, or its scales."""
-        plan = self.plan
+    def load(self, sequence: Any, low: Any, limit: Any, tiles: Any, step: Any) -> None:
+        """Tiles of a sequence's keys from `low` on, of which `limit` are seen. A lane a copy: the data of a unit of records, or
+        its scales. step: tiles before.
+        """
+        plan, pages = self.plan, self.pages
         lane = cute.arch.lane_idx()
         units = TILE // plan.unit
         of, mine = lane % units, lane < units * (2 if plan.scale_bytes else 1)
@@ -196,40 +276,53 @@ class IndexScoresSm90:
         offset = of * size + (TILE * plan.data_bytes if scales else Int32(0))
         begin = plan.page_size * plan.data_bytes if scales else Int32(0)  # of the part, in a page
         record = plan.scale_bytes if scales else plan.data_bytes
-        step = Int32(0)
-        for r in cutlass.range(runs[_RUN * plan.queries], unroll=1):
-            _, _, limit, sequence, tiles = self._run(runs, r, low, high)
-            first = low + of * plan.unit
-            page = self._page(block_table, sequence, cutlass.min(first, limit - 1))
-            for t in cutlass.range(tiles, unroll=1):
-                # Past the run's last entry, its unit again: pages beyond are not there.
-                entry = cutlass.min(first + t * TILE, limit - 1) // plan.unit * plan.unit
-                ahead = cutlass.min(first + (t + 1) * TILE, limit - 1)
-                source = pages.iterator.toint() + Int64(page) * pages.shape[1] + begin + entry % plan.page_size * record
-                page = self._page(block_table, sequence, ahead)  # the next tile's, on its way while this one waits
-                ring.wait_empty(step)
-                if lane == 0:
-                    cute.arch.mbarrier_arrive_and_expect_tx(ring.full(step), plan.stage_bytes)
-                cute.arch.sync_warp()
-                if mine:
-                    target = stages.iterator.toint() + ring.stage(step) * plan.stage_bytes + offset
-                    copy_bulk(target, source, size, ring.full(step))
-                step += 1
+        first = low + of * plan.unit
+        page = self.page(sequence, cutlass.min(first, limit - 1))
+        for t in cutlass.range(tiles, unroll=1):
+            # Past the run's last entry, its unit again: pages beyond are not there.
+            entry = cutlass.min(first + t * TILE, limit - 1) // plan.unit * plan.unit
+            ahead = cutlass.min(first + (t + 1) * TILE, limit - 1)
+            source = pages.iterator.toint() + Int64(page) * pages.shape[1] + begin + entry % plan.page_size * record
+            page = self.page(sequence, ahead)  # the next tile's, on its way while this one waits
+            self.ring.wait_empty(step)
+            if lane == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(self.ring.full(step), plan.stage_bytes)
+            cute.arch.sync_warp()
+            if mine:
+                target = self.stages.iterator.toint() + self.ring.stage(step) * plan.stage_bytes + offset
+                copy_bulk(target, source, size, self.ring.full(step))
+            step += 1
 
-    def _page(self, block_table: Any, sequence: Any, entry: Any) -> Any:
+    def page(self, sequence: Any, entry: Any) -> Any:
         """The page of an entry; of none that is there, some page, whose records nobody sees."""
-        column = cutlass.min(cutlass.max(entry, 0) // self.plan.page_size, block_table.shape[1] - 1)
-        return cutlass.max(block_table[sequence, column], 0)
+        column = cutlass.min(cutlass.max(entry, 0) // self.plan.page_size, self.block_table.shape[1] - 1)
+        return cutlass.max(self.block_table[sequence, column], 0)
 
-    # ---- products ------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Multiplying:
+    """Products, sums and scores, by all warpgroups but the loading one."""
+
+    plan: cutlass.Constexpr
+    mma: Any
+    q: Any
+    head_weights: Any
+    scale: Any
+    queries: Any
+    weights: Any
+    stages: Any
+    ring: Any
+    out: Any
+
     @cute.jit
-    def _arrange(self, q: Any, head_weights: Any, scale: Any, first: Any, thread: Any, queries: Any, weights: Any) -> None:
-        """Queries in the order of `decode`, weights beside them; zeros for heads that are none."""
-        plan = self.plan
+    def arrange(self, first: Any) -> None:
+        """The queries from `first` on in the order of `decode`, weights beside them; zeros for heads that are none."""
+        plan, q, head_weights = self.plan, self.q, self.head_weights
+        thread, _, _ = cute.arch.thread_idx()
         heads, columns = plan.heads, plan.columns
         threads = plan.groups * WARPGROUP
         last = q.shape[0] - 1
-        base = queries.iterator.toint()
+        base = self.queries.iterator.toint()
         chunks = cute.make_rmem_tensor((4, 4), Uint32)
         for i in cutlass.range_constexpr(-(-columns * 4 // threads)):
             index = i * threads + thread
@@ -253,64 +346,51 @@ class IndexScoresSm90:
             query, head = column // plan.padded, column % plan.padded
             weight = Float32(0.0)
             if head < heads:
-                weight = head_weights[cutlass.min(first + query, last), head] * scale
+                weight = head_weights[cutlass.min(first + query, last), head] * self.scale
                 weight = weight * Float32(WEIGHT_FACTOR[plan.record] / 2)  # a power of two
-            weights[column] = weight
+            self.weights[column] = weight
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=1, number_of_threads=threads)
 
     @cute.jit
-    def _multiply(
-        self,
-        mma: Any,
-        runs: Any,
-        sees: Any,
-        first: Any,
-        low: Any,
-        high: Any,
-        stages: Any,
-        queries: Any,
-        weights: Any,
-        ring: Any,
-        out: Any,
-    ) -> None:
-        plan = self.plan
+    def multiply(self, sees: Any, first: Any, start: Any, end: Any, low: Any, high: Any, tiles: Any, base: Any) -> None:
+        """Scores of the queries first + start .. first + end - 1 for tiles of keys from `low` on, up to `high`, -inf where they
+        do not see them. sees: entries each sees; base: tiles before.
+        """
+        plan, mma = self.plan, self.mma
         thread, _, _ = cute.arch.thread_idx()
         lane = thread % WARP
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
         row = thread % WARPGROUP // WARP * 16 + lane // 4
         part = mma.get_slice(thread % WARPGROUP)
-        operand = mma.make_fragment_B(part.partition_B(queries))
+        operand = mma.make_fragment_B(part.partition_B(self.queries))
         sums = cute.make_rmem_tensor(part.partition_shape_C((TILE, plan.columns)), Float32)
         keys = mma.make_fragment_A(part.partition_shape_A((TILE, DIM)))
         words = cute.recast_tensor(keys, Uint32)
-        base = Int32(0)  # steps of the runs before
-        for r in cutlass.range(runs[_RUN * plan.queries], unroll=1):
-            start, end, _, _, tiles = self._run(runs, r, low, high)
-            mine = self._kept(lane)
-            seen = [sees[query] for query, _ in mine]
-            for t in cutlass.range(group, tiles, plan.groups, unroll=1):
-                step = base + t
-                stage = stages.iterator.toint() + ring.stage(step) * plan.stage_bytes
-                ring.wait_full(step)
-                factors = decode_rows(plan.record, stage, stage + TILE * plan.data_bytes, row, lane % 4, words)
-                warpgroup.fence()
-                for j in cutlass.range_constexpr(BLOCKS):
-                    mma.set(warpgroup.Field.ACCUMULATE, j > 0)
-                    cute.gemm(mma, sums, keys[None, None, j], operand[None, None, j % 4, j // 4], sums)
-                warpgroup.commit_group()
-                # Products that have begun have their registers, so this warp's loads have ended. Released behind the loads
-                # themselves, a stage was filled again under those of plain keys, which nothing else waits for (H200). Factors
-                # are none of the products'.
-                arrive_with(ring.empty(step), lane, factors)
-                warpgroup.wait_group(0)
-                scores = self._reduce(sums, weights, factors, lane)
-                for i in cutlass.range_constexpr(len(mine)):
-                    query, half = mine[i]
-                    entry = low + t * TILE + row + 8 * half
-                    if query >= start and query < end and entry < high and self._stores(lane):
-                        found = scores[i] if entry < seen[i] else Float32(-_INFINITY)
-                        _store_score(out, first + query, entry, found)
-            base += tiles
-            self._fill(out, first + start, first + end, low + tiles * TILE, high, thread)
+        mine = self._kept(lane)
+        seen = [sees[query] for query, _ in mine]
+        for t in cutlass.range(group, tiles, plan.groups, unroll=1):
+            step = base + t
+            stage = self.stages.iterator.toint() + self.ring.stage(step) * plan.stage_bytes
+            self.ring.wait_full(step)
+            factors = decode_rows(plan.record, stage, stage + TILE * plan.data_bytes, row, lane % 4, words)
+            warpgroup.fence()
+            for j in cutlass.range_constexpr(BLOCKS):
+                mma.set(warpgroup.Field.ACCUMULATE, j > 0)
+                cute.gemm(mma, sums, keys[None, None, j], operand[None, None, j % 4, j // 4], sums)
+            warpgroup.commit_group()
+            # Products that have begun have their registers, so this warp's loads have ended. Released behind the loads
+            # themselves, a stage was filled again under those of plain keys, which nothing else waits for (H200). Factors
+            # are none of the products'.
+            arrive_with(self.ring.empty(step), lane, factors)
+            warpgroup.wait_group(0)
+            scores = self._reduce(sums, factors, lane)
+            for i in cutlass.range_constexpr(len(mine)):
+                query, half = mine[i]
+                entry = low + t * TILE + row + 8 * half
+                if query >= start and query < end and entry < high and self._stores(lane):
+                    found = scores[i] if entry < seen[i] else Float32(-_INFINITY)
+                    _store_score(self.out, first + query, entry, found)
 
     def _kept(self, lane: Any) -> list[tuple[Any, Any]]:
         """(query, half of the rows) of the sums that `_reduce` leaves to a lane."""
@@ -325,7 +405,7 @@ class IndexScoresSm90:
         """Whether a lane's sums are its own: those of one query are two lanes'."""
         return lane % 2 == 0 if self.plan.queries == 1 else True
 
-    def _reduce(self, sums: Any, weights: Any, factors: Any, lane: Any) -> list[Any]:
+    def _reduce(self, sums: Any, factors: Any, lane: Any) -> list[Any]:
         """Weighted sums over the heads, added up over the four lanes that share a key."""
         plan = self.plan
         blocks = plan.padded // 8
@@ -334,7 +414,7 @@ class IndexScoresSm90:
         for query in range(plan.queries):
             totals: list[Any] = [Float32(0.0), Float32(0.0)]
             for b in range(query * blocks, (query + 1) * blocks):
-                pair = cute.local_tile(weights, (2,), (4 * b + q,))
+                pair = cute.local_tile(self.weights, (2,), (4 * b + q,))
                 held = cute.make_rmem_tensor((2,), Float32)
                 cute.autovec_copy(pair, held)
                 for half in range(2):
@@ -353,11 +433,11 @@ class IndexScoresSm90:
         return values
 
     @cute.jit
-    def _fill(self, out: Any, first: Any, end: Any, low: Any, high: Any, thread: Any) -> None:
-        """-inf in the entries of a run that none of its queries sees."""
+    def fill(self, first: Any, end: Any, low: Any, high: Any, begin: Any, step: Any) -> None:
+        """-inf in entries from `low` on of queries, which none of them sees: a thread's are low + begin + n step."""
         for row in cutlass.range(first, end, 1, unroll=1):
-            for entry in cutlass.range(low + thread, high, self.plan.groups * WARPGROUP, unroll=4):
-                _store_score(out, row, entry, Float32(-_INFINITY))
+            for entry in cutlass.range(low + begin, high, step, unroll=4):
+                _store_score(self.out, row, entry, Float32(-_INFINITY))
 
 
 def _store_score(out: Any, row: Any, entry: Any, score: Any) -> None:

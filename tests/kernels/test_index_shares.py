@@ -1,0 +1,88 @@
+"""How single queries' entries are divided among CTAs, on the simulated GPU against a search over all lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from dsv4lab import sim
+from dsv4lab.kernels._common import cache
+from dsv4lab.kernels._common.launch import running_on, runtime_of
+
+UNIT = 128
+PARTS = 700  # that are asked for
+
+
+@dataclass(frozen=True)
+class Asked:
+    unit: int
+    parts: int
+
+
+def divided(visible: torch.Tensor, entries: int, ctas: int) -> tuple[int, list[list[int]]]:
+    """The length, and (query, first entry, end) of the first parts, to the first that is none."""
+    asked = Asked(UNIT, PARTS)
+    length, found = torch.zeros(1, dtype=torch.int32), torch.zeros(PARTS, 3, dtype=torch.int32)
+    runtime = runtime_of(visible)
+    runtime.call(cache.kernel(__name__, asked, lambda: _build(asked), runtime), visible, length, found, entries, ctas)
+    parts = found.tolist()
+    return int(length), parts[: [row for row, *_ in parts].index(-1)]
+
+
+def _build(asked: Asked) -> tuple[Any, tuple[Any, ...]]:
+    import cutlass
+    import cutlass.cute as cute
+
+    from dsv4lab.kernels._common.fakes import fake, fake_stream
+    from dsv4lab.kernels.indexer.scores.shares import Shares
+
+    @cute.kernel
+    def kernel(visible: Any, length: Any, found: Any, entries: Any, ctas: Any) -> None:
+        shares = Shares(visible, entries, asked.unit)
+        length[0] = shares.length(ctas)
+        for part in cutlass.range(asked.parts, unroll=1):
+            row, low, high = shares.find(part, length[0])
+            found[part, 0], found[part, 1], found[part, 2] = row, low, high
+
+    @cute.jit
+    def launch(visible: Any, length: Any, found: Any, entries: Any, ctas: Any, stream: Any) -> None:
+        kernel(visible, length, found, entries, ctas).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
+
+    integers = (fake(cutlass.Int32, *shape, align=4) for shape in ((1,), (asked.parts, 3)))
+    examples = (fake(cutlass.Int64, cute.sym_int(), align=8), *integers, cutlass.Int32(1), cutlass.Int32(1), fake_stream())
+    return launch, examples
+
+
+CASES = [
+    ([4096] * 64, 262144, 264),  # a graph's step: as even as it would be alone
+    ([4224] * 64, 262144, 264),
+    ([4096] * 8 + [262144], 262144, 264),  # one long among short
+    ([5, 0, 0, 130, 129, 128, 127, 1], 200, 2),
+    ([1] * 40, 64, 3),  # more queries than CTAs, and than lanes
+    ([-3, 2**40, 0], 3000, 7),  # cut to what there can be
+    ([0] * 33, 512, 4),
+    ([262144], 262144, 264),
+    (list(range(0, 5000, 77)), 4096, 20),
+]
+
+
+@pytest.mark.parametrize(("visible", "entries", "ctas"), CASES)
+def test_parts_are_the_shortest_that_are_few_enough_and_cover_all(visible: list[int], entries: int, ctas: int) -> None:
+    sim.enable("sm_90a")
+    with sim.simulating("sm_90a"), running_on(sim.Host("sm_90a")):
+        length, parts = divided(torch.tensor(visible), entries, ctas)
+    seen = [min(max(n, 0), entries) for n in visible]
+    units = [-(-n // UNIT) for n in seen]
+    budget = ctas * -(-2 * len(visible) // ctas)
+
+    def count(of: int) -> int:
+        return sum(-(-n // of) for n in units)
+
+    assert length == next(of for of in range(1, 4096) if count(of) <= budget)
+    assert parts == [
+        [row, low, low + length * UNIT] for row, n in enumerate(seen) for low in range(0, n, length * UNIT)
+    ]  # in order, none twice, none empty
+    assert len(parts) == count(length)
