@@ -39,8 +39,8 @@ _COMPILED = "scores decode 64 x 4096"
 
 @dataclass(frozen=True)
 class Scores:
-    """queries: of one sequence, its last ones, or one of each of `seqs`. entries: of a sequence. masked: causally. most: entries
-    that the call is made for, `entries` if 0.
+    """queries: of one sequence, its last ones, or one of each of `seqs`. entries: of a sequence. masked: causally. most:
+    entries that the call is made for, `entries` if 0.
     """
 
     name: str
