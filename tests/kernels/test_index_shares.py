@@ -14,17 +14,20 @@ from dsv4lab.kernels._common.launch import running_on, runtime_of
 
 UNIT = 128
 PARTS = 700  # that are asked for
+QUERIES = 1024  # at most
+THREADS = 64
 
 
 @dataclass(frozen=True)
 class Asked:
     unit: int
     parts: int
+    queries: int
 
 
 def divided(visible: torch.Tensor, entries: int, ctas: int) -> tuple[int, list[list[int]]]:
     """The length, and (query, first entry, end) of the first parts, to the first that is none."""
-    asked = Asked(UNIT, PARTS)
+    asked = Asked(UNIT, PARTS, QUERIES)
     length, found = torch.zeros(1, dtype=torch.int32), torch.zeros(PARTS, 3, dtype=torch.int32)
     runtime = runtime_of(visible)
     runtime.call(cache.kernel(__name__, asked, lambda: _build(asked), runtime), visible, length, found, entries, ctas)
@@ -35,21 +38,27 @@ def divided(visible: torch.Tensor, entries: int, ctas: int) -> tuple[int, list[l
 def _build(asked: Asked) -> tuple[Any, tuple[Any, ...]]:
     import cutlass
     import cutlass.cute as cute
+    from cutlass.memory import SmemAllocator
 
     from dsv4lab.kernels._common.fakes import fake, fake_stream
     from dsv4lab.kernels.indexer.scores.shares import Shares
 
     @cute.kernel
     def kernel(visible: Any, length: Any, found: Any, entries: Any, ctas: Any) -> None:
-        shares = Shares(visible, entries, asked.unit)
-        length[0] = shares.length(ctas)
-        for part in cutlass.range(asked.parts, unroll=1):
-            row, low, high = shares.find(part, length[0])
-            found[part, 0], found[part, 1], found[part, 2] = row, low, high
+        thread, _, _ = cute.arch.thread_idx()
+        seen = SmemAllocator().allocate_tensor(cutlass.Int32, cute.make_layout(asked.queries))
+        shares = Shares(seen, visible.shape[0], asked.unit)
+        shares.look(visible, entries, thread, THREADS)
+        cute.arch.barrier()
+        if thread < 32:
+            length[0] = shares.length(ctas)
+            for part in cutlass.range(asked.parts, unroll=1):
+                row, low, high = shares.find(part, length[0])
+                found[part, 0], found[part, 1], found[part, 2] = row, low, high
 
     @cute.jit
     def launch(visible: Any, length: Any, found: Any, entries: Any, ctas: Any, stream: Any) -> None:
-        kernel(visible, length, found, entries, ctas).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
+        kernel(visible, length, found, entries, ctas).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
     integers = (fake(cutlass.Int32, *shape, align=4) for shape in ((1,), (asked.parts, 3)))
     examples = (fake(cutlass.Int64, cute.sym_int(), align=8), *integers, cutlass.Int32(1), cutlass.Int32(1), fake_stream())
@@ -83,6 +92,6 @@ def test_parts_are_the_shortest_that_are_few_enough_and_cover_all(visible: list[
 
     assert length == next(of for of in range(1, 4096) if count(of) <= budget)
     assert parts == [
-        [row, low, low + length * UNIT] for row, n in enumerate(seen) for low in range(0, n, length * UNIT)
+        [row, low, min(low + length * UNIT, n)] for row, n in enumerate(seen) for low in range(0, n, length * UNIT)
     ]  # in order, none twice, none empty
     assert len(parts) == count(length)

@@ -64,6 +64,8 @@ def index_scores(
     if config is None:
         config = IndexScoresConfig.for_shape(q.shape[0], block_table.shape[0], q.shape[1], record, page_size, **kinds)
     config.check()
+    if config.queries == 1 and q.shape[0] > config.seen:
+        raise ValueError(f"config must have several queries a tile for more than {config.seen}, got {q.shape[0]} queries")
     given = (record, q.shape[1], page_size, *kinds.values())
     if (config.record, config.heads, config.page_size, config.visible, config.sequence) != given:
         raise ValueError(f"config must have record, heads, page_size, visible, sequence {given}, got {config}")

@@ -18,6 +18,7 @@ _MARGIN = 2048  # barriers, runs, and alignment of the buffers to 1024 bytes
 _MANY_ROWS = 256  # queries from which several share a tile
 _MAX_STAGES = 12
 _SPAN = {2: 16384, 4: 32768}  # most keys of a CTA, by queries of a tile; longer ones would end unevenly
+_SINGLE = 1024  # most queries of which each has a tile of its own
 _START = 256  # keys that could be scored while a CTA starts
 
 
@@ -58,6 +59,11 @@ class IndexScoresConfig:
         return self.columns >= 192
 
     @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that loads and of one that multiplies, where they are handed over. Who divides needs more to load."""
+        return (40, 232) if self.queries == 1 else (24, 240)
+
+    @property
     def data_bytes(self) -> int:
         return RECORDS[self.record][0]
 
@@ -76,7 +82,12 @@ class IndexScoresConfig:
 
     @property
     def shared_bytes(self) -> int:
-        return self.columns * (2 * DIM + 4) + self.stages * self.stage_bytes + _MARGIN
+        return self.columns * (2 * DIM + 4) + self.stages * self.stage_bytes + 4 * self.seen + _MARGIN
+
+    @property
+    def seen(self) -> int:
+        """Queries of which a CTA knows what they see."""
+        return _SINGLE if self.queries == 1 else self.queries
 
     @property
     def resident(self) -> int:
@@ -133,7 +144,7 @@ class IndexScoresConfig:
         many as a product takes, so that keys are read and decoded less often.
         """
         padded = -(-heads // 8) * 8
-        many = queries > max(_MANY_ROWS, 2 * sequences)
+        many = queries > min(max(_MANY_ROWS, 2 * sequences), _SINGLE)
         together = next((n for n in (4, 2) if n * padded <= MAX_COLUMNS), 1) if many else 1
         config = cls(record, heads, page_size, together, 2, 2, visible, sequence)
         limit = SHARED_BYTES if together * padded >= 192 else HALF_SHARED_BYTES

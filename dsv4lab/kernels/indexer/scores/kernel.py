@@ -46,12 +46,13 @@ from dsv4lab.kernels.indexer.scores.decode import (
     decode_rows,
     query_offset,
 )
-from dsv4lab.kernels.indexer.scores.shares import Shares
+from dsv4lab.kernels.indexer.scores.shares import Shares, visible
 
-_FEW_REGISTERS, _MANY_REGISTERS = 24, 240  # of loading and of multiplying threads, where sums need them
 _SLAB = 64  # columns of an operand's row of 128 bytes
-_RUN = 4  # words of a run: first query, end, entries, sequence
+_RUN = 4  # words of a run: first query, end, entries, sequence; of a part: query, first entry, end, tiles
+_TURNS = 2  # parts that are told of ahead
 _INFINITY = float("inf")
+_CARVEOUT = 100  # percent of the L1 for shared memory; named, or compiling with a minimum of CTAs would ask for a device
 
 
 class IndexScoresSm90:
@@ -99,7 +100,8 @@ class IndexScoresSm90:
         self.kernel(mma, q, head_weights, pages, block_table, seq_idx, num_visible, out, span, fill, scale, layout).launch(
             grid=grid,
             block=[plan.threads, 1, 1],
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=plan.resident,
+            preferred_smem_carveout=_CARVEOUT,
             stream=stream,
             use_pdl=True,
         )
@@ -126,46 +128,56 @@ class IndexScoresSm90:
         blocks, _, _ = cute.arch.grid_dim()
         warp = cute.arch.make_warp_uniform(thread // WARP)
         multiply = plan.groups * WARPGROUP  # threads
+        few_registers, many_registers = plan.registers
         memory = SmemAllocator()
         ring = Ring.allocate(memory, plan.stages)
-        runs = memory.allocate_tensor(Int32, cute.make_layout(_RUN * plan.queries + 1))
-        sees = memory.allocate_tensor(Int32, cute.make_layout(plan.queries))
+        runs = memory.allocate_tensor(Int32, cute.make_layout(_RUN * max(plan.queries, _TURNS) + 1))
+        sees = memory.allocate_tensor(Int32, cute.make_layout(plan.seen))
+        turns = Ring.allocate(memory, _TURNS)
         weights = memory.allocate_tensor(Float32, cute.make_layout(plan.columns), byte_alignment=16)
         queries = memory.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         stages = memory.allocate_tensor(Uint8, cute.make_layout(plan.stages * plan.stage_bytes), byte_alignment=128)
 
         if warp == multiply // WARP:
             ring.init(full=1, empty=WARPGROUP // WARP)
+            turns.init(full=1, empty=multiply // WARP)
             cute.arch.mbarrier_init_fence()
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
-        shares = Shares(num_visible, out.shape[1], plan.groups * TILE)
         # Later queries see more: they start first, and what ends last is short.
         first = (blocks - 1 - block) * plan.queries
         low = part * span
         high = cutlass.min(low + span, out.shape[1])
-        if cutlass.const_expr(plan.queries > 1) and thread == multiply:
-            self._find_runs(seq_idx, shares, first, runs, sees)
+        shares = Shares(sees, q.shape[0], plan.groups * TILE)
+        if cutlass.const_expr(plan.queries == 1):
+            shares.look(num_visible, out.shape[1], thread, plan.threads)
+        elif thread == multiply:
+            self._find_runs(seq_idx, num_visible, out, first, runs, sees)
         cute.arch.barrier()
-        multiplying = Multiplying(plan, mma, q, head_weights, scale, queries, weights, stages, ring, out)
 
         if warp >= multiply // WARP:
             if cutlass.const_expr(plan.hands_over):
-                cute.arch.setmaxregister_decrease(_FEW_REGISTERS)
+                cute.arch.setmaxregister_decrease(few_registers)
             if warp == multiply // WARP:
                 loading = Loading(plan, pages, block_table, stages, ring)
-                if cutlass.const_expr(plan.queries > 1):
+                if cutlass.const_expr(plan.queries == 1):
+                    self._load_shares(loading, shares, seq_idx, runs, turns)
+                else:
                     step = Int32(0)
                     for r in cutlass.range(runs[_RUN * plan.queries], unroll=1):
                         _, _, limit, sequence, tiles = self._run(runs, r, low, high)
                         loading.load(sequence, low, limit, tiles, step)
                         step += tiles
-                else:
-                    self._load_shares(loading, shares, seq_idx)
         else:
             if cutlass.const_expr(plan.hands_over):
-                cute.arch.setmaxregister_increase(_MANY_REGISTERS)
-            if cutlass.const_expr(plan.queries > 1):
+                cute.arch.setmaxregister_increase(many_registers)
+            multiplying = Multiplying(plan, mma, q, head_weights, scale, queries, weights, stages, ring, out)
+            if cutlass.const_expr(plan.queries == 1):
+                self._multiply_shares(multiplying, runs, turns)
+                if fill != 0 and shares.hides(out.shape[1]):
+                    for row in cutlass.range(q.shape[0], unroll=1):
+                        multiplying.fill(row, row + 1, sees[row], out.shape[1], block * multiply + thread, blocks * multiply)
+            else:
                 multiplying.arrange(first)
                 base = Int32(0)  # steps of the runs before
                 for r in cutlass.range(runs[_RUN * plan.queries], unroll=1):
@@ -174,54 +186,46 @@ class IndexScoresSm90:
                     base += tiles
                     if fill != 0:
                         multiplying.fill(first + start, first + end, low + tiles * TILE, high, thread, multiply)
-            else:
-                self._multiply_shares(multiplying, shares, sees)
-                if fill != 0:
-                    for row in cutlass.range(num_visible.shape[0], unroll=1):
-                        begin, step = block * multiply + thread, blocks * multiply
-                        multiplying.fill(row, row + 1, shares.seen(row), out.shape[1], begin, step)
 
     # ---- shares --------------------------------------------------------------------------------------------------------
     @cute.jit
-    def _load_shares(self, loading: Any, shares: Any, seq_idx: Any) -> None:
+    def _load_shares(self, loading: Any, shares: Any, seq_idx: Any, runs: Any, turns: Any) -> None:
+        """The CTA's parts, one after the other: keys for each, and the others are told which it is, and when there is none."""
         block, _, _ = cute.arch.block_idx()
         blocks, _, _ = cute.arch.grid_dim()
         length = shares.length(blocks)
-        item, step = block, Int32(0)
-        row, low, high = shares.find(item, length)
+        turn, step, row = Int32(0), Int32(0), Int32(0)
         while row >= 0:
-            seen = shares.seen(row)
-            tiles = cute.ceil_div(cutlass.min(seen, high) - low, TILE)
-            loading.load(Int32(seq_idx[row]), low, seen, tiles, step)
-            step += tiles
-            item += blocks
-            row, low, high = shares.find(item, length)
+            row, low, high = shares.find(block + turn * blocks, length)
+            tiles = cute.ceil_div(high - low, TILE)
+            turns.wait_empty(turn)
+            if cute.arch.lane_idx() == 0:
+                for i, word in enumerate((row, low, high, tiles)):
+                    runs[turns.stage(turn) * _RUN + i] = word
+                cute.arch.mbarrier_arrive(turns.full(turn))
+            if row >= 0:
+                loading.load(Int32(seq_idx[row]), low, shares.seen[row], tiles, step)
+                step += tiles
+            turn += 1
 
     @cute.jit
-    def _multiply_shares(self, multiplying: Any, shares: Any, sees: Any) -> None:
-        block, _, _ = cute.arch.block_idx()
-        blocks, _, _ = cute.arch.grid_dim()
-        thread, _, _ = cute.arch.thread_idx()
-        length = shares.length(blocks)
-        item, base = block, Int32(0)
-        row, low, high = shares.find(item, length)
+    def _multiply_shares(self, multiplying: Any, runs: Any, turns: Any) -> None:
+        turn, base, row = Int32(0), Int32(0), Int32(0)
         while row >= 0:
-            seen = shares.seen(row)
-            end = cutlass.min(seen, high)
-            tiles = cute.ceil_div(end - low, TILE)
-            if item != block:  # all have read the query before
-                cute.arch.barrier(barrier_id=1, number_of_threads=self.plan.groups * WARPGROUP)
-            if thread == 0:
-                sees[0] = seen
-            multiplying.arrange(row)
-            multiplying.multiply(sees, row, Int32(0), Int32(1), low, end, tiles, base)
-            base += tiles
-            item += blocks
-            row, low, high = shares.find(item, length)
+            turns.wait_full(turn)
+            row, low, high, tiles = (Int32(runs[turns.stage(turn) * _RUN + i]) for i in range(_RUN))
+            arrive_with(turns.empty(turn), cute.arch.lane_idx(), [Uint32(word) for word in (row, low, high, tiles)])
+            if row >= 0:
+                if turn > 0:  # all have read the query before
+                    cute.arch.barrier(barrier_id=1, number_of_threads=self.plan.groups * WARPGROUP)
+                multiplying.arrange(row)
+                multiplying.multiply(None, row, Int32(0), Int32(1), low, high, tiles, base)
+                base += tiles
+            turn += 1
 
     # ---- runs ----------------------------------------------------------------------------------------------------------
     @cute.jit
-    def _find_runs(self, seq_idx: Any, shares: Any, first: Any, runs: Any, sees: Any) -> None:
+    def _find_runs(self, seq_idx: Any, num_visible: Any, out: Any, first: Any, runs: Any, sees: Any) -> None:
         """The tile's queries in runs of one sequence, and what each sees. By one thread."""
         plan = self.plan
         rows = cutlass.min(seq_idx.shape[0] - first, plan.queries)
@@ -229,7 +233,7 @@ class IndexScoresSm90:
         for i in cutlass.range_constexpr(plan.queries):
             row = first + cutlass.min(Int32(i), rows - 1)
             sequence.append(Int32(seq_idx[row]))
-            seen.append(shares.seen(row))
+            seen.append(visible(num_visible, row, out.shape[1]))
         count, start, limit = Int32(0), Int32(0), seen[0]
         for i in cutlass.range_constexpr(plan.queries):
             sees[i] = seen[i]
@@ -355,7 +359,7 @@ class Multiplying:
     @cute.jit
     def multiply(self, sees: Any, first: Any, start: Any, end: Any, low: Any, high: Any, tiles: Any, base: Any) -> None:
         """Scores of the queries first + start .. first + end - 1 for tiles of keys from `low` on, up to `high`, -inf where they
-        do not see them. sees: entries each sees; base: tiles before.
+        do not see them. sees: entries each sees, None where it is all of these; base: tiles before.
         """
         plan, mma = self.plan, self.mma
         thread, _, _ = cute.arch.thread_idx()
@@ -368,7 +372,7 @@ class Multiplying:
         keys = mma.make_fragment_A(part.partition_shape_A((TILE, DIM)))
         words = cute.recast_tensor(keys, Uint32)
         mine = self._kept(lane)
-        seen = [sees[query] for query, _ in mine]
+        seen = [high if sees is None else sees[query] for query, _ in mine]
         for t in cutlass.range(group, tiles, plan.groups, unroll=1):
             step = base + t
             stage = self.stages.iterator.toint() + self.ring.stage(step) * plan.stage_bytes

@@ -1,10 +1,11 @@
 """Entries of few queries, each its own number, in parts for the CTAs of a grid.
 
 A query's entries are cut into parts of `length` units, the last one shorter. The length is the smallest with which there are no
-more parts than `budget`: parts are then as even as whole units let them be, whatever a query may see at most. A captured graph
+more parts than a budget: parts are then as even as whole units let them be, whatever a query may see at most. A captured graph
 is launched for the longest sequences that it may ever have; what it does follows those that it has.
 
-Everything is found by a warp from `num_visible` alone, so that warps need not tell each other.
+A CTA finds its parts by itself. The warp that loads keys does it, from shared memory, and tells the others: they have no
+registers for that beside their sums.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -21,39 +22,38 @@ from dsv4lab.kernels.indexer.scores.config import WARP
 
 @dataclass(frozen=True)
 class Shares:
-    """num_visible (M,): entries each query sees, cut to `entries`. unit: entries that are not divided."""
+    """seen (.. M) i32 in shared memory: entries each of `queries` sees. unit: entries that are not divided."""
 
-    num_visible: Any
-    entries: Any
+    seen: Any
+    queries: Any
     unit: cutlass.Constexpr
 
-    def seen(self, row: Any) -> Any:
-        """Entries that a query sees."""
-        integer = self.num_visible.element_type
-        return Int32(cutlass.max(cutlass.min(self.num_visible[row], integer(self.entries)), integer(0)))
+    @cute.jit
+    def look(self, num_visible: Any, entries: Any, thread: Any, threads: int) -> None:
+        """What each query sees of `entries`, by all threads; a barrier must follow."""
+        for row in cutlass.range(thread, self.queries, threads, unroll=1):
+            self.seen[row] = visible(num_visible, row, entries)
 
     @cute.jit
     def units(self, first: Any) -> Any:
         """Of the lane's of 32 queries."""
-        row, rows = first + cute.arch.lane_idx(), self.num_visible.shape[0]
-        found = Int32(0)
-        if row < rows:
-            found = cute.ceil_div(self.seen(row), self.unit)
+        row, found = first + cute.arch.lane_idx(), Int32(0)
+        if row < self.queries:
+            found = cute.ceil_div(self.seen[row], self.unit)
         return found
 
     @cute.jit
     def length(self, ctas: Any) -> Any:
         """Units of a part. Two parts a query and CTA are allowed for, so that one long query among many is divided, too."""
-        rows = self.num_visible.shape[0]
-        budget = ctas * cute.ceil_div(2 * rows, ctas)
+        budget = ctas * cute.ceil_div(2 * self.queries, ctas)
         total, most = Int32(0), Int32(0)
-        for first in cutlass.range(0, rows, WARP, unroll=1):
+        for first in cutlass.range(0, self.queries, WARP, unroll=1):
             units = self.units(first)
             total += units
             most = cutlass.max(most, units)
         total, most = cute.arch.warp_redux_sync(total, "add"), cute.arch.warp_redux_sync(most, "max")
         low = cutlass.max(_over(total, budget), 1)
-        high = cutlass.max(cutlass.min(most, _over(total, budget - rows)), low)  # with either there are few enough
+        high = cutlass.max(cutlass.min(most, _over(total, budget - self.queries)), low)  # with either there are few enough
         while low < high:
             middle = (low + high) // 2
             if self.parts(middle) <= budget:
@@ -66,16 +66,16 @@ class Shares:
     def parts(self, length: Any) -> Any:
         """Of all queries."""
         count = Int32(0)
-        for first in cutlass.range(0, self.num_visible.shape[0], WARP, unroll=1):
+        for first in cutlass.range(0, self.queries, WARP, unroll=1):
             count += _over(self.units(first), length)
         return cute.arch.warp_redux_sync(count, "add")
 
     @cute.jit
     def find(self, part: Any, length: Any) -> tuple[Any, Any, Any]:
-        """(query, first entry, end) of a part, of which the query may see less; a query of -1 where parts are fewer."""
-        lane, rows = cute.arch.lane_idx(), self.num_visible.shape[0]
+        """(query, first entry, end) of a part; a query of -1 where parts are fewer."""
+        lane = cute.arch.lane_idx()
         row, at, before, first = Int32(-1), Int32(0), Int32(0), Int32(0)
-        while row < 0 and first < rows:
+        while row < 0 and first < self.queries:
             count = _over(self.units(first), length)
             through = count
             for step in (1, 2, 4, 8, 16):
@@ -89,7 +89,22 @@ class Shares:
             before += cute.arch.shuffle_sync(through, WARP - 1)
             first += WARP
         low = at * length * self.unit
-        return row, low, low + length * self.unit
+        return row, low, cutlass.min(low + length * self.unit, self.seen[cutlass.max(row, 0)])
+
+    @cute.jit
+    def hides(self, entries: Any) -> Any:
+        """Whether a query sees fewer."""
+        less = Int32(0)
+        for first in cutlass.range(0, self.queries, WARP, unroll=1):
+            row = cutlass.min(first + cute.arch.lane_idx(), self.queries - 1)
+            less |= Int32(self.seen[row] < entries)
+        return cute.arch.warp_redux_sync(less, "or") != 0
+
+
+def visible(num_visible: Any, row: Any, entries: Any) -> Any:
+    """Entries that a query sees of so many."""
+    integer = num_visible.element_type
+    return Int32(cutlass.max(cutlass.min(num_visible[row], integer(entries)), integer(0)))
 
 
 def _over(a: Any, b: Any) -> Any:
