@@ -149,6 +149,7 @@ RACES = [
     ("eager", "fp4", [700, 3, 260], [2, 1, 2], False, IndexScoresConfig("fp4", 8, 32, 1, 2, 2)),
     ("lazy", "fp8", [300, 70, 5], [12, 3, 20], True, IndexScoresConfig("fp8", 8, 4, 1, 1, 3, visible="i32", sequence="i32")),
     ("random", "plain", [260, 70], [2, 3], True, IndexScoresConfig("plain", 64, 32, 1, 2, 2)),
+    ("lazy", "fp4", [130, 70], [2, 1], False, IndexScoresConfig("fp4", 200, 32, 1, 2, 3)),  # registers are handed over
 ]
 
 
@@ -287,7 +288,7 @@ BATCHES = [
 @pytest.mark.parametrize(("counts", "rows"), BATCHES)
 @pytest.mark.parametrize("record", INDEX_RECORDS)
 def test_on_the_gpu(record: str, counts: list[int], rows: list[int], seed: int) -> None:
-    for heads in (64, 8):
+    for heads in (64, 8, 200):
         args = scene(record, counts, rows, heads=heads, seed=seed, device="cuda")
         how = dict(record=record, page_size=32, max_entries=max(counts) + seed)
         found = index_scores(*args, **how)  # type: ignore[arg-type]
