@@ -39,7 +39,8 @@ def index_topk(
     config.check()
     if config.visible != visible or config.capacity < entries:
         raise ValueError(f"config must be for {visible} and hold {entries} entries, got {config}")
-    runtime.call(_compiled(config, runtime), scores, num_visible, out)
+    clusters = min(rows, runtime.clusters(config.cluster)) if config.alone else rows
+    runtime.call(_compiled(config, runtime), scores, num_visible, out, clusters)
     return out
 
 
@@ -72,6 +73,7 @@ def _compiled(config: IndexTopkConfig, runtime: Runtime) -> Callable[..., Any]:
             fake(cutlass.Float32, m, cute.sym_int(), align=4),
             fake(integer, m, align=integer.width // 8),
             fake(cutlass.Int32, m, cute.sym_int(), align=4),
+            cutlass.Int32(1),
             fake_stream(),
         )
         return IndexTopk(config), examples

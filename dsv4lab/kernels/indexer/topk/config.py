@@ -20,7 +20,7 @@ _SHORT = 4096  # entries that one CTA selects from about as fast as several
 class IndexTopkConfig:
     """warps: of a CTA. values: scores of a lane. cluster: CTAs that share a row. copies: of a histogram, so that equal digits
     of neighbouring lanes are counted apart. visible: integer type of num_visible. alone: the most visible entries of which
-    a cluster's first CTA selects by itself; with clusters only.
+    a CTA of a cluster selects by itself; a cluster has several rows then, where not all clusters run at once.
     """
 
     warps: int

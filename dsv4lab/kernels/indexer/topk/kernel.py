@@ -2,8 +2,8 @@
 
 A row is a CTA's, or that of the CTAs of a cluster. It is read once; a lane holds up to 64 scores as integers that compare the
 other way round, small for a large score. Warp w of CTA c owns neighbouring entries, a lane one of each 32, so that order by
-(CTA, warp, register, lane) is the order of entries. Where a row of a cluster shows few entries, its first CTA selects by itself
-and the others leave: a graph is captured for the longest rows that it may ever see.
+(CTA, warp, register, lane) is the order of entries. A graph is captured for the longest rows that it may ever see: a cluster
+has several rows then, its CTAs select from short ones each by itself, and afterwards from long ones together.
 
 1. Three digits of 11, 11 and 10 bits: count the scores of each digit that share the digits already known, by atomics in shared
    memory; sum up the counts of the cluster; find the digit that the k-th score has. Done early where all of a digit fits.
@@ -48,11 +48,13 @@ class IndexTopk:
         self.plan = config
 
     @cute.jit
-    def __call__(self, scores: Any, num_visible: Any, out: Any, stream: Any) -> None:
-        """scores (M, T) f32, num_visible (M,) -> out (M, k) i32. M, T, k > 0."""
+    def __call__(self, scores: Any, num_visible: Any, out: Any, clusters: Int32, stream: Any) -> None:
+        """scores (M, T) f32, num_visible (M,) -> out (M, k) i32. M, T, k > 0. clusters: that there are; M where none is for
+        several rows.
+        """
         plan = self.plan
         self.kernel(scores, num_visible, out).launch(
-            grid=[scores.shape[0] * plan.cluster, 1, 1],
+            grid=[clusters * plan.cluster, 1, 1],
             block=[plan.threads, 1, 1],
             cluster=[plan.cluster, 1, 1] if plan.cluster > 1 else None,
             min_blocks_per_mp=plan.resident,
@@ -66,6 +68,7 @@ class IndexTopk:
         plan = self.plan
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
         row, rank = block // plan.cluster, block % plan.cluster
         memory = SmemAllocator()
         counts = memory.allocate_tensor(Uint32, cute.make_layout(plan.copies * _COPY), byte_alignment=16)
@@ -86,16 +89,22 @@ class IndexTopk:
         for i in cutlass.range(thread, plan.copies * _COPY // 4, plan.threads, unroll=1):
             cute.autovec_copy(quads, cute.local_tile(counts, (4,), (i,)))
         cute.arch.griddepcontrol_wait()
-        visible = num_visible.element_type(scores.shape[1])
-        visible = Int32(cutlass.max(cutlass.min(num_visible[row], visible), num_visible.element_type(0)))
-        k = out.shape[1]
-        if visible <= k:
-            for i in cutlass.range(rank * plan.threads + thread, k, plan.cluster * plan.threads, unroll=1):
-                out[row, i] = i if i < visible else Int32(-1)
-        elif cutlass.const_expr(plan.alone == 0) or visible > plan.alone:
-            selection.select(scores, out, row, rank, visible, k)
-        elif rank == 0:
-            replace(selection, plan=replace(plan, cluster=1)).select(scores, out, row, rank, visible, k)
+        if cutlass.const_expr(plan.alone == 0):
+            selection.choose(scores, num_visible, out, row, rank)
+        else:
+            first, clusters = row, grid // plan.cluster
+            count = cute.ceil_div(scores.shape[0] - first, clusters)  # of the cluster's rows
+            most = cutlass.max(plan.alone, out.shape[1])  # a row of no choice is one CTA's
+            alone = replace(selection, plan=replace(plan, cluster=1))
+            for i in cutlass.range(rank, count, plan.cluster, unroll=1):
+                row = first + i * clusters
+                if alone.visible(scores, num_visible, row) <= most:
+                    alone.choose(scores, num_visible, out, row, Int32(0))
+            for i in cutlass.range(count, unroll=1):
+                row = first + i * clusters
+                visible = selection.visible(scores, num_visible, row)
+                if visible > most:
+                    selection.select(scores, out, row, rank, visible, out.shape[1])
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,23 @@ class Selection:
     warps: Any
     sums: Any
     found: Any
+
+    def visible(self, scores: Any, num_visible: Any, row: Any) -> Any:
+        """Of a row's scores."""
+        integer = num_visible.element_type
+        return Int32(cutlass.max(cutlass.min(num_visible[row], integer(scores.shape[1])), integer(0)))
+
+    @cute.jit
+    def choose(self, scores: Any, num_visible: Any, out: Any, row: Any, rank: Any) -> None:
+        """A row's result, whatever is visible."""
+        plan = self.plan
+        thread, _, _ = cute.arch.thread_idx()
+        visible, k = self.visible(scores, num_visible, row), out.shape[1]
+        if visible <= k:
+            for i in cutlass.range(rank * plan.threads + thread, k, plan.cluster * plan.threads, unroll=1):
+                out[row, i] = i if i < visible else Int32(-1)
+        else:
+            self.select(scores, out, row, rank, visible, k)
 
     @cute.jit
     def select(self, scores: Any, out: Any, row: Any, rank: Any, visible: Any, k: Any) -> None:
