@@ -146,10 +146,24 @@ RACES = [
     ("lazy", "fp4", [200, 130], [3, 4], True, IndexScoresConfig("fp4", 8, 48, 4, 2, 2, visible="i32")),
     ("random", "plain", [130, 70], [2, 3], True, IndexScoresConfig("plain", 5, 4, 2, 1, 2, sequence="i32")),
     # a query a tile: parts of several of them for a CTA, some see nothing; more than a warp has lanes
-    ("eager", "fp4", [700, 3, 260], [2, 1, 2], False, IndexScoresConfig("fp4", 8, 32, 1, 2, 2)),
-    ("lazy", "fp8", [300, 70, 5], [12, 3, 20], True, IndexScoresConfig("fp8", 8, 4, 1, 1, 3, visible="i32", sequence="i32")),
-    ("random", "plain", [260, 70], [2, 3], True, IndexScoresConfig("plain", 64, 32, 1, 2, 2)),
-    ("lazy", "fp4", [130, 70], [2, 1], False, IndexScoresConfig("fp4", 200, 32, 1, 2, 3)),  # registers are handed over
+    ("eager", "fp4", [700, 3, 260], [2, 1, 2], False, IndexScoresConfig("fp4", 8, 32, 1, 2, 2, divided=True)),
+    (
+        "lazy",
+        "fp8",
+        [300, 70, 5],
+        [12, 3, 20],
+        True,
+        IndexScoresConfig("fp8", 8, 4, 1, 1, 3, visible="i32", sequence="i32", divided=True),
+    ),
+    ("random", "plain", [260, 70], [2, 3], True, IndexScoresConfig("plain", 64, 32, 1, 2, 2, divided=True)),
+    (
+        "lazy",
+        "fp4",
+        [130, 70],
+        [2, 1],
+        False,
+        IndexScoresConfig("fp4", 200, 32, 1, 2, 3, divided=True),
+    ),  # registers are handed over
 ]
 
 
@@ -182,7 +196,7 @@ def test_scores_do_not_depend_on_the_batch() -> None:
 @pytest.mark.parametrize("queries", [1, 4])
 def test_what_is_not_seen_is_left_alone(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     args = scene("fp4", [200, 130], [3, 4], heads=8, page_size=48, seed=3)
-    config = IndexScoresConfig("fp4", 8, 48, queries, 2, 2)
+    config = IndexScoresConfig("fp4", 8, 48, queries, 2, 2, divided=queries == 1)
     whole = run(args, "fp4", 700, page_size=48, config=config)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **how: empty(*size, **how).fill_(7))
@@ -212,14 +226,16 @@ def test_damage_stays_visible_and_outside_values_do_no_harm() -> None:
 def test_choices_fit_and_share_the_work(record: str, heads: int) -> None:
     for queries in (1, 3, 8, 64, 257, 300, 1024, 4096, 4097):
         for entries in (1, 64, 513, 4096, 16384, 262144):
-            config = IndexScoresConfig.for_shape(queries, 16, heads, record, 32)
+            config = IndexScoresConfig.for_shape(queries, entries, 16, 132, heads, record, 32)
             config.check()
             assert config.shared_bytes <= (SHARED_BYTES if config.hands_over else HALF_SHARED_BYTES)
             assert config.queries == (1 if queries <= 256 else 4 if heads <= 64 else 2)
             tiles, places = -(-queries // config.queries), config.resident * 132
-            if config.queries == 1:  # no CTA without anything to do, if all is seen
+            least = queries * -(-entries // (64 * config.groups))
+            assert config.divided == (config.queries == 1 and least > places)
+            if config.divided:  # no CTA without anything to do, if all is seen
                 ctas = config.ctas(queries, entries, 132)
-                assert ctas == places or ctas * 64 * config.groups < queries * (entries + 64 * config.groups)
+                assert ctas == min(places, least)
                 continue
             span = config.span(queries, entries, 132)
             assert span % (64 * config.groups) == 0 and span > 0
@@ -227,7 +243,8 @@ def test_choices_fit_and_share_the_work(record: str, heads: int) -> None:
             # Where there are keys for all multiprocessors, nine tenths of the time of whole rounds is work.
             if entries >= 4096 and tiles * entries >= places * 4096:
                 assert tiles * entries / (places * -(-ctas // places) * span) > 0.9, (queries, entries, span)
-    assert IndexScoresConfig.for_shape(512, 256, heads, record, 32).queries == 1  # a query or two of many sequences
+    one = IndexScoresConfig.for_shape(512, 600, 256, 132, heads, record, 32)  # a query or two of many sequences
+    assert one.queries == 1 and one.divided and one.known >= 512
 
 
 def test_bad_input_is_refused_and_none_is_nothing() -> None:
@@ -256,6 +273,7 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
         (dict(queries=3), "1, 2 or 4 queries"),
         (dict(page_size=6), "page_size must be a positive multiple of 4, got 6"),
         (dict(groups=4), "groups must be 1 to 3, got 4"),
+        (dict(divided=True), "divided must go with one query a tile, got 4"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(good, **change).check()  # type: ignore[arg-type]

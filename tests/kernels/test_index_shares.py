@@ -46,9 +46,10 @@ def _build(asked: Asked) -> tuple[Any, tuple[Any, ...]]:
     @cute.kernel
     def kernel(visible: Any, length: Any, found: Any, entries: Any, ctas: Any) -> None:
         thread, _, _ = cute.arch.thread_idx()
-        seen = SmemAllocator().allocate_tensor(cutlass.Int32, cute.make_layout(asked.queries))
-        shares = Shares(seen, visible.shape[0], asked.unit)
-        shares.look(visible, entries, thread, THREADS)
+        memory = SmemAllocator()
+        seen, whose = (memory.allocate_tensor(cutlass.Int32, cute.make_layout(asked.queries)) for _ in range(2))
+        shares = Shares(seen, whose, visible.shape[0], asked.unit)
+        shares.look(visible, visible, entries, thread, THREADS)
         cute.arch.barrier()
         if thread < 32:
             length[0] = shares.length(ctas)

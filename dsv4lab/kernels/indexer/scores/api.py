@@ -57,21 +57,21 @@ def index_scores(
     out = torch.empty(q.shape[0], max_entries, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out
-    kinds = dict(visible=INTEGERS[num_visible.dtype], sequence=INTEGERS[seq_idx.dtype])
     if not pages.shape[0] or not block_table.numel():
         return out.fill_(-torch.inf)  # there are no entries to see
     check_entries(block_table, seq_idx, pages.shape[0], page_size, visible=num_visible, most=max_entries)
+    given = (record, q.shape[1], page_size, INTEGERS[num_visible.dtype], INTEGERS[seq_idx.dtype])
     if config is None:
-        config = IndexScoresConfig.for_shape(q.shape[0], block_table.shape[0], q.shape[1], record, page_size, **kinds)
+        size = (q.shape[0], max_entries, block_table.shape[0], runtime_of(q).multiprocessors)
+        config = IndexScoresConfig.for_shape(*size, q.shape[1], record, page_size, visible=given[3], sequence=given[4])
     config.check()
-    if config.queries == 1 and q.shape[0] > config.seen:
-        raise ValueError(f"config must have several queries a tile for more than {config.seen}, got {q.shape[0]} queries")
-    given = (record, q.shape[1], page_size, *kinds.values())
     if (config.record, config.heads, config.page_size, config.visible, config.sequence) != given:
         raise ValueError(f"config must have record, heads, page_size, visible, sequence {given}, got {config}")
+    if config.divided and q.shape[0] > config.known:
+        raise ValueError(f"config must not be divided for more than {config.known} queries, got {q.shape[0]}")
     runtime = runtime_of(q)
-    size = (q.shape[0], max_entries, runtime.multiprocessors)
-    span, ctas = (0, config.ctas(*size)) if config.queries == 1 else (config.span(*size), 0)
+    work = (q.shape[0], max_entries, runtime.multiprocessors)
+    span, ctas = (0, config.ctas(*work)) if config.divided else (config.span(*work), 0)
     flat = pages.view(torch.uint8).view(pages.shape[0], -1)
     tensors = (q, head_weights, flat, block_table, seq_idx, num_visible, out)
     runtime.call(_compiled(config, runtime), *tensors, span, ctas, int(fill), scale)

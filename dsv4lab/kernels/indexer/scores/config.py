@@ -17,7 +17,7 @@ _MIN_PAGE = 4  # records whose scales are 16 bytes, the smallest bulk copy
 _MARGIN = 2048  # barriers, runs, and alignment of the buffers to 1024 bytes
 _MANY_ROWS = 256  # queries from which several share a tile
 _MAX_STAGES = 12
-_SPAN = {2: 16384, 4: 32768}  # most keys of a CTA, by queries of a tile; longer ones would end unevenly
+_SPAN = {1: 8192, 2: 16384, 4: 32768}  # most keys of a CTA, by queries of a tile; longer ones would end unevenly
 _SINGLE = 1024  # most queries of which each has a tile of its own
 _START = 256  # keys that could be scored while a CTA starts
 
@@ -26,7 +26,8 @@ _START = 256  # keys that could be scored while a CTA starts
 class IndexScoresConfig:
     """record: of the keys. heads: of a query. page_size: records of a page. queries: of a tile. groups: warpgroups that
     multiply, each its own tiles of keys. stages: tiles of keys in shared memory. visible, sequence: integer types of
-    num_visible and seq_idx.
+    num_visible and seq_idx. divided: what single queries see is divided among CTAs that run at once; otherwise a CTA has a span
+    of what they may see.
     """
 
     record: str
@@ -37,6 +38,7 @@ class IndexScoresConfig:
     stages: int
     visible: str = "i64"
     sequence: str = "i64"
+    divided: bool = False
 
     @property
     def padded(self) -> int:
@@ -61,7 +63,7 @@ class IndexScoresConfig:
     @property
     def registers(self) -> tuple[int, int]:
         """Of a thread that loads and of one that multiplies, where they are handed over. Who divides needs more to load."""
-        return (40, 232) if self.queries == 1 else (24, 240)
+        return (40, 232) if self.divided else (24, 240)
 
     @property
     def data_bytes(self) -> int:
@@ -82,12 +84,12 @@ class IndexScoresConfig:
 
     @property
     def shared_bytes(self) -> int:
-        return self.columns * (2 * DIM + 4) + self.stages * self.stage_bytes + 4 * self.seen + _MARGIN
+        return self.columns * (2 * DIM + 4) + self.stages * self.stage_bytes + 8 * self.known + _MARGIN
 
     @property
-    def seen(self) -> int:
-        """Queries of which a CTA knows what they see."""
-        return _SINGLE if self.queries == 1 else self.queries
+    def known(self) -> int:
+        """Queries of which a CTA knows what they see, and of which sequence they are."""
+        return _SINGLE if self.divided else self.queries
 
     @property
     def resident(self) -> int:
@@ -95,11 +97,11 @@ class IndexScoresConfig:
         return 2 if self.shared_bytes <= HALF_SHARED_BYTES and not self.hands_over else 1
 
     def ctas(self, queries: int, entries: int, multiprocessors: int) -> int:
-        """That single queries are divided among: those that run at once, but no more than have a tile for each warpgroup."""
+        """That divide what is seen: those that run at once, but no more than have a tile for each warpgroup."""
         return min(self.resident * multiprocessors, queries * -(-entries // (self.groups * TILE)))
 
     def span(self, queries: int, entries: int, multiprocessors: int) -> int:
-        """Keys of a CTA with tiles of several queries: of those that finish soonest, all CTAs together, the fewest CTAs."""
+        """Keys of a CTA, where nothing is divided: of those that finish soonest, all CTAs together, the fewest CTAs."""
         tiles, step = -(-queries // self.queries), self.groups * TILE
         places = self.resident * multiprocessors
         most = min(-(-entries // step), max(-(-places // tiles), 1) * 8)
@@ -118,6 +120,8 @@ class IndexScoresConfig:
                 f"heads and queries must be positive, 1, 2 or 4 queries, with {MAX_COLUMNS} columns at most, got "
                 f"{self.heads} and {self.queries}"
             )
+        if self.divided and self.queries > 1:
+            raise ValueError(f"divided must go with one query a tile, got {self.queries}")
         if self.page_size < _MIN_PAGE or self.page_size % _MIN_PAGE:
             raise ValueError(f"page_size must be a positive multiple of {_MIN_PAGE}, got {self.page_size}")
         if not 1 <= self.groups <= 3:
@@ -131,7 +135,9 @@ class IndexScoresConfig:
     def for_shape(
         cls,
         queries: int,
+        entries: int,
         sequences: int,
+        multiprocessors: int,
         heads: int,
         record: str,
         page_size: int,
@@ -140,13 +146,16 @@ class IndexScoresConfig:
         sequence: str = "i64",
     ) -> IndexScoresConfig:
         """Few queries, in all or for each of the sequences that there may be: one a tile, since its neighbours may see other
-        keys, and two CTAs a multiprocessor, one of which multiplies while the other starts; they divide what is seen. Many: as
-        many as a product takes, so that keys are read and decoded less often.
+        keys, and two CTAs a multiprocessor, one of which multiplies while the other starts. They divide what is seen where not
+        each can have the least that there is. Many: as many as a product takes, so that keys are read and decoded less often.
         """
         padded = -(-heads // 8) * 8
         many = queries > min(max(_MANY_ROWS, 2 * sequences), _SINGLE)
         together = next((n for n in (4, 2) if n * padded <= MAX_COLUMNS), 1) if many else 1
         config = cls(record, heads, page_size, together, 2, 2, visible, sequence)
+        least = queries * -(-entries // (config.groups * TILE))  # CTAs
+        if together == 1 and least > config.resident * multiprocessors:
+            config = replace(config, divided=True)
         limit = SHARED_BYTES if together * padded >= 192 else HALF_SHARED_BYTES
         more = (limit - config.shared_bytes) // config.stage_bytes
         return replace(config, stages=min(2 + max(more, 0), _MAX_STAGES))

@@ -79,8 +79,8 @@ class IndexScoresSm90:
         stream: Any,
     ) -> None:
         """q (M, Hi, 128) bf16, head_weights (M, Hi) f32, pages (P, bytes) u8, block_table (num_seqs, nb) i32, seq_idx and
-        num_visible (M,) -> out (M, T) f32. span: entries of a CTA, a multiple of a tile for each warpgroup, where a tile has
-        several queries; otherwise CTAs are `ctas`. fill: whether -inf is written.
+        num_visible (M,) -> out (M, T) f32. span: entries of a CTA, a multiple of a tile for each warpgroup; ctas: where they
+        divide what there is. fill: whether -inf is written.
         """
         plan = self.plan
         mma = hopper.make_trivial_tiled_mma(
@@ -95,7 +95,7 @@ class IndexScoresSm90:
         )
         layout = hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (TILE, plan.columns, _SLAB), BFloat16, DIM // _SLAB)
         grid = [ctas, 1, 1]
-        if cutlass.const_expr(plan.queries > 1):
+        if cutlass.const_expr(not plan.divided):
             grid = [cute.ceil_div(q.shape[0], plan.queries), cute.ceil_div(out.shape[1], span), 1]
         self.kernel(mma, q, head_weights, pages, block_table, seq_idx, num_visible, out, span, fill, scale, layout).launch(
             grid=grid,
@@ -132,7 +132,8 @@ class IndexScoresSm90:
         memory = SmemAllocator()
         ring = Ring.allocate(memory, plan.stages)
         runs = memory.allocate_tensor(Int32, cute.make_layout(_RUN * max(plan.queries, _TURNS) + 1))
-        sees = memory.allocate_tensor(Int32, cute.make_layout(plan.seen))
+        sees = memory.allocate_tensor(Int32, cute.make_layout(plan.known))
+        sequences = memory.allocate_tensor(Int32, cute.make_layout(plan.known))
         turns = Ring.allocate(memory, _TURNS)
         weights = memory.allocate_tensor(Float32, cute.make_layout(plan.columns), byte_alignment=16)
         queries = memory.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
@@ -148,9 +149,9 @@ class IndexScoresSm90:
         first = (blocks - 1 - block) * plan.queries
         low = part * span
         high = cutlass.min(low + span, out.shape[1])
-        shares = Shares(sees, q.shape[0], plan.groups * TILE)
-        if cutlass.const_expr(plan.queries == 1):
-            shares.look(num_visible, out.shape[1], thread, plan.threads)
+        shares = Shares(sees, sequences, q.shape[0], plan.groups * TILE)
+        if cutlass.const_expr(plan.divided):
+            shares.look(num_visible, seq_idx, out.shape[1], thread, plan.threads)
         elif thread == multiply:
             self._find_runs(seq_idx, num_visible, out, first, runs, sees)
         cute.arch.barrier()
@@ -160,8 +161,8 @@ class IndexScoresSm90:
                 cute.arch.setmaxregister_decrease(few_registers)
             if warp == multiply // WARP:
                 loading = Loading(plan, pages, block_table, stages, ring)
-                if cutlass.const_expr(plan.queries == 1):
-                    self._load_shares(loading, shares, seq_idx, runs, turns)
+                if cutlass.const_expr(plan.divided):
+                    self._load_shares(loading, shares, runs, turns)
                 else:
                     step = Int32(0)
                     for r in cutlass.range(runs[_RUN * plan.queries], unroll=1):
@@ -172,7 +173,7 @@ class IndexScoresSm90:
             if cutlass.const_expr(plan.hands_over):
                 cute.arch.setmaxregister_increase(many_registers)
             multiplying = Multiplying(plan, mma, q, head_weights, scale, queries, weights, stages, ring, out)
-            if cutlass.const_expr(plan.queries == 1):
+            if cutlass.const_expr(plan.divided):
                 self._multiply_shares(multiplying, runs, turns)
                 if fill != 0 and shares.hides(out.shape[1]):
                     for row in cutlass.range(q.shape[0], unroll=1):
@@ -189,7 +190,7 @@ class IndexScoresSm90:
 
     # ---- shares --------------------------------------------------------------------------------------------------------
     @cute.jit
-    def _load_shares(self, loading: Any, shares: Any, seq_idx: Any, runs: Any, turns: Any) -> None:
+    def _load_shares(self, loading: Any, shares: Any, runs: Any, turns: Any) -> None:
         """The CTA's parts, one after the other: keys for each, and the others are told which it is, and when there is none."""
         block, _, _ = cute.arch.block_idx()
         blocks, _, _ = cute.arch.grid_dim()
@@ -204,7 +205,7 @@ class IndexScoresSm90:
                     runs[turns.stage(turn) * _RUN + i] = word
                 cute.arch.mbarrier_arrive(turns.full(turn))
             if row >= 0:
-                loading.load(Int32(seq_idx[row]), low, shares.seen[row], tiles, step)
+                loading.load(shares.sequences[row], low, shares.seen[row], tiles, step)
                 step += tiles
             turn += 1
 

@@ -22,17 +22,21 @@ from dsv4lab.kernels.indexer.scores.config import WARP
 
 @dataclass(frozen=True)
 class Shares:
-    """seen (.. M) i32 in shared memory: entries each of `queries` sees. unit: entries that are not divided."""
+    """seen, sequences (.. M) i32 in shared memory: entries each of `queries` sees, and whose it is. unit: entries that are not
+    divided.
+    """
 
     seen: Any
+    sequences: Any
     queries: Any
     unit: cutlass.Constexpr
 
     @cute.jit
-    def look(self, num_visible: Any, entries: Any, thread: Any, threads: int) -> None:
-        """What each query sees of `entries`, by all threads; a barrier must follow."""
+    def look(self, num_visible: Any, seq_idx: Any, entries: Any, thread: Any, threads: int) -> None:
+        """What each query sees of `entries`, and whose it is, by all threads; a barrier must follow."""
         for row in cutlass.range(thread, self.queries, threads, unroll=1):
             self.seen[row] = visible(num_visible, row, entries)
+            self.sequences[row] = Int32(seq_idx[row])
 
     @cute.jit
     def units(self, first: Any) -> Any:
@@ -52,8 +56,9 @@ class Shares:
             total += units
             most = cutlass.max(most, units)
         total, most = cute.arch.warp_redux_sync(total, "add"), cute.arch.warp_redux_sync(most, "max")
-        low = cutlass.max(_over(total, budget), 1)
-        high = cutlass.max(cutlass.min(most, _over(total, budget - self.queries)), low)  # with either there are few enough
+        low, high = Int32(1), Int32(1)
+        if total > budget:
+            low, high = _over(total, budget), cutlass.min(most, _over(total, budget - self.queries))  # both are few enough
         while low < high:
             middle = (low + high) // 2
             if self.parts(middle) <= budget:
