@@ -142,6 +142,7 @@ def in_order(case: Case) -> Case:
     """Queries by sequence and position, as prefill has them."""
     q, sinks, window, entries, table, positions, seq_idx, chosen = case.args
     order = (seq_idx * 2**32 + positions).argsort()
+    chosen = None if chosen is None else chosen[order]
     return replace(case, args=(q[order], sinks, window, entries, table, positions[order], seq_idx[order], chosen))
 
 

@@ -64,7 +64,8 @@ def attention(
 
     q (M, H, 512) bf16; sinks (H,) f32; pages: pools of `record`, plain ones in bf16; block_table (sequences, pages) and
     topk_indices (M, k) i32, no entry twice, each that is read with a page (`paging` finds those without); positions, seq_idx
-    (M,) i64; contiguous; scale positive; 1 <= window <= ring_len -> (M, H, 512) bf16.
+    (M,) i64; contiguous; scale positive; 1 <= window <= ring_len -> (M, H, 512) bf16. Keys that are NaN or infinite reach no
+    other sequence's queries.
 
     Scores and sums are float32, probabilities BF16 when they meet the values. parts: CTAs among which a query's keys are
     divided, by default `config.divide`'s; the result depends on it as on any order of summation, and on nothing else. unpack:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dsv4lab.kernels.cache.unpack.config import MAX_SEQS, rows_in_line
+from dsv4lab.kernels.cache.unpack.config import GROUP, MAX_SEQS, rows_in_line
 from dsv4lab.records import KV_RECORDS, kv_record
 
 STEP = 16  # tokens that `resident` takes in at once: keys of a `wgmma` along them
@@ -16,6 +16,7 @@ TILE = 64  # dims of a column tile: a row of the 128-byte swizzle in BF16
 TILES = DIM // TILE
 HALVES = 2  # of the dims: one a multiplying warpgroup, and the unit in which a stage is filled and freed
 STAGES = 2  # blocks of keys in shared memory, one a multiplying warpgroup
+ZERO_ROWS = -GROUP  # of keys in line: a group that begins there lies before all rows, and TMA writes zeros for it
 WARPGROUP = 128
 CLUSTER = 12  # CTAs at most: more than 8, which an H200 allows, and as many as there is room for what they send
 GATHER_WARPS = 8  # two on each scheduler: one would not issue fast enough

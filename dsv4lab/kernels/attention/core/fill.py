@@ -5,6 +5,9 @@ own block and `reach` before it. Where the next unit's query is in the same bloc
 the warp waits for all units before, which multiply whatever is in the ring, and copies the block that follows, or, for a query
 elsewhere, all blocks that it needs and all entries of its sequence that the call sees.
 
+What is masked is multiplied, too, and 0 times NaN is NaN. So a query elsewhere gets zeros in all places that no key of its
+sequence comes to: another sequence's keys there, of a damaged cache, would spoil it.
+
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
 
@@ -13,11 +16,10 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Uint32
+from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
-from dsv4lab.kernels._common.ptx import store_words
-from dsv4lab.kernels.attention.core.config import DIM, ROWS, STEP, TILE, TILES
+from dsv4lab.kernels.attention.core.config import DIM, ROWS, STEP, TILE, TILES, ZERO_ROWS
 from dsv4lab.kernels.attention.core.units import UNITS
 from dsv4lab.kernels.cache.unpack.config import GROUP
 
@@ -47,14 +49,6 @@ class Fill:
     queries: Any
 
     @cute.jit
-    def clear(self, thread: Any, threads: int) -> None:
-        """Numbers in all places, by all threads, before any key may come: what is masked is multiplied all the same."""
-        first, size = self.shared_k.iterator.toint(), Int32(self.plan.rows * DIM * 2)
-        for at in cutlass.range(thread * 16, size, threads * 16, unroll=4):
-            store_words(first + at, [Uint32(0)] * 4)
-        cute.arch.fence_view_async_shared()
-
-    @cute.jit
     def run(self, heads: Any, first: Any, count: Any) -> None:
         """Units first .. first + count - 1."""
         plan, lane = self.plan, cute.arch.lane_idx()
@@ -78,10 +72,8 @@ class Fill:
             same, following = now == of and block == step, now == of and block == step + 1
             low = cutlass.select_(following, block, cutlass.max(block - plan.reach, 0)) * _GROUPS
             high = cutlass.min(block * _GROUPS + _GROUPS, (far - line) // GROUP)  # of tokens that there are
-            tokens = cutlass.select_(same, Int32(0), cutlass.max(high - low, 0))
-            entries = cutlass.select_(same or following, Int32(0), cute.ceil_div(most, GROUP))
-            if cutlass.const_expr(plan.entries == 0):
-                entries = Int32(0)
+            tokens = cutlass.select_(same, Int32(0), cutlass.select_(following, Int32(_GROUPS), Int32(plan.ring * _GROUPS)))
+            entries = cutlass.select_(same or following, Int32(0), Int32(plan.entries // GROUP))
             wanted = cutlass.select_(same, cutlass.max(unit + 2 - UNITS, 0), unit)
             for other in cutlass.range(known, wanted, 1, unroll=1):
                 self.units.wait_done(other)
@@ -93,9 +85,11 @@ class Fill:
                     self.units.facts[unit % UNITS, i] = fact
                 cute.arch.mbarrier_arrive_and_expect_tx(full, (tokens + entries) * _GROUP_BYTES)
             for g in cutlass.range(tokens, unroll=1):
-                self._copy_group(line + (low + g) * GROUP, (low + g) % (plan.ring * _GROUPS), full)
+                row = cutlass.select_(low + g < high, line + (low + g) * GROUP, Int32(ZERO_ROWS))
+                self._copy_group(row, (low + g) % (plan.ring * _GROUPS), full)
             for g in cutlass.range(entries, unroll=1):
-                self._copy_group(far + g * GROUP, plan.ring * _GROUPS + g, full)
+                row = cutlass.select_(g * GROUP < most, far + g * GROUP, Int32(ZERO_ROWS))
+                self._copy_group(row, plan.ring * _GROUPS + g, full)
             self._copy_queries(heads, first + unit, unit)
             near = self._slices(heads, first + cutlass.min(unit + 1, count - 1))[1]
             for t in cutlass.range_constexpr(TILES):

@@ -127,7 +127,6 @@ class AttentionResidentSm90:
         fill = Fill(
             plan, load_q, q, shared_q, load_k, keys, shared_k, places, positions, seq_idx, ratio, head_tiles, units, queries
         )
-        fill.clear(thread, _THREADS)
         cute.arch.barrier(barrier_id=0, number_of_threads=_THREADS)
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()

@@ -2,14 +2,17 @@
 
 The two CTAs of a cluster have two tiles of a query's heads, or neighbouring queries. Keys are rows of BF16, sequence after
 sequence (`cache.unpack`, in line), and go by groups of eight: first a query's entries, then its window, either from a group of
-its own on. Neighbouring queries of a sequence have one list, of what either sees; others have two, one after the other. A block
-is eight groups. Which keys of a block a CTA's query attends to is in its mask; others are numbers: of the other query, of the
-zeros between sequences, or what the place of a last block held before.
+its own on. Neighbouring queries of a sequence have one list, of what either sees; others have one each, and as many blocks as
+the longer one. A block is eight groups.
 
 One warp of a CTA copies half of a block's groups to the same place of both CTAs, four KB at a time, half the dims of a group;
-the barriers that say that a half is full count all bytes in both. A half is filled again when both CTAs have multiplied it:
-consumers arrive at both barriers. So L2 gives a key once for two items: of some 400 entries 4 % of a call (H200), of some 50
-nothing, since bytes do not bind there, see `sm90`.
+the barriers that say that a half is full count all bytes in both. A list that is one CTA's alone it copies to itself. A half is
+filled again when both CTAs have multiplied it: consumers arrive at both barriers. So L2 gives a key once for two items: of some
+400 entries 4 % of a call (H200), of some 50 nothing, since bytes do not bind there, see `sm90`.
+
+Which keys of a block a CTA's query attends to is in its mask. Others are multiplied, too, and 0 times NaN is NaN: so none may
+be another sequence's, which a damaged cache may have. They are the sequence's own, or zeros: an item's first block of either
+stage is filled to its end, with zeros where the list ends before; later ones leave there what that put there.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -19,13 +22,12 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int16, Int32, Uint32
+from cutlass import Int16, Int32
 from cutlass.cute.nvgpu import cpasync
 
-from dsv4lab.kernels._common.ptx import store_words
 from dsv4lab.kernels.attention.core import ptx
-from dsv4lab.kernels.attention.core.config import DIM, HALVES, KEYS, STAGES, THREADS
-from dsv4lab.kernels.attention.core.gather import GROUP_BYTES, STAGE_BYTES
+from dsv4lab.kernels.attention.core.config import DIM, HALVES, KEYS, STAGES, ZERO_ROWS
+from dsv4lab.kernels.attention.core.gather import GROUP_BYTES
 from dsv4lab.kernels.attention.core.pair import leave
 from dsv4lab.kernels.cache.unpack.config import GROUP
 
@@ -55,47 +57,31 @@ class Shared:
         """That fill a half, but for bytes."""
         return 1
 
-    @cute.jit
-    def clear(self, thread: Any) -> None:
-        """Numbers in all places, by all threads, before any key may come."""
-        first = self.stages.iterator.toint() + thread * 16
-        for i in cutlass.range_constexpr(STAGES * STAGE_BYTES // (16 * THREADS)):
-            store_words(first + i * (16 * THREADS), [Uint32(0)] * 4)
-        cute.arch.fence_view_async_shared()
-
     def ahead(self, query: Any, part: Any, warp: Any) -> Any:
         """Nothing is asked for before an item's `span`."""
         return Int32(0)
 
     # ---- what there is to copy -----------------------------------------------------------------------------------------
     def span(self, query: Any, part: Any) -> tuple[Any, ...]:
-        """(runs of groups, each its first row and the groups up to its end; of this CTA's query the place of its first entry
-        and of its first token, and their numbers; blocks). By whole warps.
+        """(CTAs that have the list; the first rows of its entries and of its tokens, the groups up to the end of either;
+        entries of this CTA's query, the place of its first token, its tokens; blocks). By whole warps.
         """
         position, seq = self._where(query)
         entries, start = self._entries(position, seq), self._start(position)
-        low, high, base = position, position, Int32(0)
+        ctas, low, high, other = Int32(2), position, position, Int32(0)
         if cutlass.const_expr(self.work.plan.share == "queries"):
             near, of = self._where(cutlass.min(query ^ 1, Int32(self.work.positions.shape[0]) - 1))
             apart = cutlass.max(position - near, near - position)
             together = cutlass.select_(seq == of, apart, Int32(_NEAR + 1)) <= _NEAR
+            ctas = cutlass.select_(together, ctas, Int32(1))
             low = cutlass.select_(together, cutlass.min(position, near), position)
             high = cutlass.select_(together, cutlass.max(position, near), position)
-        mine = self._runs(seq, low, high)
-        lists = [mine]
-        if cutlass.const_expr(self.work.plan.share == "queries"):
-            rows, sizes = self._runs(of, near, near)
-            sizes = [cutlass.select_(together, Int32(0), size) for size in sizes]
-            last = cutlass.select_(together, Int32(0), self.work.rank) == 1
-            base = cutlass.select_(last, (sizes[0] + sizes[1]) * GROUP, Int32(0))
-            lists = [_either(last, (rows, sizes), mine), _either(last, mine, (rows, sizes))]
-        runs, end = [], Int32(0)
-        for rows, sizes in lists:
-            for row, size in zip(rows, sizes, strict=True):
-                end = end + size
-                runs += [row, end]
-        first_token = base + mine[1][0] * GROUP + start - self._start(low)
-        return (*runs, base, entries, first_token, position + 1 - start, cute.ceil_div(end, _GROUPS))
+            other = sum(self._runs(of, near, near)[1])
+        rows, (middle, size) = self._runs(seq, low, high)
+        end = middle + size
+        token = middle * GROUP + start - self._start(low)
+        blocks = cute.ceil_div(cutlass.max(end, other), _GROUPS)  # the same in both CTAs
+        return ctas, *rows, middle, end, entries, token, position + 1 - start, blocks
 
     def _where(self, query: Any) -> tuple[Any, Any]:
         """A query's position and sequence."""
@@ -121,17 +107,20 @@ class Shared:
     @cute.jit
     def item(self, query: Any, span: Any, index: Any, warp: Any, phases: Any) -> Any:
         """All blocks of an item, by one warp. phases: as `gather.Gather` has them."""
-        *runs, entry, entries, token, tokens, blocks = span
+        ctas, entry_row, token_row, middle, end, entries, token, tokens, blocks = span
         lane, rank = cute.arch.lane_idx(), self.work.rank
+        begin = cutlass.select_(ctas == 2, rank, Int32(0))
+        to = Int16(cutlass.select_(ctas == 2, Int32(_BOTH), 1 << rank))
         for j in cutlass.range(blocks, unroll=1):
             stage = j % 2
             free = (phases >> stage) & 1 ^ 1
             seen = []
             for i in cutlass.range_constexpr(_WORDS):
                 place = j * KEYS + i * 32 + lane
-                visible = (place >= entry and place < entry + entries) or (place >= token and place < token + tokens)
+                visible = place < entries or (place >= token and place < token + tokens)
                 seen.append(cute.arch.vote_ballot_sync(visible))
-            count = cutlass.min(runs[-1] - j * _GROUPS, _GROUPS)
+            count = cutlass.max(cutlass.min(end - j * _GROUPS, _GROUPS), 0)
+            count = cutlass.select_(j < STAGES, Int32(_GROUPS), count)
             for h in cutlass.range_constexpr(HALVES):
                 full = self.full + 2 * stage + h
                 cute.arch.mbarrier_wait(self.empty + 2 * stage + h, free)
@@ -140,8 +129,11 @@ class Shared:
                         for i in cutlass.range_constexpr(_WORDS):
                             ptx.store_word(self.masks + stage * self.work.plan.mask_bytes + i * 4, seen[i])
                     cute.arch.mbarrier_arrive_and_expect_tx(full, count * GROUP_BYTES)
-                for g in cutlass.range(rank, count, 2, unroll=1):
-                    source = cute.domain_offset((_row(runs, j * _GROUPS + g), 0), self.keys)
+                for g in cutlass.range(begin, count, ctas, unroll=1):
+                    at = j * _GROUPS + g
+                    row = cutlass.select_(at < middle, entry_row + at * GROUP, token_row + (at - middle) * GROUP)
+                    row = cutlass.select_(at < end, row, Int32(ZERO_ROWS))
+                    source = cute.domain_offset((row, 0), self.keys)
                     source = cute.local_tile(source, (GROUP, _HALF), (0, None))
                     target, source = cpasync.tma_partition(
                         self.load,
@@ -151,7 +143,7 @@ class Shared:
                         cute.group_modes(source, 0, 2),
                     )
                     box = target[None, g, HALVES * stage + h]
-                    cute.copy(self.load, source[None, h], box, tma_bar_ptr=full, mcast_mask=Int16(_BOTH))
+                    cute.copy(self.load, source[None, h], box, tma_bar_ptr=full, mcast_mask=to)
             phases = phases ^ (1 << stage)
         return phases
 
@@ -159,18 +151,3 @@ class Shared:
     def leave(self, phases: Any) -> None:
         """After the last item, as `pair.PairGather`: until the other CTA has done all that it does here."""
         leave(self.empty, phases)
-
-
-def _either(condition: Any, one: Any, other: Any) -> tuple[list[Any], list[Any]]:
-    """Rows and sizes of the runs of one list or of another."""
-    first, second = ([cutlass.select_(condition, one[i][k], other[i][k]) for k in range(2)] for i in range(2))
-    return first, second
-
-
-def _row(runs: list[Any], group: Any) -> Any:
-    """The first row of a group of the cluster's."""
-    row, begin = runs[0], Int32(0)
-    for end, first in zip(runs[1:-1:2], runs[2::2], strict=True):
-        later = group >= end
-        row, begin = cutlass.select_(later, first, row), cutlass.select_(later, end, begin)
-    return row + (group - begin) * GROUP

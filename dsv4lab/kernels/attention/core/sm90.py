@@ -218,7 +218,6 @@ class AttentionSm90:
             by_group = cute.make_layout(shape, stride=(TILE, (1, GROUP * TILE), group, half))
             stages = cute.make_tensor(shared_k.iterator, by_group)
             gather = Shared(work, load_k, keys, stages, masks.toint(), full, empty)
-            gather.clear(thread)
         if warp == 0:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_init(queries, 1)
@@ -232,9 +231,7 @@ class AttentionSm90:
             cute.arch.mbarrier_init_fence()
         elif warp == _CONSUME_WARPS:
             cpasync.prefetch_descriptor(load_q)
-        if cutlass.const_expr(plan.share):
-            cute.arch.cluster_arrive()  # with it, what was cleared
-        elif cutlass.const_expr(plan.pair or plan.merge):
+        if cutlass.const_expr(plan.ctas == 2 or plan.merge):
             cute.arch.cluster_arrive_relaxed()
         else:
             cute.arch.barrier(barrier_id=0, number_of_threads=THREADS)
