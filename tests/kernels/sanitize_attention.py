@@ -66,12 +66,14 @@ def keys() -> None:
 
 def indexers() -> None:
     for record in ("plain", "fp8", "fp4"):
-        for config in (None, IndexScoresConfig(record, 64, 32, 4, 2, 3)):
+        shared, divided = (IndexScoresConfig(record, 64, 32, n, 2, 3, divided=n == 1) for n in (4, 1))
+        for config in (None, shared, divided):
             args = scene(record, [300, 70, 5], [3, 4, 2], device="cuda")
             y = index_scores(*args, record=record, page_size=32, max_entries=305, config=config)
             assert worst(args, y, record, 32) < 1.0
-    for rows, entries in ((10, 1000), (10, 5000), (2, 40000)):
+    for rows, entries, most in ((10, 1000, 1000), (10, 5000, 5000), (2, 40000, 40000), (40, 40000, 40000), (40, 40000, 9000)):
         s, n = masked(scores_of(entries, 0, "cuda", rows))
+        n = n.clamp(max=most)
         assert torch.equal(index_topk(s, n, k=512), indexer.index_topk(s, n, k=512))
 
 

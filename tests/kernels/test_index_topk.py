@@ -64,6 +64,7 @@ RACES = [
     ("sm_90a", "lazy", 1999, 1024, IndexTopkConfig(4, 4, 4, 1)),
     ("sm_100a", "random", 900, 64, IndexTopkConfig(4, 4, 2, 2)),
     ("sm_90a", "random", 1700, 300, IndexTopkConfig(4, 4, 4, 1, alone=500)),  # rows of four CTAs, of one, and of no choice
+    ("sm_90a", "lazy", 9000, 70, IndexTopkConfig(4, 64, 2, 2, alone=5000)),  # and of one that holds more than it must
 ]
 
 
@@ -73,7 +74,7 @@ def test_any_schedule_and_no_race(arch: str, schedule: str, entries: int, k: int
     some = [0, 1, 2, 6]  # kinds
     scores, visible = scores[some], visible[some]
     if config.alone:
-        visible = torch.tensor([config.alone + 1, config.alone, k + 1, k])
+        visible = torch.tensor([config.alone + 1, config.alone, k + 1, k])  # all CTAs, one, one, no choice
     want = indexer.index_topk(scores, visible, k=k)
     number = visible.int() if config.visible == "i32" else visible
     found = run(scores, number, k, config, arch, schedule=schedule, seed=7, checks=sim.Checks(races=True))

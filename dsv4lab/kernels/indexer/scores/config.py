@@ -154,7 +154,7 @@ class IndexScoresConfig:
         together = next((n for n in (4, 2) if n * padded <= MAX_COLUMNS), 1) if many else 1
         config = cls(record, heads, page_size, together, 2, 2, visible, sequence)
         least = queries * -(-entries // (config.groups * TILE))  # CTAs
-        if together == 1 and least > config.resident * multiprocessors:
+        if together == 1 and queries <= _SINGLE and least > config.resident * multiprocessors:
             config = replace(config, divided=True)
         limit = SHARED_BYTES if together * padded >= 192 else HALF_SHARED_BYTES
         more = (limit - config.shared_bytes) // config.stage_bytes

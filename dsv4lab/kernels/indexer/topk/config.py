@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WARP = 32
 DIGIT_BITS = 11
@@ -13,6 +13,7 @@ MAX_ENTRIES = 1 << 18
 SHARED_BYTES = 227 * 1024  # that a CTA may have
 _INTEGERS = ("i32", "i64")
 _MARGIN = 4096
+_VALUES = (4, 8, 16, 32, 64)
 _SHORT = 4096  # entries that one CTA selects from about as fast as several
 
 
@@ -40,6 +41,15 @@ class IndexTopkConfig:
         return self.cluster * self.threads * self.values
 
     @property
+    def few(self) -> int:
+        """Scores of a lane that a CTA holds of the shortest rows: with all places for long ones it would be slower."""
+        return next(v for v in _VALUES if v == self.values or v * self.threads >= min(self.alone, _SHORT))
+
+    def single(self, values: int) -> IndexTopkConfig:
+        """The choices of a CTA that has a row for itself."""
+        return replace(self, values=values, cluster=1, alone=0)
+
+    @property
     def step(self) -> int:
         """Scores of a lane that are skipped together, where rows are short."""
         return min(self.values, 8)
@@ -64,7 +74,7 @@ class IndexTopkConfig:
             raise ValueError(f"visible must be i32 or i64, got {self.visible!r}")
         if self.warps not in (4, 8, 16):
             raise ValueError(f"warps must be 4, 8 or 16, got {self.warps}")
-        if self.values not in (4, 8, 16, 32, 64):
+        if self.values not in _VALUES:
             raise ValueError(f"values must be 4, 8, 16, 32 or 64, got {self.values}")
         if self.cluster not in (1, 2, 4, 8):
             raise ValueError(f"cluster must be 1, 2, 4 or 8, got {self.cluster}")
@@ -85,7 +95,7 @@ class IndexTopkConfig:
             cluster *= 2
         share = -(-entries // cluster)
         warps = 16 if share > 2048 else 8
-        values = next(v for v in (4, 8, 16, 32, 64) if v * warps * WARP >= share)
+        values = next(v for v in _VALUES if v * warps * WARP >= share)
         alone = warps * WARP * values
         if cluster == 1:
             alone = 0

@@ -90,16 +90,19 @@ class IndexTopk:
             cute.autovec_copy(quads, cute.local_tile(counts, (4,), (i,)))
         cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(plan.alone == 0):
-            selection.choose(scores, num_visible, out, row, rank)
+            selection.choose(scores, selection.visible(scores, num_visible, row), out, row, rank)
         else:
             first, clusters = row, grid // plan.cluster
             count = cute.ceil_div(scores.shape[0] - first, clusters)  # of the cluster's rows
             most = cutlass.max(plan.alone, out.shape[1])  # a row of no choice is one CTA's
-            alone = replace(selection, plan=replace(plan, cluster=1))
+            few, many = (replace(selection, plan=plan.single(values)) for values in (plan.few, plan.values))
             for i in cutlass.range(rank, count, plan.cluster, unroll=1):
                 row = first + i * clusters
-                if alone.visible(scores, num_visible, row) <= most:
-                    alone.choose(scores, num_visible, out, row, Int32(0))
+                visible = selection.visible(scores, num_visible, row)
+                if visible <= cutlass.min(cutlass.max(few.plan.capacity, out.shape[1]), most):
+                    few.choose(scores, visible, out, row, Int32(0))
+                elif cutlass.const_expr(plan.alone > few.plan.capacity) and visible <= most:
+                    many.choose(scores, visible, out, row, Int32(0))
             for i in cutlass.range(count, unroll=1):
                 row = first + i * clusters
                 visible = selection.visible(scores, num_visible, row)
@@ -126,11 +129,11 @@ class Selection:
         return Int32(cutlass.max(cutlass.min(num_visible[row], integer(scores.shape[1])), integer(0)))
 
     @cute.jit
-    def choose(self, scores: Any, num_visible: Any, out: Any, row: Any, rank: Any) -> None:
+    def choose(self, scores: Any, visible: Any, out: Any, row: Any, rank: Any) -> None:
         """A row's result, whatever is visible."""
         plan = self.plan
         thread, _, _ = cute.arch.thread_idx()
-        visible, k = self.visible(scores, num_visible, row), out.shape[1]
+        k = out.shape[1]
         if visible <= k:
             for i in cutlass.range(rank * plan.threads + thread, k, plan.cluster * plan.threads, unroll=1):
                 out[row, i] = i if i < visible else Int32(-1)
