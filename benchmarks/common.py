@@ -492,12 +492,10 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """What is measured: DSV4LAB_COMMIT where it is set, for copies that git does not know, else the commit of this tree.
+    """What is measured: the commit of this tree, as `machine.revision` knows it; None outside of git.
 
-    "+" at its end: tracked files differ, the rows themselves left aside, which change as suites end. None outside of git.
+    "+" at its end: tracked files differ, the rows themselves left aside, which change as suites end.
     """
-    if given := os.environ.get("DSV4LAB_COMMIT"):
-        return given
     found = revision(9, apart_from="benchmarks/baselines")
     return None if found is None else f"{found[0]}{'+' * found[1]}"
 

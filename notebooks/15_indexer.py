@@ -205,7 +205,8 @@ for record in INDEX_RECORDS:
 # ## 7. What it moves and uses
 #
 # The indexer looks at **every** entry, but a key of four bits is 68 bytes where attention would read 584. Few queries have a
-# tile each and read keys for themselves, from L2 after the first; of many, four share a tile.
+# tile each and read keys for themselves, from L2 after the first; of many, four share a tile. A decode step is captured for the
+# longest sequences there may be; what they have by then is divided among the CTAs, and what they lack is neither read nor written.
 
 # %%
 on_host = pooling.on(given, cpu, pages=pages["fp4"], record="fp4")

@@ -59,7 +59,12 @@ def commit() -> str:
 
 
 def revision(digits: int, *, apart_from: str = "") -> tuple[str, bool] | None:
-    """The commit of this checkout, and whether tracked files differ from it, a folder left aside; None outside of git."""
+    """The commit of this checkout, and whether tracked files differ from it, a folder left aside; None outside of git.
+
+    DSV4LAB_COMMIT where it is set: for copies that git does not know, or knows as an older commit with changes.
+    """
+    if given := os.environ.get("DSV4LAB_COMMIT"):
+        return given, False
     aside = ("--", ".", f":(exclude){apart_from}") if apart_from else ()
     try:
         head = _git("rev-parse", f"--short={digits}", "HEAD")

@@ -30,6 +30,7 @@ KNOWN = {
     "elected": [
         "AttentionSm90 store_byte load_pair",
         "AttentionSm90 store_word load_word",
+        "AttentionSm90 store_word load_pair",
         *(f"IndexScoresSm90 copy_bulk {load}" for load in ("load_words", "_load_byte", "_load_float")),
         *(f"MixedLinearSm90 copy_bulk {load}" for load in ("load_words", "_load_half", "_load_word", "_load_two_words")),
     ],
