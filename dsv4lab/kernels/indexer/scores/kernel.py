@@ -8,6 +8,7 @@ A CTA has up to four neighbouring queries and a span of entries, or, where queri
                                  queries as the B operand; then relu, weights and sums of heads, and the scores to memory
 
     stages    load -> multiply    full: the bytes have arrived    empty: every warp has read them
+    turns     load -> multiply    full: which part is next        empty: every warp has read it
 
 A thread's products of a row are one key's, so relu and the weighted sum are two instructions a product, x + |x| and a fused
 multiply-add with half the weight; quads of lanes then add up, each lane keeping what it stores. Neighbouring queries of one
