@@ -245,6 +245,8 @@ def test_choices_fit_and_share_the_work(record: str, heads: int) -> None:
                 assert tiles * entries / (places * -(-ctas // places) * span) > 0.9, (queries, entries, span)
     one = IndexScoresConfig.for_shape(512, 600, 256, 132, heads, record, 32)  # a query or two of many sequences
     assert one.queries == 1 and one.divided and one.known >= 512
+    lots = IndexScoresConfig.for_shape(2000, 600, 1000, 132, heads, record, 32)
+    assert lots.queries == 1 and not lots.divided
     wide = IndexScoresConfig.for_shape(4096, 16384, 1, 132, 200, record, 32)  # a query's heads are most of a tile
     assert wide.queries == 1 and not wide.divided
 

@@ -18,7 +18,7 @@ _MARGIN = 2048  # barriers, runs, and alignment of the buffers to 1024 bytes
 _MANY_ROWS = 256  # queries from which several share a tile
 _MAX_STAGES = 12
 _SPAN = {1: 8192, 2: 16384, 4: 32768}  # most keys of a CTA, by queries of a tile; longer ones would end unevenly
-_SINGLE = 1024  # most queries of which each has a tile of its own
+_DIVIDED = 1024  # most queries whose entries are divided: a CTA has the numbers of all in shared memory
 _START = 256  # keys that could be scored while a CTA starts
 
 
@@ -89,7 +89,7 @@ class IndexScoresConfig:
     @property
     def known(self) -> int:
         """Queries of which a CTA knows what they see, and of which sequence they are."""
-        return _SINGLE if self.divided else self.queries
+        return _DIVIDED if self.divided else self.queries
 
     @property
     def resident(self) -> int:
@@ -150,11 +150,11 @@ class IndexScoresConfig:
         each can have the least that there is. Many: as many as a product takes, so that keys are read and decoded less often.
         """
         padded = -(-heads // 8) * 8
-        many = queries > min(max(_MANY_ROWS, 2 * sequences), _SINGLE)
+        many = queries > max(_MANY_ROWS, 2 * sequences)
         together = next((n for n in (4, 2) if n * padded <= MAX_COLUMNS), 1) if many else 1
         config = cls(record, heads, page_size, together, 2, 2, visible, sequence)
         least = queries * -(-entries // (config.groups * TILE))  # CTAs
-        if together == 1 and queries <= _SINGLE and least > config.resident * multiprocessors:
+        if together == 1 and queries <= _DIVIDED and least > config.resident * multiprocessors:
             config = replace(config, divided=True)
         limit = SHARED_BYTES if together * padded >= 192 else HALF_SHARED_BYTES
         more = (limit - config.shared_bytes) // config.stage_bytes
