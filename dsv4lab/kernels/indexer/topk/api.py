@@ -39,7 +39,7 @@ def index_topk(
     config.check()
     if config.visible != visible or config.capacity < entries:
         raise ValueError(f"config must be for {visible} and hold {entries} entries, got {config}")
-    clusters = min(rows, runtime.clusters(config.cluster)) if config.alone else rows
+    clusters = min(rows, runtime.clusters(config.cluster) * config.resident) if config.alone else rows
     runtime.call(_compiled(config, runtime), scores, num_visible, out, clusters)
     return out
 
