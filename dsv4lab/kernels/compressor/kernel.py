@@ -35,6 +35,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
 from cutlass.memory import SmemAllocator
 
+from dsv4lab.kernels._common.lanes import lowest
 from dsv4lab.kernels._common.ptx import copy_async, copy_or_zeros
 from dsv4lab.kernels.cache.key import KeyRow
 from dsv4lab.kernels.cache.plan import WARP
@@ -188,7 +189,7 @@ class Compress:
         for m in cutlass.range(plan.masks, unroll=1):
             left = masks[m]
             while left != Uint32(0):
-                at = m * WARP + _lowest(left)
+                at = m * WARP + lowest(left)
                 left = left & (left - 1)
                 if cutlass.const_expr(plan.teams == 1):
                     self._entry(at, turn)
@@ -291,7 +292,7 @@ class Compress:
             # Loads without a branch, so that they are on their way together; past the last row they read it again.
             for b in cutlass.range_constexpr(plan.batch):
                 some = left != Uint32(0)
-                at = plan.rows + _lowest(left) if some else at
+                at = plan.rows + lowest(left) if some else at
                 left = left & (left - 1) if some else left
                 row, position, kinds = described[at, _ROW], described[at, _POSITION], described[at, _KINDS]
                 place = described[at, _RING] + described[at, _PLACE]
@@ -517,11 +518,6 @@ class Compress:
                 to = self._in_ring(described[at, _RING] + newer % self.ring, of)
                 pool.store(to, self._number(row + newer - position, newer, of, Boolean(False)))
                 pool.store(to + 4 * plan.width, self._number(row + newer - position, newer, of, Boolean(True)))
-
-
-def _lowest(mask: Any) -> Any:
-    """The lowest bit that is set."""
-    return Int32(cute.arch.popc((mask & (Uint32(0) - mask)) - Uint32(1)))
 
 
 def _swizzled(vector: Any) -> Any:

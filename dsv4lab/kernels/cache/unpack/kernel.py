@@ -27,6 +27,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32
 from cutlass.memory import SmemAllocator
 
+from dsv4lab.kernels._common.lanes import through
 from dsv4lab.kernels.cache.memory import put_words
 from dsv4lab.kernels.cache.plan import WARP
 from dsv4lab.kernels.cache.record import FOUR, SPAN, StoredKey
@@ -166,14 +167,11 @@ class UnpackKeys:
     @cute.jit
     def _through(self, sums: Any, warp: Any, lane: Any, value: Any) -> Any:
         """The sum over the threads up to this one."""
-        through = value
-        for step in (1, 2, 4, 8, 16):
-            other = Int32(cute.arch.shuffle_sync_up(through, step, mask_and_clamp=0))
-            through = through + (other if lane >= step else Int32(0))
+        upto = through(value, lane)
         if lane == WARP - 1:
-            sums[warp] = through
+            sums[warp] = upto
         cute.arch.barrier()
-        return through + Int32(cute.arch.warp_redux_sync(sums[lane] if lane < warp else Int32(0), "add"))
+        return upto + Int32(cute.arch.warp_redux_sync(sums[lane] if lane < warp else Int32(0), "add"))
 
     @cute.jit
     def _tell(self, places: Any, seq: Any, there: Any, row: Any, position: Any, entry: Any, entries: Any) -> None:

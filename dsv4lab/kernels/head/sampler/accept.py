@@ -21,6 +21,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, Uint64
 from cutlass.memory import SmemAllocator
 
+from dsv4lab.kernels._common.lanes import lowest
 from dsv4lab.kernels._common.order import choose, floor_of, image, image_in, largest_of, pack, token_in, value_of
 from dsv4lab.kernels.head.sampler import noise
 from dsv4lab.kernels.head.sampler.config import GROUP, WARP, AcceptConfig
@@ -33,7 +34,6 @@ from dsv4lab.kernels.head.sampler.device import (
     shared_max,
     shared_now,
     wait,
-    zeros_below_ones,
 )
 from dsv4lab.kernels.head.sampler.noise import larger
 
@@ -137,7 +137,7 @@ class Accept:
             p, q = target[i, Int32(drafted)], draft[i, Int32(drafted)]
             word = noise.words(Uint32(0), low_high(start + Int64(i)), key, noise.ACCEPT)
             good = (base + lane < drafts) & (noise.mul(noise.uniform(word[0]), q) < p)
-            run = zeros_below_ones(~Uint32(cute.arch.vote_ballot_sync(good)))
+            run = lowest(~Uint32(cute.arch.vote_ballot_sync(good)))
             stands = stands + choose(going != 0, run, Int32(0))
             going = choose(run == WARP, going, Int32(0))
         return stands

@@ -61,12 +61,6 @@ def low_high(value: Any) -> tuple[Any, Any]:
     return low, high
 
 
-def zeros_below_ones(mask: Any) -> Any:
-    """Zeros below the lowest one, int32; 32 where there is none."""
-    code = "{ .reg .b32 turned; brev.b32 turned, {$r0}; clz.b32 {$w0}, turned; }"
-    return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[mask])
-
-
 def significant_bits(value: Any) -> Any:
     """Bits of a uint32 without its leading zeros, int32."""
     code = "{ .reg .b32 zeros; clz.b32 zeros, {$r0}; sub.s32 {$w0}, 32, zeros; }"

@@ -29,6 +29,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Uint32
 
+from dsv4lab.kernels._common.lanes import lowest, through
 from dsv4lab.kernels._common.order import choose, image, image_in, largest_of, token_in, value_of
 from dsv4lab.kernels.head.sampler import noise
 from dsv4lab.kernels.head.sampler.config import BINS, BINS_A_NAT, GROUP, SHARE_BITS, WARP, SamplerConfig
@@ -44,7 +45,6 @@ from dsv4lab.kernels.head.sampler.device import (
     significant_bits,
     wait,
     widened,
-    zeros_below_ones,
 )
 from dsv4lab.kernels.head.sampler.draw import MAX_TOKEN, submit, submit_peaks
 
@@ -332,7 +332,7 @@ class Filter:
             before = choose(lane > 0, before, Float64(0.0))
             some = cute.arch.vote_ballot_sync(mine > Float64(0.0))
             done = cute.arch.vote_ballot_sync((mine > Float64(0.0)) & (start + upto >= target))
-            chosen = choose(Uint32(done) != Uint32(0), zeros_below_ones(Uint32(done)), _highest(Uint32(some)))
+            chosen = choose(Uint32(done) != Uint32(0), lowest(Uint32(done)), _highest(Uint32(some)))
             if lane == chosen:
                 place, weight, higher, left = Int32(0), Float64(0.0), start + before, Int32(1)
                 upto = higher
@@ -381,10 +381,7 @@ class Filter:
                 group = base + lane
                 equal = self._equals(rule, cutlass.min(group, end - 1))
                 count = choose(group < end, equal[GROUP], Int32(0))
-                upto = count
-                for step in cutlass.range_constexpr(5):
-                    other = cute.arch.shuffle_sync_up(upto, 1 << step, mask_and_clamp=0)
-                    upto = upto + choose(lane >= (1 << step), other, Int32(0))
+                upto = through(count, lane)
                 seen = before + upto - count
                 for j in cutlass.range_constexpr(GROUP):
                     seen = seen + equal[j]

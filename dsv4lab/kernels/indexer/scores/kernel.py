@@ -47,7 +47,8 @@ from dsv4lab.kernels.indexer.scores.decode import (
     decode_rows,
     query_offset,
 )
-from dsv4lab.kernels.indexer.scores.shares import Shares, visible
+from dsv4lab.kernels.indexer.scores.shares import Shares
+from dsv4lab.kernels.indexer.visible import visible
 
 _SLAB = 64  # columns of an operand's row of 128 bytes
 _RUN = 4  # words of a run: first query, end, entries, sequence; of a part: query, first entry, end, tiles

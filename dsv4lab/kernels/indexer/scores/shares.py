@@ -17,7 +17,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
+from dsv4lab.kernels._common.lanes import lowest, through
 from dsv4lab.kernels.indexer.scores.config import WARP
+from dsv4lab.kernels.indexer.visible import visible
 
 
 @dataclass(frozen=True)
@@ -82,16 +84,13 @@ class Shares:
         row, at, before, first = Int32(-1), Int32(0), Int32(0), Int32(0)
         while row < 0 and first < self.queries:
             count = _over(self.units(first), length)
-            through = count
-            for step in (1, 2, 4, 8, 16):
-                other = cute.arch.shuffle_sync_up(through, step, mask_and_clamp=0)
-                through += other if lane >= step else Int32(0)
-            mask = Uint32(cute.arch.vote_ballot_sync(before + through > part))
+            ends = through(count, lane)
+            mask = cute.arch.vote_ballot_sync(before + ends > part)
             if mask != 0:
-                owner = Int32(cute.arch.popc((mask & (Uint32(0) - mask)) - Uint32(1)))  # the first such lane
+                owner = lowest(mask)
                 row = first + owner
-                at = part - before - cute.arch.shuffle_sync(through - count, owner)
-            before += cute.arch.shuffle_sync(through, WARP - 1)
+                at = part - before - cute.arch.shuffle_sync(ends - count, owner)
+            before += cute.arch.shuffle_sync(ends, WARP - 1)
             first += WARP
         low = at * length * self.unit
         return row, low, cutlass.min(low + length * self.unit, self.seen[cutlass.max(row, 0)])
@@ -106,12 +105,6 @@ class Shares:
         return cute.arch.warp_redux_sync(less, "or") != 0
 
 
-def visible(num_visible: Any, row: Any, entries: Any) -> Any:
-    """Entries that a query sees of so many."""
-    integer = num_visible.element_type
-    return Int32(cutlass.max(cutlass.min(num_visible[row], integer(entries)), integer(0)))
-
-
 def _over(a: Any, b: Any) -> Any:
-    """a / b, rounded up; neither is negative."""
+    """a / b, rounded up; neither is negative, for which a division is shorter than `cute.ceil_div` has it."""
     return Int32((Uint32(a) + Uint32(b) - Uint32(1)) // Uint32(b))

@@ -31,7 +31,9 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32
 from cutlass.memory import SmemAllocator
 
+from dsv4lab.kernels._common.lanes import lowest, through
 from dsv4lab.kernels.indexer.topk.config import BINS, DIGIT_BITS, SHIFTS, WARP, IndexTopkConfig
+from dsv4lab.kernels.indexer.visible import visible
 
 _CARVEOUT = 100  # percent of the L1 for shared memory; named, or compiling with a minimum of CTAs would ask for a device
 _COPY = BINS + 4  # words between copies of a histogram: equal digits are on different banks
@@ -90,7 +92,7 @@ class IndexTopk:
             cute.autovec_copy(quads, cute.local_tile(counts, (4,), (i,)))
         cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(plan.alone == 0):
-            selection.choose(scores, selection.visible(scores, num_visible, row), out, row, rank)
+            selection.choose(scores, visible(num_visible, row, scores.shape[1]), out, row, rank)
         else:
             first, clusters = row, grid // plan.cluster
             count = cute.ceil_div(scores.shape[0] - first, clusters)  # of the cluster's rows
@@ -98,16 +100,17 @@ class IndexTopk:
             few, many = (replace(selection, plan=plan.single(values)) for values in (plan.few, plan.values))
             for i in cutlass.range(rank, count, plan.cluster, unroll=1):
                 row = first + i * clusters
-                visible = selection.visible(scores, num_visible, row)
-                if visible <= cutlass.min(cutlass.max(few.plan.capacity, out.shape[1]), most):
-                    few.choose(scores, visible, out, row, Int32(0))
-                elif cutlass.const_expr(plan.alone > few.plan.capacity) and visible <= most:
-                    many.choose(scores, visible, out, row, Int32(0))
+                seen = visible(num_visible, row, scores.shape[1])
+                if seen <= most:
+                    if cutlass.const_expr(plan.alone <= few.plan.capacity) or seen <= few.plan.capacity:
+                        few.choose(scores, seen, out, row, Int32(0))
+                    else:
+                        many.choose(scores, seen, out, row, Int32(0))
             for i in cutlass.range(count, unroll=1):
                 row = first + i * clusters
-                visible = selection.visible(scores, num_visible, row)
-                if visible > most:
-                    selection.select(scores, out, row, rank, visible, out.shape[1])
+                seen = visible(num_visible, row, scores.shape[1])
+                if seen > most:
+                    selection.select(scores, out, row, rank, seen, out.shape[1])
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,6 @@ class Selection:
     warps: Any
     sums: Any
     found: Any
-
-    def visible(self, scores: Any, num_visible: Any, row: Any) -> Any:
-        """Of a row's scores."""
-        integer = num_visible.element_type
-        return Int32(cutlass.max(cutlass.min(num_visible[row], integer(scores.shape[1])), integer(0)))
 
     @cute.jit
     def choose(self, scores: Any, visible: Any, out: Any, row: Any, rank: Any) -> None:
@@ -173,15 +171,15 @@ class Selection:
         for w in cutlass.range_constexpr(len(masks)):
             word = _transposed(masks[w], lane)  # of the lane-th register, a bit a lane
             count = Int32(cute.arch.popc(word))
-            through = _through(count, lane)
-            spot = at + through - count
+            upto = through(count, lane)
+            spot = at + upto - count
             # The first of a register's entries; made of a number that the compiler does not know, or it would keep it.
             entry = cute.arch.shuffle_sync(first, 0) + (w * _WORD + lane) * WARP
             for _ in cutlass.range(count, unroll=1):
-                _store_number(line + Int64(spot) * 4, entry + _lowest(word))
+                _store_number(line + Int64(spot) * 4, entry + lowest(word))
                 word = word & (word - Uint32(1))
                 spot += 1
-            at += cute.arch.shuffle_sync(through, WARP - 1)
+            at += cute.arch.shuffle_sync(upto, WARP - 1)
         if cutlass.const_expr(plan.cluster > 1):
             cute.arch.cluster_arrive()  # nobody leaves while its shared memory is read
             cute.arch.cluster_wait()
@@ -236,12 +234,12 @@ class Selection:
         total = number[0]
         for b in cutlass.range_constexpr(1, plan.bins):
             total = total + number[b]
-        through = _through(total, lane)
+        upto = through(total, lane)
         if lane == WARP - 1:
-            sums[warp] = through
+            sums[warp] = upto
         cute.arch.barrier()
         part = sums[lane % plan.warps]
-        before = through - total + cute.arch.warp_redux_sync(part if lane < warp else Int32(0), "add")
+        before = upto - total + cute.arch.warp_redux_sync(part if lane < warp else Int32(0), "add")
         if before < left and left <= before + total:
             found[3] = Int32(0)  # read with the others
             for b in cutlass.range_constexpr(plan.bins):
@@ -341,15 +339,6 @@ def _bits(d: int) -> int:
 
 
 @cute.jit
-def _through(value: Any, lane: Any) -> Any:
-    """Sum over the lanes up to this one."""
-    for step in (1, 2, 4, 8, 16):
-        other = cute.arch.shuffle_sync_up(value, step, mask_and_clamp=0)
-        value = value + (other if lane >= step else Int32(0))
-    return value
-
-
-@cute.jit
 def _transposed(word: Any, lane: Any) -> Any:
     """Bit b of lane a to bit a of lane b."""
     for step, mask in ((16, 0x0000FFFF), (8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
@@ -400,12 +389,6 @@ def _mark_if(a: Any, b: Any, word: Any, bit: int) -> Any:
     code = "{ .reg .pred inside; setp.le.u32 inside, {$r0}, {$r1}; mov.b32 {$w0}, {$r2}; "
     code += f"@inside or.b32 {{$w0}}, {{$r2}}, {bit}; }}"
     return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a, b, word])
-
-
-def _lowest(word: Any) -> Any:
-    """The number of the lowest bit that is set."""
-    code = "{ .reg .b32 back; brev.b32 back, {$r0}; clz.b32 {$w0}, back; }"
-    return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[word])
 
 
 def _store_number(address: Any, number: Any) -> None:

@@ -25,6 +25,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Uint32
 from cutlass.memory import SmemAllocator
 
+from dsv4lab.kernels._common.lanes import through
 from dsv4lab.kernels.moe.permute.config import ROW_STEP, WARP, PermuteConfig
 
 
@@ -168,16 +169,12 @@ class Permute:
     @cute.jit
     def _scan(self, sums: Any, warp: Any, lane: Any, values: tuple[Any, ...]) -> tuple[Any, Any]:
         """Sums over the threads before this one of rows, tiles and hits; sums over all threads of rows and tiles."""
-        through = list(values)
-        for step in (1, 2, 4, 8, 16):
-            for i in cutlass.range_constexpr(3):
-                other = cute.arch.shuffle_sync_up(through[i], step, mask_and_clamp=0)
-                through[i] = through[i] + (other if lane >= step else Int32(0))
+        upto = [through(value, lane) for value in values]
         if lane == WARP - 1:
             for i in cutlass.range_constexpr(3):
-                sums[i, warp] = through[i]
+                sums[i, warp] = upto[i]
         cute.arch.barrier()
-        at = [through[i] - values[i] for i in range(3)]
+        at = [upto[i] - values[i] for i in range(3)]
         total = [Int32(0), Int32(0)]
         for w in cutlass.range_constexpr(-(-self.plan.experts // WARP)):
             for i in cutlass.range_constexpr(3):
