@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from dsv4lab import sim
+from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core.api import attention as kernel
 from dsv4lab.records import allocate_kv_pages
 from dsv4lab.reference.attention import attention as reference
@@ -41,9 +44,10 @@ class Case:
                 held.view(torch.uint8).fill_(255)
                 held[tuple(slice(n) for n in new.shape)] = new
 
-    def run(self, parts: int | None = None, unpack: bool | None = None) -> torch.Tensor:
+    def run(self, parts: int | None = None, unpack: bool | None = None, **way: Any) -> torch.Tensor:
+        """By the kernel. way: more of what only it is asked for."""
         how = {name: value for name, value in self.how.items() if name != "rope_dim"}
-        return kernel(*self.args, **how, parts=parts, unpack=unpack)
+        return kernel(*self.args, **how, parts=parts, unpack=unpack, **way)
 
 
 # Batches of sequences, each (tokens, queries at its end)
@@ -144,6 +148,22 @@ def in_order(case: Case) -> Case:
     order = (seq_idx * 2**32 + positions).argsort()
     chosen = None if chosen is None else chosen[order]
     return replace(case, args=(q[order], sinks, window, entries, table, positions[order], seq_idx[order], chosen))
+
+
+@contextmanager
+def simulating(ctas: int, **how: object) -> Iterator[None]:
+    """Kernels run in the simulator, of so many multiprocessors. how: as `sim.simulating` has it."""
+    sim.enable("sm_90a", multiprocessors=ctas)
+    with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):  # type: ignore[arg-type]
+        yield
+
+
+def judge_orders(run: Callable[[Case], torch.Tensor], case: Case) -> None:
+    """Queries in any order and as prefill has them, twice: what is found is no matter of timing."""
+    for ordered in (case, in_order(case)):
+        found = run(ordered)
+        judge(ordered, found)
+        assert torch.equal(found, run(ordered))
 
 
 class Silent:

@@ -26,17 +26,15 @@ from dsv4lab.kernels.attention.operators import ENTRIES
 from dsv4lab.records import kv_record
 from dsv4lab.reference.attention import attention as reference
 from dsv4lab.reference.cache import cache_read
-from tests.kernels.attention import BF16, RAGGED, WINDOW, Case, Silent, check_replays, judge, make_case
+from tests.kernels.attention import BF16, RAGGED, WINDOW, Case, Silent, check_replays, judge, make_case, simulating
 
 
 def simulated(case: Case, parts: int | None = None, ctas: int = 4, *, unpack: bool = False, **how: object) -> torch.Tensor:
     """Each CTA decodes its keys: few, to whom four queries are many, would have them unpacked, or work in pairs. Parts are for
     a second kernel.
     """
-    case = replace(case, how=case.how | dict(pair=False, merge=False))
-    sim.enable("sm_90a", multiprocessors=ctas)
-    with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):  # type: ignore[arg-type]
-        return case.run(parts, unpack)
+    with simulating(ctas, **how):
+        return case.run(parts, unpack, pair=False, merge=False)
 
 
 # ---- plan arithmetic ---------------------------------------------------------------------------------------------------

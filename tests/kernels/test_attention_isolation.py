@@ -12,10 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4lab import sim
-from dsv4lab.kernels._common.launch import running_on
-from dsv4lab.kernels.attention.core import api
-from tests.kernels.attention import Case, in_order, make_case
+from tests.kernels.attention import Case, in_order, make_case, simulating
 
 DAMAGED, CLEAN = (1100, 1), (18, 3)  # tokens, queries: one of each is a pair, where two queries are; the clean ones go on to
 # another block of 16 tokens
@@ -33,13 +30,6 @@ def scene(record: str, kind: str, heads: int, pairs: int = 1, device: str = "cpu
         pages = table[::2].long()
         far.view(torch.uint8)[pages[pages >= 0]] = 255
     return case, replace(case, args=(q, sinks, near, far, table, positions, seq_idx, chosen))
-
-
-def simulated(case: Case, ctas: int, **way: Any) -> torch.Tensor:
-    how: dict[str, Any] = {name: value for name, value in case.how.items() if name != "rope_dim"}
-    sim.enable("sm_90a", multiprocessors=ctas)
-    with sim.simulating("sm_90a"), running_on(sim.Host("sm_90a")):  # type: ignore[arg-type]
-        return api.attention(*case.args, **how, **way)
 
 
 GATHERED: dict[str, Any] = dict(parts=1, unpack=False, pair=False)
@@ -63,15 +53,15 @@ WAYS = [
 @pytest.mark.parametrize(("record", "kind", "heads", "ctas", "way"), WAYS)
 def test_a_damaged_sequence_spoils_no_other(record: str, kind: str, heads: int, ctas: int, way: dict[str, Any]) -> None:
     """One CTA, or two that work together, have all queries one after the other."""
-    sound, damaged = scene(record, kind, heads)
-    found, wanted = (simulated(case, ctas, **way) for case in (damaged, sound))
-    judge(found, wanted, sound.args[6] % 2 == 0)
+    with simulating(ctas):
+        compare(*scene(record, kind, heads), way)
 
 
-def judge(found: torch.Tensor, wanted: torch.Tensor, damaged: torch.Tensor) -> None:
-    """damaged: which queries are."""
-    assert found[damaged].isnan().all(), "their keys were not read"
-    assert wanted.isfinite().all() and torch.equal(found[~damaged], wanted[~damaged])
+def compare(sound: Case, damaged: Case, way: dict[str, Any]) -> None:
+    wanted, found = (case.run(**way) for case in (sound, damaged))
+    spoilt = sound.args[6] % 2 == 0  # queries
+    assert found[spoilt].isnan().all(), "their keys were not read"
+    assert wanted.isfinite().all() and torch.equal(found[~spoilt], wanted[~spoilt])
 
 
 @pytest.mark.gpu
@@ -80,9 +70,4 @@ def test_damaged_sequences_spoil_no_other_on_the_gpu(
     record: str, kind: str, heads: int, ctas: int, way: dict[str, Any]
 ) -> None:
     """So many that every CTA has some of either."""
-    sound, damaged = scene(record, kind, heads, pairs=300, device="cuda")
-    found, wanted = (
-        api.attention(*case.args, **{name: value for name, value in case.how.items() if name != "rope_dim"}, **way)
-        for case in (damaged, sound)
-    )
-    judge(found, wanted, sound.args[6] % 2 == 0)
+    compare(*scene(record, kind, heads, pairs=300, device="cuda"), way)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -11,18 +9,16 @@ from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core import api
 from dsv4lab.kernels.attention.core.config import CLUSTER, DIM, KEYS, ROWS, AttentionConfig, divide, merges
-from tests.kernels.attention import RAGGED, WINDOW, Case, Silent, judge, make_case
+from tests.kernels.attention import RAGGED, WINDOW, Case, Silent, judge, make_case, simulating
 
 
 def run(case: Case, parts: int | None, *, merge: bool | None, pair: bool | None = None) -> torch.Tensor:
     """Keys are decoded in the kernel."""
-    how: dict[str, Any] = {name: value for name, value in case.how.items() if name != "rope_dim"}
-    return api.attention(*case.args, **how, parts=parts, unpack=False, pair=pair, merge=merge)
+    return case.run(parts, False, pair=pair, merge=merge)
 
 
 def simulated(case: Case, parts: int, *, merge: bool | None = True, pair: bool = False, **how: object) -> torch.Tensor:
-    sim.enable("sm_90a", multiprocessors=4)
-    with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):  # type: ignore[arg-type]
+    with simulating(4, **how):
         return run(case, parts, merge=merge, pair=pair)
 
 

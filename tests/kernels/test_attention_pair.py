@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -11,18 +9,16 @@ from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core import api
 from dsv4lab.kernels.attention.core.config import AttentionConfig, pairs
-from tests.kernels.attention import RAGGED, Case, Silent, judge, make_case
+from tests.kernels.attention import RAGGED, Case, Silent, judge, make_case, simulating
 
 
 def run(case: Case, parts: int | None = None, *, pair: bool | None, unpack: bool | None = False) -> torch.Tensor:
     """Keys are decoded in the kernel, as a rule."""
-    how: dict[str, Any] = {name: value for name, value in case.how.items() if name != "rope_dim"}
-    return api.attention(*case.args, **how, parts=parts, unpack=unpack, pair=pair)
+    return case.run(parts, unpack, pair=pair)
 
 
 def simulated(case: Case, parts: int | None = None, ctas: int = 4, *, pair: bool | None = True, **how: object) -> torch.Tensor:
-    sim.enable("sm_90a", multiprocessors=ctas)
-    with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):  # type: ignore[arg-type]
+    with simulating(ctas, **how):
         return run(case, parts, pair=pair)
 
 

@@ -12,17 +12,15 @@ from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core import api
 from dsv4lab.kernels.attention.core.config import ResidentConfig, capacity, divide, resident_config, resides
-from tests.kernels.attention import Case, Silent, check_replays, error_of, in_order, judge, make_case
+from tests.kernels.attention import Case, Silent, check_replays, error_of, in_order, judge, judge_orders, make_case, simulating
 
 
 def run(case: Case, parts: int | None = 1, *, resident: bool | None = True, **more: Any) -> torch.Tensor:
-    how: dict[str, Any] = {name: value for name, value in case.how.items() if name != "rope_dim"}
-    return api.attention(*case.args, **how, parts=parts, resident=resident, **more)
+    return case.run(parts, resident=resident, **more)
 
 
 def simulated(case: Case, ctas: int = 2, **how: object) -> torch.Tensor:
-    sim.enable("sm_90a", multiprocessors=ctas)
-    with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):  # type: ignore[arg-type]
+    with simulating(ctas, **how):
         return run(case)
 
 
@@ -167,10 +165,7 @@ def test_on_the_gpu(record: str, heads: int, seed: int) -> None:
     for kind in ("window", "visible"):
         for sequences in ([(127, 3), (128, 1), (129, 8), (512, 2), (640, 5), (1000, 1)], [(1, 1)], [(700, 40)]):
             case = make_case(record, kind, sequences, heads, seed=seed, device="cuda")
-            for ordered in (case, in_order(case)):
-                found = run(ordered)
-                judge(ordered, found)
-                assert torch.equal(found, run(ordered))  # not a matter of timing
+            judge_orders(run, case)
 
 
 @pytest.mark.gpu
