@@ -111,6 +111,12 @@ def test_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         assert same(simulated("sm_90a", call), want), name
 
 
+def test_a_computed_scale_knows_nothing_of_the_call_before() -> None:
+    for size in (100.0, 1.0, 0.0):
+        x = size * torch.randn(5, 192, generator=torch.Generator().manual_seed(3)).bfloat16()
+        assert same(simulated("sm_90a", api.quantize_nvfp4, x), quant.quantize_nvfp4(x))
+
+
 def test_every_bfloat16() -> None:
     """All 2^16 bit patterns, beside their neighbours and shuffled."""
     patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(BF16)

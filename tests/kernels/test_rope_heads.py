@@ -98,7 +98,7 @@ def call(name: str, args: tuple[torch.Tensor, ...], config: HeadsConfig | None =
 def shaped(name: str, element: str, passes: int) -> HeadsConfig:
     """The configuration of `call`'s operations with so many passes."""
     fp8 = name.startswith("fp8")
-    how: dict[str, Any] = dict(group=int(name.split()[1])) if fp8 else dict(scale=name)
+    how: dict[str, Any] = dict(group=int(name.split()[1])) if fp8 else dict(scale="many" if name == "many" else "one")
     return HeadsConfig("fp8" if fp8 else "nvfp4", element, passes=passes, **how)
 
 

@@ -14,6 +14,7 @@ import torch
 from dsv4lab.arguments import check_dense, check_limit
 from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS
 from dsv4lab.kernels._common import cache
+from dsv4lab.kernels._common.counters import counters
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.quant.rows.config import CHUNK, RowsConfig, for_shape
@@ -221,9 +222,9 @@ def _nvfp4(
         return codes, scale.view(torch.float8_e4m3fn), used
     if not source.x.numel():
         return codes, scale.view(torch.float8_e4m3fn), torch.ones((), dtype=torch.float32, device=device)
-    used = torch.empty(1, dtype=torch.float32, device=device)
-    _launch(source, "nvfp4", codes, scale, given=_maxima(source), used=used, scale="tensor", tiles=tiles)
-    return codes, scale.view(torch.float8_e4m3fn), used[0]
+    found = _scale_of_tensor(source)
+    _launch(source, "nvfp4", codes, scale, given=found, scale="one", tiles=tiles)
+    return codes, scale.view(torch.float8_e4m3fn), found[0]
 
 
 def _fp8(source: Source, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -290,14 +291,19 @@ def _scales(rows: int, columns: int, layout: str, device: torch.device) -> torch
 
 
 # ---- launches ----------------------------------------------------------------------------------------------------------
-def _maxima(source: Source) -> torch.Tensor:
-    """The largest magnitude of what is quantised, in parts, (CTAs,) f32."""
+def _scale_of_tensor(source: Source) -> torch.Tensor:
+    """The global scale of what is quantised, (1,) f32."""
     m, k = source.shape
     config = for_shape(m, k, out="amax", **source.choices())
     ctas = min(-(-m // config.rows), _AMAX_CTAS * runtime_of(source.x).multiprocessors)
-    used = torch.empty(ctas, dtype=torch.float32, device=source.x.device)
-    _run(config, source, None, None, None, used, ctas)
+    used = torch.empty(1, dtype=torch.float32, device=source.x.device)
+    _run(config, source, scale_counters(source.x.device), None, None, used, ctas)
     return used
+
+
+def scale_counters(device: torch.device) -> torch.Tensor:
+    """(1, 2) u32 for a launch of "amax"."""
+    return counters("quant.amax", device, 2).view(torch.uint32)[None]
 
 
 def _launch(
@@ -341,7 +347,7 @@ def _run(
         other = _as_words(source.other.reshape(-1, source.x.shape[1]), config)
     if codes is None:
         codes = words
-    elif not config.ragged or config.out == "same":
+    elif config.out != "amax" and (not config.ragged or config.out == "same"):
         codes = _as_words(codes, config)
     per_scale = source.x.shape[0] // given.numel() if given is not None and config.scale == "many" else 1
     runtime.call(

@@ -27,10 +27,9 @@ _NORM_CHUNKS, _NORM_RESIDENT = 2, 896
 @dataclass(frozen=True)
 class RowsConfig:
     """source: what is quantised: "x" itself, its RMS "norm", or "swiglu" of two inputs. element: of them, "bf16" or "f32".
-    out: codes of "nvfp4", "mxfp4", "fp8"; "same", no codes but the source's values; "amax", the largest magnitude a CTA.
+    out: codes of "nvfp4", "mxfp4", "fp8"; "same", no codes but the source's values; "amax", NVFP4's global scale alone.
     decoded: instead of codes, code * block scale in BF16. group: values that share a block scale.
-    scale: NVFP4's global scale: "one" given, or "many" for equal runs of rows; "row", one a row from its amax; "tensor", one
-    from the maxima of an "amax" launch.
+    scale: NVFP4's global scale: "one" given, or "many" for equal runs of rows; "row", one a row from its amax.
     tiles: block scales go to atom128x4 tiles, not to a matrix. weight: element of the norm's weight.
     weighted: rows of "swiglu" have a factor.
     threads: of a row, each with `chunks` chunks of 16 values. rows: of a CTA. full: a row has exactly threads * chunks chunks.
@@ -89,7 +88,7 @@ class RowsConfig:
         groups = {"nvfp4": (16,), "mxfp4": (32,), "fp8": (64, 128)}.get(self.out, (CHUNK,))
         if self.group not in groups:
             raise ValueError(f"group of {self.out} must be {' or '.join(map(str, groups))}, got {self.group}")
-        scales = ("one", "many", "row", "tensor") if self.out == "nvfp4" else ("",)
+        scales = ("one", "many", "row") if self.out == "nvfp4" else ("",)
         if self.scale not in scales:
             raise ValueError(f"scale of {self.out} must be one of {scales}, got {self.scale!r}")
         unit = _unit(self.reduces and self.threads > WARP, self.scale)
@@ -103,7 +102,7 @@ class RowsConfig:
             raise ValueError(f"out must be fp8 or same where K % {CHUNK} != 0, got {self.out}")
         if self.tiles and (self.out not in ("nvfp4", "mxfp4") or self.decoded):
             raise ValueError(f"tiles are for codes of nvfp4 and mxfp4, got {self.out}")
-        given = self.out == "nvfp4" and self.scale in ("one", "tensor") and not self.decoded
+        given = self.out == "nvfp4" and self.scale == "one" and not self.decoded
         if self.streams and not (given and self.full and self.element == "bf16"):
             raise ValueError("streams must be False but for codes of nvfp4, one global scale, full rows of bf16")
         if self.resident < 1:
@@ -131,7 +130,7 @@ def _choose(few: bool, k: int, source: str, element: str, out: str, fields: tupl
         total = -(-total // columns) * columns
     reduces = source == "norm" or rest.get("scale") == "row"
     held = element == "f32" or rest.get("decoded") or source == "swiglu"
-    given = out == "nvfp4" and rest.get("scale") in ("one", "tensor") and element == "bf16" and not rest.get("decoded")
+    given = out == "nvfp4" and rest.get("scale") == "one" and element == "bf16" and not rest.get("decoded")
     normed = given and source == "norm" and not few
     many = _NORM_CHUNKS if normed else _CHUNKS_HELD if held else _CHUNKS
     least = -(-total // MAX_THREADS)
@@ -166,4 +165,4 @@ def _unit(reduces: bool, scale: str) -> int:
     """
     if not reduces:
         return 8
-    return WARP // 2 if scale in ("one", "tensor") else WARP
+    return WARP // 2 if scale == "one" else WARP

@@ -6,8 +6,8 @@
 
 `threads` threads take a row, chunks of 16 consecutive values each, which stay in registers; neighbouring threads have
 neighbouring chunks. Sums and maxima of a row go by shuffles, and through shared memory where a row has several warps.
-A global scale of the whole tensor takes two launches: "amax" leaves the largest magnitude that each CTA met, and every CTA of
-the second one looks those through.
+A global scale of the whole tensor takes a launch of its own, "amax": CTAs add the largest magnitude that they met to a word in
+global memory, and the last to come leaves the scale, which for the launch of the codes is a given one.
 
 Bytes, the floor of the time: x once (2 or 4 a value; SwiGLU reads two inputs), codes and scales once: 0.5625 a value for
 NVFP4, 0.53 for MXFP4, 1.01 for FP8; 2 for decoded values. A second reading of x comes on top for a global scale of the tensor.
@@ -54,7 +54,7 @@ class QuantizeRows(RowSources):
         self.config = config
         self.arch = arch
         # Lanes of a warp that ask each other for a factor must have the same global scale.
-        alike = config.scale in ("", "one", "tensor") or config.threads % WARP == 0
+        alike = config.scale in ("", "one") or config.threads % WARP == 0
         fp4 = config.out in ("nvfp4", "mxfp4") and not config.decoded
         self.quick = fp4 and config.element == "bf16" and arch == "sm_90a" and alike
         self.streams = config.streams and self.quick
@@ -77,10 +77,10 @@ class QuantizeRows(RowSources):
         stream: Any,
     ) -> None:
         """x (M, K) as u32 words, or where `ragged` as bits, u16 or u32; other: SwiGLU's second input, like x, or the norm's
-        weight, (1, K) like a row of x; row_weight (M,) f32. given (G,) f32: global scales, one for every `rows_per_scale` rows,
-        or the maxima of an "amax" launch. codes: u32 words, or where `ragged` bytes or bits of values; scale u8: (M, blocks),
-        or tiles (ceil(M/128), ceil(blocks/4), 512). used f32: the global scale of each row (M,), or of the tensor (1,), or the
-        maxima (ctas,). per_column is 1 / K; eps and limit are the norm's and SwiGLU's. What a configuration does not need it
+        weight, (1, K) like a row of x; row_weight (M,) f32. given (G,) f32: global scales, one for every `rows_per_scale` rows.
+        codes: u32 words, or where `ragged` bytes or bits of values; of "amax" two counters (1, 2), zeros before and after.
+        scale u8: (M, blocks), or tiles (ceil(M/128), ceil(blocks/4), 512). used f32: the global scale of each row (M,), or of
+        the tensor (1,). per_column is 1 / K; eps and limit are the norm's and SwiGLU's. What a configuration does not need it
         never touches.
         """
         config = self.config
@@ -128,19 +128,11 @@ class QuantizeRows(RowSources):
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
 
-        of_tensor = Float32(1.0)
-        if cutlass.const_expr(config.scale == "tensor"):
-            of_tensor = self._of_tensor(given, thread)
-            if block == 0 and thread == 0:
-                used[0] = of_tensor
         if cutlass.const_expr(self.streams):
-            factor = of_tensor if cutlass.const_expr(config.scale == "tensor") else given[0]
             steps = (padded + config.rows - 1) // config.rows
-            self._stream(x, other, row_weight, factor, codes, scale, per_column, eps, limit, thread, block, grid, steps)
+            self._stream(x, other, row_weight, given[0], codes, scale, per_column, eps, limit, thread, block, grid, steps)
         else:
-            self._plainly(
-                x, other, row_weight, given, of_tensor, codes, scale, used, rows_per_scale, per_column, eps, limit, padded
-            )
+            self._plainly(x, other, row_weight, given, codes, scale, used, rows_per_scale, per_column, eps, limit, padded)
 
     @cute.jit
     def _plainly(
@@ -149,7 +141,6 @@ class QuantizeRows(RowSources):
         other: Any,
         row_weight: Any,
         given: Any,
-        of_tensor: Any,
         codes: Any,
         scale: Any,
         used: Any,
@@ -175,7 +166,7 @@ class QuantizeRows(RowSources):
             elif cutlass.const_expr(config.out == "same"):
                 self._store_values(held, codes, row, rows, thread)
             elif cutlass.const_expr(config.out == "nvfp4"):
-                factor = of_tensor
+                factor = Float32(1.0)
                 if cutlass.const_expr(config.scale == "one"):
                     factor = given[0]
                 elif cutlass.const_expr(config.scale == "many"):
@@ -190,9 +181,7 @@ class QuantizeRows(RowSources):
             else:
                 self._power_of_two(held, codes, scale, row, rows, thread)
         if cutlass.const_expr(config.out == "amax"):
-            whole = self._over_cta(largest, thread)
-            if thread == 0:
-                used[block] = whole.bitcast(Float32)
+            self._of_tensor(largest, codes, used, grid, thread)
 
     @cute.jit
     def _stream(
@@ -293,12 +282,17 @@ class QuantizeRows(RowSources):
         return _global_scale(self._over_row(largest, thread))
 
     @cute.jit
-    def _of_tensor(self, maxima: Any, thread: Any) -> Any:
-        """The global scale of the tensor from the maxima of an earlier launch."""
-        largest = Uint32(0)
-        for i in cutlass.range(thread, maxima.shape[0], self.config.threads * self.config.rows, unroll=1):
-            largest = enc.max_u32(largest, maxima[i].bitcast(Uint32))
-        return _global_scale(self._over_cta(largest, thread))
+    def _of_tensor(self, largest: Any, counters: Any, used: Any, ctas: Any, thread: Any) -> None:
+        """Leave the global scale of the tensor, from what each thread met: the last CTA to come does. counters: words for the
+        largest magnitude and for the CTAs that came.
+        """
+        whole = self._over_cta(largest, thread)
+        if thread == 0:
+            most, came = counters.iterator, counters.iterator + 1
+            cute.arch.atomic_max(most, whole, sem="relaxed", scope="gpu")
+            if cute.arch.atomic_add(came, Uint32(1), sem="acq_rel", scope="gpu") == ctas - 1:
+                used[0] = _global_scale(Uint32(cute.arch.atomic_exch(most, Uint32(0), sem="relaxed", scope="gpu")))
+                counters[0, 1] = Uint32(0)
 
     @cute.jit
     def _number_amax(self, words: Any) -> Any:

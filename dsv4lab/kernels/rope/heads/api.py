@@ -11,6 +11,7 @@ from dsv4lab.arguments import check_contiguous
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
+from dsv4lab.kernels.quant.rows.api import scale_counters
 from dsv4lab.kernels.quant.rows.config import CHUNK
 from dsv4lab.kernels.rope.heads.config import HEAD_DIM, ROPE_DIM, HeadsConfig
 
@@ -97,10 +98,9 @@ def inverse_rope_nvfp4(
         return codes, scale.view(torch.float8_e4m3fn), global_scale
     if not x.numel():
         return codes, scale.view(torch.float8_e4m3fn), torch.ones((), dtype=torch.float32, device=x.device)
-    used = torch.empty(1, dtype=torch.float32, device=x.device)
-    maxima = _maxima(x, positions, inv_freq)
-    _launch(x, positions, inv_freq, codes, scale, given=maxima, used=used, scale_of="tensor", **how)
-    return codes, scale.view(torch.float8_e4m3fn), used[0]
+    found = _scale_of_tensor(x, positions, inv_freq)
+    _launch(x, positions, inv_freq, codes, scale, given=found, scale_of="one", **how)
+    return codes, scale.view(torch.float8_e4m3fn), found[0]
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------------
@@ -132,12 +132,12 @@ def _check(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> 
 
 
 # ---- launches ----------------------------------------------------------------------------------------------------------
-def _maxima(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of the rotated heads, in parts, (CTAs,) f32."""
+def _scale_of_tensor(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """The global scale of the rotated heads, (1,) f32."""
     config = HeadsConfig.for_shape(x.shape[0], x.shape[1], out="amax", element=ELEMENT[x.dtype])
     ctas = min(config.tasks(x.shape[0], x.shape[1]), _resident(x))
-    used = torch.empty(ctas, dtype=torch.float32, device=x.device)
-    _run(config, x, positions, inv_freq, None, None, None, used, 0.0, ctas)
+    used = torch.empty(1, dtype=torch.float32, device=x.device)
+    _run(config, x, positions, inv_freq, None, scale_counters(x.device), None, used, 0.0, ctas)
     return used
 
 
@@ -157,13 +157,12 @@ def _launch(
     out_as: str,
     config: HeadsConfig | None,
     given: torch.Tensor | None = None,
-    used: torch.Tensor | None = None,
     norm: bool = False,
     group: int = CHUNK,
     scale_of: str = "",
     eps: float = 0.0,
 ) -> None:
-    """Fill codes, scales and the global scale; nothing where there is nothing to rotate."""
+    """Fill codes and scales; nothing where there is nothing to rotate."""
     if not x.numel():
         return
     m, heads, _ = x.shape
@@ -176,7 +175,7 @@ def _launch(
     ctas = config.tasks(m, heads)
     if out_as == "nvfp4":
         ctas = min(ctas, _resident(x))
-    _run(config, x, positions, inv_freq, given, codes, scale, used, eps, ctas)
+    _run(config, x, positions, inv_freq, given, codes, scale, None, eps, ctas)
 
 
 def _run(
@@ -185,7 +184,7 @@ def _run(
     positions: torch.Tensor,
     inv_freq: torch.Tensor,
     given: torch.Tensor | None,
-    codes: torch.Tensor | None,
+    codes: torch.Tensor,
     scale: torch.Tensor | None,
     used: torch.Tensor | None,
     eps: float,
@@ -200,7 +199,7 @@ def _run(
         positions.view(torch.int32),
         inv_freq,
         inv_freq if given is None else given,
-        words if codes is None else codes.view(m * heads, -1).view(torch.uint32),
+        codes if config.out == "amax" else codes.view(m * heads, -1).view(torch.uint32),
         inv_freq.view(torch.uint8)[None] if scale is None else scale.view(m * heads, -1),
         inv_freq if used is None else used,
         positions.element_size() // 4,
@@ -224,7 +223,7 @@ def _compiled(config: HeadsConfig, runtime: Runtime) -> Callable[..., Any]:
 
         u8, u32, f32 = cutlass.Uint8, cutlass.Uint32, cutlass.Float32
         rows, width = cute.sym_int(), HEAD_DIM if config.element == "f32" else HEAD_DIM // 2
-        codes = {"same": width, "amax": width, "fp8": HEAD_DIM // 4, "nvfp4": HEAD_DIM // 8}[config.out]
+        codes = {"same": width, "amax": 2, "fp8": HEAD_DIM // 4, "nvfp4": HEAD_DIM // 8}[config.out]
         scales = {"fp8": HEAD_DIM // config.group, "nvfp4": HEAD_DIM // CHUNK}.get(config.out, ROPE_DIM * 2)
         free = cute.sym_int if config.out in ("same", "amax") else lambda: rows
         examples = (
@@ -232,7 +231,7 @@ def _compiled(config: HeadsConfig, runtime: Runtime) -> Callable[..., Any]:
             fake(cutlass.Int32, cute.sym_int(), align=4),
             fake(f32, ROPE_DIM // 2, align=4),
             fake(f32, cute.sym_int(), align=4),
-            fake(u32, rows, codes),
+            fake(u32, rows if config.out != "amax" else 1, codes),
             fake(u8, free(), scales, align=1),
             fake(f32, cute.sym_int(), align=4),
             cutlass.Int32(1),

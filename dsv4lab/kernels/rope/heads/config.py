@@ -17,10 +17,10 @@ _MANY_CTAS = 4 * 132  # of an H100 or H200, from which on longer CTAs leave no m
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """out: what becomes of the rotated heads: "same", values of the element; codes of "fp8" or "nvfp4"; "amax", the largest
-    magnitude that each CTA met. element: of x, "bf16" or "f32". norm: heads are normalised and rotated forwards; otherwise
+    """out: what becomes of the rotated heads: "same", values of the element; codes of "fp8" or "nvfp4"; "amax", NVFP4's
+    global scale alone. element: of x, "bf16" or "f32". norm: heads are normalised and rotated forwards; otherwise
     backwards. passes: times that a CTA takes 8 heads of its token. group: values of an FP8 scale. scale: NVFP4's global scale,
-    "one" given, "many", one a token, or "tensor", from the maxima of an "amax" launch.
+    "one" given, "many", one a token.
     """
 
     out: str

@@ -72,9 +72,9 @@ class TurnHeads(QuantizeRows):
         ctas: Int32,
         stream: Any,
     ) -> None:
-        """x (M H, 512) as u32 words; positions: token m's is the i32 word m stride; inv_freq (32,) f32. given f32: (1,), (M,)
-        or the maxima of an "amax" launch. codes: u32 words of a row's result; scale (M H, 512 / group) u8. used f32: the
-        tensor's global scale (1,), or the maxima (ctas,). heads is H. What a configuration does not need it never touches.
+        """x (M H, 512) as u32 words; positions: token m's is the i32 word m stride; inv_freq (32,) f32. given f32: (1,)
+        or (M,). codes: u32 words of a row's result, or the counters (1, 2) of "amax"; scale (M H, 512 / group) u8. used (1,)
+        f32: the tensor's global scale. heads is H. What a configuration does not need it never touches.
         """
         how = dict(block=[THREADS, 1, 1], stream=stream, use_pdl=True)
         if cutlass.const_expr(self.arch == "sm_90a"):
@@ -107,13 +107,9 @@ class TurnHeads(QuantizeRows):
         cute.arch.griddepcontrol_wait()
 
         factor, entry, largest = Float32(1.0), Uint32(0), Uint32(0)
-        if cutlass.const_expr(plan.scale == "tensor"):
-            factor = self._of_tensor(given, thread)
-            if block == 0 and thread == 0:
-                used[0] = factor
-        elif cutlass.const_expr(plan.scale == "one"):
+        if cutlass.const_expr(plan.scale == "one"):
             factor = given[0]
-        if cutlass.const_expr(self.quick and plan.scale in ("one", "tensor")):
+        if cutlass.const_expr(self.quick and plan.scale == "one"):
             entry = table.prepare(factor, thread)
         held = cute.make_rmem_tensor((plan.passes * config.words,), Uint32)
         at, token, position = thread, block // blocks, Int32(0)
@@ -159,9 +155,7 @@ class TurnHeads(QuantizeRows):
                     self._fetch(held, i, x, next_first, next_end, next_column, task + grid < tasks)
             column, first, end = next_column, next_first, next_end
         if cutlass.const_expr(plan.out == "amax"):
-            whole = self._over_cta(largest, thread)
-            if thread == 0:
-                used[block] = whole.bitcast(Float32)
+            self._of_tensor(largest, codes, used, grid, thread)
 
     def _chunk(self, c: int, thread: Any) -> Any:
         """The number of a chunk in its head: what encoding is given in a thread's place."""
