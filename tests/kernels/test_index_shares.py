@@ -25,14 +25,17 @@ class Asked:
     queries: int
 
 
-def divided(visible: torch.Tensor, entries: int, ctas: int) -> tuple[int, list[list[int]]]:
-    """The length, and (query, first entry, end) of the first parts, to the first that is none."""
+def divided(visible: torch.Tensor, entries: int, ctas: int) -> tuple[int, bool, list[list[int]]]:
+    """The length, whether CTAs may have several parts, and (query, first entry, end) of the first parts, to the first that is
+    none.
+    """
     asked = Asked(UNIT, PARTS, QUERIES)
-    length, found = torch.zeros(1, dtype=torch.int32), torch.zeros(PARTS, 3, dtype=torch.int32)
+    length, several, found = (torch.zeros(*shape, dtype=torch.int32) for shape in ((1,), (1,), (PARTS, 3)))
     runtime = runtime_of(visible)
-    runtime.call(cache.kernel(__name__, asked, lambda: _build(asked), runtime), visible, length, found, entries, ctas)
+    function = cache.kernel(__name__, asked, lambda: _build(asked), runtime)
+    runtime.call(function, visible, length, several, found, entries, ctas)
     parts = found.tolist()
-    return int(length), parts[: [row for row, *_ in parts].index(-1)]
+    return int(length), bool(several), parts[: [row for row, *_ in parts].index(-1)]
 
 
 def _build(asked: Asked) -> tuple[Any, tuple[Any, ...]]:
@@ -44,7 +47,7 @@ def _build(asked: Asked) -> tuple[Any, tuple[Any, ...]]:
     from dsv4lab.kernels.indexer.scores.shares import Shares
 
     @cute.kernel
-    def kernel(visible: Any, length: Any, found: Any, entries: Any, ctas: Any) -> None:
+    def kernel(visible: Any, length: Any, several: Any, found: Any, entries: Any, ctas: Any) -> None:
         thread, _, _ = cute.arch.thread_idx()
         memory = SmemAllocator()
         seen, whose = (memory.allocate_tensor(cutlass.Int32, cute.make_layout(asked.queries)) for _ in range(2))
@@ -52,16 +55,16 @@ def _build(asked: Asked) -> tuple[Any, tuple[Any, ...]]:
         shares.look(visible, visible, entries, thread, THREADS)
         cute.arch.barrier()
         if thread < 32:
-            length[0] = shares.length(ctas)
+            length[0], several[0] = shares.length(ctas)
             for part in cutlass.range(asked.parts, unroll=1):
                 row, low, high = shares.find(part, length[0])
                 found[part, 0], found[part, 1], found[part, 2] = row, low, high
 
     @cute.jit
-    def launch(visible: Any, length: Any, found: Any, entries: Any, ctas: Any, stream: Any) -> None:
-        kernel(visible, length, found, entries, ctas).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
+    def launch(visible: Any, length: Any, several: Any, found: Any, entries: Any, ctas: Any, stream: Any) -> None:
+        kernel(visible, length, several, found, entries, ctas).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
-    integers = (fake(cutlass.Int32, *shape, align=4) for shape in ((1,), (asked.parts, 3)))
+    integers = (fake(cutlass.Int32, *shape, align=4) for shape in ((1,), (1,), (asked.parts, 3)))
     examples = (fake(cutlass.Int64, cute.sym_int(), align=8), *integers, cutlass.Int32(1), cutlass.Int32(1), fake_stream())
     return launch, examples
 
@@ -75,6 +78,8 @@ CASES = [
     ([-3, 2**40, 0], 3000, 7),  # cut to what there can be
     ([0] * 33, 512, 4),
     ([262144], 262144, 264),
+    ([262144] * 8, 262144, 20),  # much for each CTA: as many parts as it may have
+    ([70000, 9, 70001], 262144, 21),  # or as are worth one
     (list(range(0, 5000, 77)), 4096, 20),
 ]
 
@@ -83,10 +88,11 @@ CASES = [
 def test_parts_are_the_shortest_that_are_few_enough_and_cover_all(visible: list[int], entries: int, ctas: int) -> None:
     sim.enable("sm_90a")
     with sim.simulating("sm_90a"), running_on(sim.Host("sm_90a")):
-        length, parts = divided(torch.tensor(visible), entries, ctas)
+        length, several, parts = divided(torch.tensor(visible), entries, ctas)
     seen = [min(max(n, 0), entries) for n in visible]
     units = [-(-n // UNIT) for n in seen]
-    budget = ctas * -(-2 * len(visible) // ctas)
+    budget = ctas * max(-(-2 * len(visible) // ctas), min(sum(units) // (16 * ctas), 8))
+    assert several == (budget > ctas)
 
     def count(of: int) -> int:
         return sum(-(-n // of) for n in units)

@@ -9,6 +9,7 @@ import torch
 
 from dsv4lab.arguments import check_contiguous
 from dsv4lab.kernels._common import cache
+from dsv4lab.kernels._common.counters import counters
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.indexer.scores.config import DIM, MAX_COLUMNS, IndexScoresConfig
 from dsv4lab.paging import check_entries
@@ -73,7 +74,7 @@ def index_scores(
     work = (q.shape[0], max_entries, runtime.multiprocessors)
     span, ctas = (0, config.ctas(*work)) if config.divided else (config.span(*work), 0)
     flat = pages.view(torch.uint8).view(pages.shape[0], -1)
-    tensors = (q, head_weights, flat, block_table, seq_idx, num_visible, out)
+    tensors = (q, head_weights, flat, block_table, seq_idx, num_visible, out, counters("index_scores", q.device, 2))
     runtime.call(_compiled(config, runtime), *tensors, span, ctas, int(fill), scale)
     return out
 
@@ -145,6 +146,7 @@ def _compiled(config: IndexScoresConfig, runtime: Runtime) -> Callable[..., Any]
             fake(types[config.sequence], m, align=types[config.sequence].width // 8),
             fake(types[config.visible], m, align=types[config.visible].width // 8),
             fake(cutlass.Float32, m, cute.sym_int(), align=4),
+            fake(cutlass.Int32, 2, align=4),
             *[cutlass.Int32(1)] * 3,
             cutlass.Float32(1.0),
             fake_stream(),

@@ -74,6 +74,7 @@ class IndexScoresSm90:
         seq_idx: Any,
         num_visible: Any,
         out: Any,
+        counters: Any,
         span: Int32,
         ctas: Int32,
         fill: Int32,
@@ -81,8 +82,9 @@ class IndexScoresSm90:
         stream: Any,
     ) -> None:
         """q (M, Hi, 128) bf16, head_weights (M, Hi) f32, pages (P, bytes) u8, block_table (num_seqs, nb) i32, seq_idx and
-        num_visible (M,) -> out (M, T) f32. span: entries of a CTA, a multiple of a tile for each warpgroup; ctas: where they
-        divide what there is. fill: whether -inf is written.
+        num_visible (M,) -> out (M, T) f32. counters (2,) i32, zeros before and after: parts that were taken, CTAs that are
+        done. span: entries of a CTA, a multiple of a tile for each warpgroup; ctas: where they divide what there is. fill:
+        whether -inf is written.
         """
         plan = self.plan
         mma = hopper.make_trivial_tiled_mma(
@@ -99,7 +101,9 @@ class IndexScoresSm90:
         grid = [ctas, 1, 1]
         if cutlass.const_expr(not plan.divided):
             grid = [cute.ceil_div(q.shape[0], plan.queries), cute.ceil_div(out.shape[1], span), 1]
-        self.kernel(mma, q, head_weights, pages, block_table, seq_idx, num_visible, out, span, fill, scale, layout).launch(
+        self.kernel(
+            mma, q, head_weights, pages, block_table, seq_idx, num_visible, out, counters, span, fill, scale, layout
+        ).launch(
             grid=grid,
             block=[plan.threads, 1, 1],
             min_blocks_per_mp=plan.resident,
@@ -119,6 +123,7 @@ class IndexScoresSm90:
         seq_idx: Any,
         num_visible: Any,
         out: Any,
+        counters: Any,
         span: Int32,
         fill: Int32,
         scale: Float32,
@@ -164,7 +169,7 @@ class IndexScoresSm90:
             if warp == multiply // WARP:
                 loading = Loading(plan, pages, block_table, stages, ring)
                 if cutlass.const_expr(plan.divided):
-                    self._load_shares(loading, shares, runs, turns)
+                    self._load_shares(loading, shares, runs, turns, counters)
                 else:
                     step = Int32(0)
                     for r in cutlass.range(runs[_RUN * plan.queries], unroll=1):
@@ -192,14 +197,14 @@ class IndexScoresSm90:
 
     # ---- shares --------------------------------------------------------------------------------------------------------
     @cute.jit
-    def _load_shares(self, loading: Any, shares: Any, runs: Any, turns: Any) -> None:
+    def _load_shares(self, loading: Any, shares: Any, runs: Any, turns: Any, counters: Any) -> None:
         """The CTA's parts, one after the other: keys for each, and the others are told which it is, and when there is none."""
         block, _, _ = cute.arch.block_idx()
         blocks, _, _ = cute.arch.grid_dim()
-        length = shares.length(blocks)
-        turn, step, row = Int32(0), Int32(0), Int32(0)
+        length, several = shares.length(blocks)
+        part, turn, step, row = block, Int32(0), Int32(0), Int32(0)
         while row >= 0:
-            row, low, high = shares.find(block + turn * blocks, length)
+            row, low, high = shares.find(part, length)
             tiles = cute.ceil_div(high - low, TILE)
             turns.wait_empty(turn)
             if cute.arch.lane_idx() == 0:
@@ -209,7 +214,14 @@ class IndexScoresSm90:
             if row >= 0:
                 loading.load(shares.sequences[row], low, shares.seen[row], tiles, step)
                 step += tiles
+            part += blocks
+            if several and row >= 0:
+                part = blocks + _count(counters.iterator)
             turn += 1
+        if several:
+            before = _count(counters.iterator + 1)
+            if before == blocks - 1 and cute.arch.lane_idx() == 0:
+                counters[0], counters[1] = Int32(0), Int32(0)
 
     @cute.jit
     def _multiply_shares(self, multiplying: Any, runs: Any, turns: Any) -> None:
@@ -445,6 +457,15 @@ class Multiplying:
         for row in cutlass.range(first, end, 1, unroll=1):
             for entry in cutlass.range(low + begin, high, step, unroll=4):
                 _store_score(self.out, row, entry, Float32(-_INFINITY))
+
+
+@cute.jit
+def _count(counter: Any) -> Any:
+    """What a counter was before this warp."""
+    before = Int32(0)
+    if cute.arch.lane_idx() == 0:
+        before = Int32(cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu"))
+    return cute.arch.shuffle_sync(before, 0)
 
 
 def _store_score(out: Any, row: Any, entry: Any, score: Any) -> None:

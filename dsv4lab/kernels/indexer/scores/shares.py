@@ -4,6 +4,9 @@ A query's entries are cut into parts of `length` units, the last one shorter. Th
 more parts than a budget: parts are then as even as whole units let them be, whatever a query may see at most. A captured graph
 is launched for the longest sequences that it may ever have; what it does follows those that it has.
 
+Even parts do not end together: multiprocessors read at different speeds. Where there is much to do a CTA has several parts, and
+takes them from a counter, one when it has loaded the one before.
+
 A CTA finds its parts by itself. The warp that loads keys does it, from shared memory, and tells the others: they have no
 registers for that beside their sums.
 
@@ -20,6 +23,9 @@ from cutlass import Int32, Uint32
 from dsv4lab.kernels._common.lanes import lowest, through
 from dsv4lab.kernels.indexer.scores.config import WARP
 from dsv4lab.kernels.indexer.visible import visible
+
+_LEAST = 16  # units that a part is worth
+_MOST = 8  # parts of a CTA
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,10 @@ class Shares:
         return found
 
     @cute.jit
-    def length(self, ctas: Any) -> Any:
-        """Units of a part. Two parts a query and CTA are allowed for, so that one long query among many is divided, too."""
+    def length(self, ctas: Any) -> tuple[Any, Any]:
+        """(units of a part, whether a CTA may have several). Two parts a query and CTA are allowed for, so that one long query
+        among many is divided, too.
+        """
         budget = ctas * cute.ceil_div(2 * self.queries, ctas)
         total, most = Int32(0), Int32(0)
         for first in cutlass.range(0, self.queries, WARP, unroll=1):
@@ -58,6 +66,7 @@ class Shares:
             total += units
             most = cutlass.max(most, units)
         total, most = cute.arch.warp_redux_sync(total, "add"), cute.arch.warp_redux_sync(most, "max")
+        budget = cutlass.max(budget, ctas * cutlass.min(total // (ctas * _LEAST), _MOST))
         low, high = Int32(1), Int32(1)
         if total > budget:
             low, high = _over(total, budget), cutlass.min(most, _over(total, budget - self.queries))  # both are few enough
@@ -67,7 +76,7 @@ class Shares:
                 high = middle
             else:
                 low = middle + 1
-        return low
+        return low, budget > ctas
 
     @cute.jit
     def parts(self, length: Any) -> Any:
