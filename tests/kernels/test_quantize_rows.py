@@ -237,6 +237,10 @@ def test_ctas_go_on_from_rows_to_rows(schedule: str, monkeypatch: pytest.MonkeyP
         for given, eps in ((0.02, EPS), (6 / 2688, 1e-300)):  # of the second, one step in eight is a power of two
             got = simulated("sm_90a", api.rmsnorm_nvfp4, x, weight, eps, torch.tensor(given), how=how)
             assert same(got, norm.rmsnorm_nvfp4(x, weight, eps=eps, global_scale=torch.tensor(given)))
+    for group in (64, 128):  # the rows of 2048
+        assert for_shape(33, k, source="norm", element="bf16", out="fp8", group=group).streams
+        got = simulated("sm_90a", api.rmsnorm_fp8, x, weight, eps=EPS, group=group, how=how)
+        assert same(got, norm.rmsnorm_fp8(x, weight, eps=EPS, group=group))
     if schedule == "random":
         return
     x, up, factor = wild(9, 512, BF16), wild(9, 512, BF16, seed=1), torch.rand(9)

@@ -33,8 +33,8 @@ class RowsConfig:
     tiles: block scales go to atom128x4 tiles, not to a matrix. weight: element of the norm's weight.
     weighted: rows of "swiglu" have a factor.
     threads: of a row, each with `chunks` chunks of 16 values. rows: of a CTA. full: a row has exactly threads * chunks chunks.
-    streams: on Hopper, a CTA of NVFP4 with one global scale goes on from rows to rows. resident: threads that a multiprocessor
-    of Hopper has room for, at least, which bounds their registers.
+    streams: on Hopper, a CTA of NVFP4 with one global scale, or of a norm's FP8, goes on from rows to rows. resident: threads
+    that a multiprocessor of Hopper has room for, at least, which bounds their registers.
     ragged: K is not a multiple of 16, values are moved one by one.
     """
 
@@ -102,9 +102,11 @@ class RowsConfig:
             raise ValueError(f"out must be fp8 or same where K % {CHUNK} != 0, got {self.out}")
         if self.tiles and (self.out not in ("nvfp4", "mxfp4") or self.decoded):
             raise ValueError(f"tiles are for codes of nvfp4 and mxfp4, got {self.out}")
-        given = self.out == "nvfp4" and self.scale == "one" and not self.decoded
-        if self.streams and not (given and self.full and self.element == "bf16"):
-            raise ValueError("streams must be False but for codes of nvfp4, one global scale, full rows of bf16")
+        simple = self.scale == "one" or (self.out == "fp8" and self.source == "norm")
+        if self.streams and not (simple and self.full and self.element == "bf16" and not self.decoded):
+            raise ValueError(
+                "streams must be False but for codes of nvfp4, one global scale, or fp8 of norms, full rows of bf16"
+            )
         if self.resident < 1:
             raise ValueError(f"resident must be at least 1, got {self.resident}")
         if self.chunks < 1:
@@ -130,8 +132,9 @@ def _choose(few: bool, k: int, source: str, element: str, out: str, fields: tupl
         total = -(-total // columns) * columns
     reduces = source == "norm" or rest.get("scale") == "row"
     held = element == "f32" or rest.get("decoded") or source == "swiglu"
-    given = out == "nvfp4" and rest.get("scale") == "one" and element == "bf16" and not rest.get("decoded")
-    normed = given and source == "norm" and not few
+    simple = rest.get("scale") == "one" or (out == "fp8" and source == "norm" and not few)
+    simple = simple and element == "bf16" and not rest.get("decoded")
+    normed = simple and source == "norm" and not few
     many = _NORM_CHUNKS if normed else _CHUNKS_HELD if held else _CHUNKS
     least = -(-total // MAX_THREADS)
     splits = []
@@ -143,7 +146,7 @@ def _choose(few: bool, k: int, source: str, element: str, out: str, fields: tupl
     fill = next(r for r in (1, 2, 4) if threads * r % WARP == 0)  # rows that fill warps
     rows = fill if few else max(_CTA_THREADS // threads // fill * fill, fill)
     full = waste == 0 and total * CHUNK == k
-    streams = given and full and source != "x"  # x itself: registers of the next row were spilled, and waited for
+    streams = simple and full and source != "x"  # x itself: registers of the next row were spilled, and waited for
     if streams and normed:
         rest |= dict(resident=_NORM_RESIDENT // (threads * rows) * threads * rows)
     config = RowsConfig(source, element, out, threads, chunks, rows, full=full, ragged=k % CHUNK != 0, streams=streams, **rest)

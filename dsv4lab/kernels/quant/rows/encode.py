@@ -138,9 +138,10 @@ def load_chunk(address: Any, distance: int) -> list[Any]:
     return words
 
 
-def store_pair(address: Any, distance: int, first: Any, second: Any) -> None:
-    code = f"st.global.v2.b32 [{{$r0}} + {distance}], {{{{$r1}}, {{$r2}}}};"
-    cute.arch.inline_ptx(code, read_only_args=[address, first, second])
+def store_words(address: Any, distance: int, words: list[Any]) -> None:
+    """Two or four words, at a multiple of their size."""
+    names = ", ".join(f"{{$r{1 + i}}}" for i in range(len(words)))
+    cute.arch.inline_ptx(f"st.global.v{len(words)}.b32 [{{$r0}} + {distance}], {{{names}}};", read_only_args=[address, *words])
 
 
 def store_byte(address: Any, distance: int, byte: Any) -> None:

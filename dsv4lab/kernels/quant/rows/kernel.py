@@ -57,7 +57,7 @@ class QuantizeRows(RowSources):
         alike = config.scale in ("", "one") or config.threads % WARP == 0
         fp4 = config.out in ("nvfp4", "mxfp4") and not config.decoded
         self.quick = fp4 and config.element == "bf16" and arch == "sm_90a" and alike
-        self.streams = config.streams and self.quick
+        self.streams = config.streams and alike and arch == "sm_90a"
 
     @cute.jit
     def __call__(
@@ -86,7 +86,7 @@ class QuantizeRows(RowSources):
         config = self.config
         threads = config.threads * config.rows
         how = dict(block=[threads, 1, 1], stream=stream, use_pdl=True)
-        if cutlass.const_expr(self.quick):
+        if cutlass.const_expr(self.quick or self.streams):
             ctas_each = max(config.resident // threads, 1)
             kept = 4 * CHUNK * config.threads * config.chunks if config.keeps else 0
             carveout = max(_CARVEOUT, -(-100 * ctas_each * (kept + _SHARED_CTA) // _SHARED)) if kept else _CARVEOUT
@@ -222,8 +222,9 @@ class QuantizeRows(RowSources):
         share, parity = Float32(1.0), Int32(0)
         if cutlass.const_expr(config.weighted):
             share = row_weight[mine]
-        entry = table.prepare(factor, thread)
-        terms = enc.global_terms(factor)
+        entry, terms = Uint32(0), ()
+        if cutlass.const_expr(self.quick):
+            entry, terms = table.prepare(factor, thread), enc.global_terms(factor)
         for _ in cutlass.range(block, steps, grid, unroll=1):
             following, beyond = at + further, row + grid * config.rows
             more = beyond < rows
@@ -237,7 +238,6 @@ class QuantizeRows(RowSources):
                 high, low = self._split_root(square)
             for c in cutlass.range_constexpr(config.chunks):
                 part = cute.make_rmem_tensor((config.words,), Uint32)
-                out = cute.make_rmem_tensor((2,), Uint32)
                 words = self._words(held, c)
                 if swiglu:
                     words = self._gated(words, self._words(second, c), share, limit)
@@ -253,14 +253,28 @@ class QuantizeRows(RowSources):
                     self._far(part, x, other, cutlass.min(row, rows - 1), c, thread, square, near)
                 if more:
                     self._take(held, second, c, x, other, following)
-                byte = self._block(out, self._words(part, 0), terms, entry)
-                if cutlass.const_expr(config.tiles):
-                    self._store_scale(scale, byte, row, rows, self._chunk(c, thread), 1)
-                if row < rows:
-                    distance = c * config.threads
-                    if cutlass.const_expr(not config.tiles):
-                        enc.store_byte(scale.iterator.toint() + Int64(at), distance, byte)
-                    enc.store_pair(codes.iterator.toint() + Int64(at) * (CHUNK // 2), distance * (CHUNK // 2), out[0], out[1])
+                distance = c * config.threads
+                if cutlass.const_expr(config.out == "fp8"):
+                    lanes = config.group // CHUNK
+                    words, out = self._words(part, 0), cute.make_rmem_tensor((CHUNK // 4,), Uint32)
+                    bits, byte, inverse = self._group_scale(enc.absolute(words, config.element))
+                    blk.e4m3(out, words, bits, inverse, config.element)
+                    if row < rows:
+                        if at % lanes == 0:
+                            enc.store_byte(scale.iterator.toint() + Int64(at // lanes), distance // lanes, byte)
+                        enc.store_words(
+                            codes.iterator.toint() + Int64(at) * CHUNK, distance * CHUNK, [out[i] for i in range(4)]
+                        )
+                else:
+                    out = cute.make_rmem_tensor((2,), Uint32)
+                    byte = self._block(out, self._words(part, 0), terms, entry)
+                    if cutlass.const_expr(config.tiles):
+                        self._store_scale(scale, byte, row, rows, self._chunk(c, thread), 1)
+                    if row < rows:
+                        if cutlass.const_expr(not config.tiles):
+                            enc.store_byte(scale.iterator.toint() + Int64(at), distance, byte)
+                        target = codes.iterator.toint() + Int64(at) * (CHUNK // 2)
+                        enc.store_words(target, distance * (CHUNK // 2), [out[0], out[1]])
             share, at, row = next_share, following, beyond
 
     @cute.jit
@@ -329,17 +343,11 @@ class QuantizeRows(RowSources):
     def _power_of_two(self, held: Any, codes: Any, scale: Any, row: Any, rows: Any, thread: Any) -> None:
         """MXFP4 and FP8: one E8M0 scale for the chunks of neighbouring threads."""
         config = self.config
-        lanes = config.group // CHUNK
-        fp8 = cutlass.const_expr(config.out == "fp8")
-        limit = blk.E4M3_MAX_BITS if fp8 else _E2M1_MAX_BITS
-        floor = blk.FP8_FLOOR_BITS if fp8 else _MXFP4_FLOOR_BITS
+        lanes, fp8 = config.group // CHUNK, cutlass.const_expr(config.out == "fp8")
         for c in cutlass.range_constexpr(config.chunks):
             words = self._words(held, c)
             magnitudes = enc.absolute(words, config.element)
-            bits = enc.amax_bits(magnitudes, config.element)
-            for distance in halves(lanes):
-                bits = enc.max_u32(bits, cute.arch.shuffle_sync_bfly(bits, distance))
-            byte, inverse = enc.e8m0_ceil(bits, limit, floor)
+            bits, byte, inverse = self._group_scale(magnitudes)
             signs = cute.make_rmem_tensor((config.words,), Uint32)
             if cutlass.const_expr(not fp8):
                 for i in cutlass.range_constexpr(config.words):
@@ -364,6 +372,16 @@ class QuantizeRows(RowSources):
                     )
             else:
                 self._scaled_nibbles(magnitudes, signs, bits, inverse, codes, row, rows, chunk)
+
+    def _group_scale(self, magnitudes: list[Any]) -> tuple[Any, Any, Any]:
+        """Of MXFP4 or FP8: (bits of the largest magnitude of neighbouring threads, byte of the scale, 1 / scale)."""
+        config = self.config
+        fp8 = config.out == "fp8"
+        bits = enc.amax_bits(magnitudes, config.element)
+        for distance in halves(config.group // CHUNK):
+            bits = enc.max_u32(bits, cute.arch.shuffle_sync_bfly(bits, distance))
+        limit, floor = (blk.E4M3_MAX_BITS, blk.FP8_FLOOR_BITS) if fp8 else (_E2M1_MAX_BITS, _MXFP4_FLOOR_BITS)
+        return bits, *enc.e8m0_ceil(bits, limit, floor)
 
     @cute.jit
     def _scaled_nibbles(
