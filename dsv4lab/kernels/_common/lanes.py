@@ -22,3 +22,12 @@ def lowest(mask: Any) -> Any:
     """The number of the lowest bit that is set, int32; 32 where there is none."""
     code = "{ .reg .b32 turned; brev.b32 turned, {$r0}; clz.b32 {$w0}, turned; }"
     return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[mask])
+
+
+@cute.jit
+def came_before(counter: Any) -> Any:
+    """How many warps had come to a counter in global memory, for every lane of the next one, which counts itself."""
+    before = Int32(0)
+    if cute.arch.lane_idx() == 0:
+        before = Int32(cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu"))
+    return cute.arch.shuffle_sync(before, 0)

@@ -37,6 +37,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
+from dsv4lab.kernels._common.lanes import came_before
 from dsv4lab.kernels._common.ptx import copy_bulk
 from dsv4lab.kernels._common.rings import Ring, arrive_with
 from dsv4lab.kernels.indexer.scores.config import DIM, TILE, WARP, WARPGROUP, IndexScoresConfig
@@ -216,10 +217,10 @@ class IndexScoresSm90:
                 step += tiles
             part += blocks
             if several and row >= 0:
-                part = blocks + _count(counters.iterator)
+                part = blocks + came_before(counters.iterator)
             turn += 1
         if several:
-            before = _count(counters.iterator + 1)
+            before = came_before(counters.iterator + 1)
             if before == blocks - 1 and cute.arch.lane_idx() == 0:
                 counters[0], counters[1] = Int32(0), Int32(0)
 
@@ -457,15 +458,6 @@ class Multiplying:
         for row in cutlass.range(first, end, 1, unroll=1):
             for entry in cutlass.range(low + begin, high, step, unroll=4):
                 _store_score(self.out, row, entry, Float32(-_INFINITY))
-
-
-@cute.jit
-def _count(counter: Any) -> Any:
-    """What a counter was before this warp."""
-    before = Int32(0)
-    if cute.arch.lane_idx() == 0:
-        before = Int32(cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu"))
-    return cute.arch.shuffle_sync(before, 0)
 
 
 def _store_score(out: Any, row: Any, entry: Any, score: Any) -> None:
