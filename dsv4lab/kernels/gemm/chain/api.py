@@ -67,7 +67,7 @@ def chained(
         expert_idx.view(torch.int32).view(-1, 2),
         counters("chain", x.device, 2 + rows),
         limit,
-        min(rows * -(-pair.slabs // config.first.slabs), runtime.multiprocessors),
+        config.ctas(rows, pair.slabs, runtime.multiprocessors),
     )
     return y
 

@@ -35,6 +35,10 @@ class ChainConfig:
             if a != b:
                 raise ValueError(f"{name} must be the same for both products, got {a!r} and {b!r}")
 
+    def ctas(self, rows: int, slabs: int, multiprocessors: int) -> int:
+        """Of a launch: one a multiprocessor, as far as the first product has tiles. slabs: of a pair."""
+        return min(rows * -(-slabs // self.first.slabs), multiprocessors)
+
     @classmethod
     def for_shape(cls, fmt: str, out: str, k_first: int, k_second: int, *, beside: bool) -> ChainConfig:
         """For matrices of one format whose K are padded; out: the element of both results. 16 warps a CTA, in as few teams as
