@@ -46,6 +46,7 @@ _ALIASES: dict[str, dict[str, str | None]] = {
         "shared": "shared_expert",
         "permute": None,
         "product": None,
+        "products": None,
         "combine": None,
         "gather": None,
     },
