@@ -25,8 +25,8 @@ class Asked:
     queries: int
 
 
-def divided(visible: torch.Tensor, entries: int, ctas: int) -> tuple[int, bool, list[list[int]]]:
-    """The length, whether CTAs may have several parts, and (query, first entry, end) of the first parts, to the first that is
+def divided(visible: torch.Tensor, entries: int, ctas: int) -> tuple[int, int, list[list[int]]]:
+    """The length, how many parts a CTA may have, and (query, first entry, end) of the first parts, to the first that is
     none.
     """
     asked = Asked(UNIT, PARTS, QUERIES)
@@ -35,7 +35,7 @@ def divided(visible: torch.Tensor, entries: int, ctas: int) -> tuple[int, bool, 
     function = cache.kernel(__name__, asked, lambda: _build(asked), runtime)
     runtime.call(function, visible, length, several, found, entries, ctas)
     parts = found.tolist()
-    return int(length), bool(several), parts[: [row for row, *_ in parts].index(-1)]
+    return int(length), int(several), parts[: [row for row, *_ in parts].index(-1)]
 
 
 def _build(asked: Asked) -> tuple[Any, tuple[Any, ...]]:
@@ -91,8 +91,8 @@ def test_parts_are_the_shortest_that_are_few_enough_and_cover_all(visible: list[
         length, several, parts = divided(torch.tensor(visible), entries, ctas)
     seen = [min(max(n, 0), entries) for n in visible]
     units = [-(-n // UNIT) for n in seen]
-    budget = ctas * max(-(-2 * len(visible) // ctas), min(sum(units) // (16 * ctas), 8))
-    assert several == (budget > ctas)
+    budget = ctas * max(-(-2 * len(visible) // ctas), min(sum(units) // (4 * ctas), 8))
+    assert several * ctas == budget
 
     def count(of: int) -> int:
         return sum(-(-n // of) for n in units)

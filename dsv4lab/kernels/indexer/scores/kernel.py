@@ -54,6 +54,7 @@ from dsv4lab.kernels.indexer.visible import visible
 _SLAB = 64  # columns of an operand's row of 128 bytes
 _RUN = 4  # words of a run: first query, end, entries, sequence; of a part: query, first entry, end, tiles
 _TURNS = 2  # parts that are told of ahead
+_NO_PART = 1 << 30  # beyond all
 _INFINITY = float("inf")
 _CARVEOUT = 100  # percent of the L1 for shared memory; named, or compiling with a minimum of CTAs would ask for a device
 
@@ -203,7 +204,8 @@ class IndexScoresSm90:
         block, _, _ = cute.arch.block_idx()
         blocks, _, _ = cute.arch.grid_dim()
         length, several = shares.length(blocks)
-        part, turn, step, row = block, Int32(0), Int32(0), Int32(0)
+        own = cutlass.max(several - 2, 1)  # neighbours
+        part, turn, step, row = block * own, Int32(0), Int32(0), Int32(0)
         while row >= 0:
             row, low, high = shares.find(part, length)
             tiles = cute.ceil_div(high - low, TILE)
@@ -215,26 +217,29 @@ class IndexScoresSm90:
             if row >= 0:
                 loading.load(shares.sequences[row], low, shares.seen[row], tiles, step)
                 step += tiles
-            part += blocks
-            if several and row >= 0:
-                part = blocks + came_before(counters.iterator)
-            turn += 1
-        if several:
+            turn, part = turn + 1, part + 1
+            if turn >= own:
+                part = Int32(_NO_PART)
+                if several > 1 and row >= 0:
+                    part = own * blocks + came_before(counters.iterator)
+        if several > 1:
             before = came_before(counters.iterator + 1)
             if before == blocks - 1 and cute.arch.lane_idx() == 0:
                 counters[0], counters[1] = Int32(0), Int32(0)
 
     @cute.jit
     def _multiply_shares(self, multiplying: Any, runs: Any, turns: Any) -> None:
-        turn, base, row = Int32(0), Int32(0), Int32(0)
+        turn, base, row, before = Int32(0), Int32(0), Int32(0), Int32(-1)
         while row >= 0:
             turns.wait_full(turn)
             row, low, high, tiles = (Int32(runs[turns.stage(turn) * _RUN + i]) for i in range(_RUN))
             arrive_with(turns.empty(turn), cute.arch.lane_idx(), [Uint32(word) for word in (row, low, high, tiles)])
             if row >= 0:
-                if turn > 0:  # all have read the query before
-                    cute.arch.barrier(barrier_id=1, number_of_threads=self.plan.groups * WARPGROUP)
-                multiplying.arrange(row)
+                if row != before:
+                    if turn > 0:  # all have read the query before
+                        cute.arch.barrier(barrier_id=1, number_of_threads=self.plan.groups * WARPGROUP)
+                    multiplying.arrange(row)
+                before = row
                 multiplying.multiply(None, row, Int32(0), Int32(1), low, high, tiles, base)
                 base += tiles
             turn += 1

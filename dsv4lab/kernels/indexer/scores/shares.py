@@ -4,8 +4,8 @@ A query's entries are cut into parts of `length` units, the last one shorter. Th
 more parts than a budget: parts are then as even as whole units let them be, whatever a query may see at most. A captured graph
 is launched for the longest sequences that it may ever have; what it does follows those that it has.
 
-Even parts do not end together: multiprocessors read at different speeds. Where there is much to do a CTA has several parts, and
-takes them from a counter, one when it has loaded the one before.
+Even parts do not end together: multiprocessors read at different speeds. Where there is much to do a CTA has several parts, all
+but the last two of them neighbours; then it takes parts from a counter, one when it has loaded the one before.
 
 A CTA finds its parts by itself. The warp that loads keys does it, from shared memory, and tells the others: they have no
 registers for that beside their sums.
@@ -24,7 +24,7 @@ from dsv4lab.kernels._common.lanes import lowest, through
 from dsv4lab.kernels.indexer.scores.config import WARP
 from dsv4lab.kernels.indexer.visible import visible
 
-_LEAST = 16  # units that a part is worth
+_LEAST = 4  # units of one of several parts
 _MOST = 8  # parts of a CTA
 
 
@@ -56,8 +56,8 @@ class Shares:
 
     @cute.jit
     def length(self, ctas: Any) -> tuple[Any, Any]:
-        """(units of a part, whether a CTA may have several). Two parts a query and CTA are allowed for, so that one long query
-        among many is divided, too.
+        """(units of a part, parts of a CTA at most). Two parts a query and CTA are allowed for, so that one long query among
+        many is divided, too.
         """
         budget = ctas * cute.ceil_div(2 * self.queries, ctas)
         total, most = Int32(0), Int32(0)
@@ -76,7 +76,7 @@ class Shares:
                 high = middle
             else:
                 low = middle + 1
-        return low, budget > ctas
+        return low, budget // ctas
 
     @cute.jit
     def parts(self, length: Any) -> Any:

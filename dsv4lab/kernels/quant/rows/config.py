@@ -20,8 +20,8 @@ _CHUNKS, _CHUNKS_HELD = 4, 2
 _MOST_CHUNKS = 8
 _RESIDENT = 768  # threads of NVFP4 a multiprocessor of Hopper: 80 registers each, 107 to 122 where the compiler is free
 # Norms to NVFP4 that stream: two chunks need fewer registers, and half the code. Three CTAs of 256 threads and four of 224 are
-# faster than one more or less (H200, 8192 rows: 31.1 us of 4096, 50.6 us of 7168 values).
-_NORM_CHUNKS, _NORM_RESIDENT = 2, 896
+# faster than one more or less (H200, 8192 rows: 31.1 us of 4096, 50.6 us of 7168 values). To FP8, one more is (30.7, 51.4 us).
+_NORM_CHUNKS, _NORM_RESIDENT = 2, {"nvfp4": 896, "fp8": 1024}
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _choose(few: bool, k: int, source: str, element: str, out: str, fields: tupl
     full = waste == 0 and total * CHUNK == k
     streams = simple and full and source != "x"  # x itself: registers of the next row were spilled, and waited for
     if streams and normed:
-        rest |= dict(resident=_NORM_RESIDENT // (threads * rows) * threads * rows)
+        rest |= dict(resident=_NORM_RESIDENT[out] // (threads * rows) * threads * rows)
     config = RowsConfig(source, element, out, threads, chunks, rows, full=full, ragged=k % CHUNK != 0, streams=streams, **rest)
     config.check()
     return config
