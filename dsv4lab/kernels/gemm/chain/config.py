@@ -36,8 +36,8 @@ class ChainConfig:
                 raise ValueError(f"{name} must be the same for both products, got {a!r} and {b!r}")
 
     def ctas(self, rows: int, slabs: int, multiprocessors: int) -> int:
-        """Of a launch: one a multiprocessor, as far as the first product has tiles. slabs: of a pair."""
-        return min(rows * -(-slabs // self.first.slabs), multiprocessors)
+        """Of a launch: those that run at once, as far as the first product has tiles. slabs: of a pair."""
+        return min(rows * -(-slabs // self.first.slabs), multiprocessors * self.first.resident)
 
     @classmethod
     def for_shape(cls, fmt: str, out: str, k_first: int, k_second: int, *, beside: bool) -> ChainConfig:
