@@ -2,8 +2,7 @@
 
     layer            router_topk, moe_layer: all experts and their sum
     experts          without router and shared expert
-    router, router_hash (by token id), permute, gather (many tokens), product 1 (with SwiGLU), product 2, or products (of
-                     one token, both in a launch), combine, shared
+    router, router_hash (by token id), permute, gather (many tokens), product 1 (with SwiGLU), product 2, combine, shared
     moe_combine      by itself: the layer adds all in one launch
 
 A token's shared expert is one more matrix of both products, otherwise it runs beside them, in launches of its own.
@@ -53,7 +52,7 @@ ROUTE_SCALE = 1.5
 SCALES = {"nvfp4": 1 / 2 + 1 / 16, "mxfp4": 1 / 2 + 1 / 32, "fp8_block": 1 + 1 / 128**2}  # bytes of a weight, with its scale's
 _VOCAB = FLASH_MODEL.vocab_size  # rows of the table of `router_hash`
 # what `kernels.moe.experts` calls, and the name of that part here
-_CALLED = {"permute": "permute", "gather_rows": "gather", "grouped": "product", "chained": "products", "combine": "combine"}
+_CALLED = {"permute": "permute", "gather_rows": "gather", "grouped": "product", "combine": "combine"}
 _UP_SCALE = 0.7  # of up's global scale against gate's: the kernel has to take both
 _LOOP_TOKENS = 8  # up to which the eager loop is run
 _MOST_INPUTS = 6
@@ -208,10 +207,10 @@ def recording() -> Iterator[list[tuple[str, Call]]]:
 def named(made: Sequence[tuple[str, Call]]) -> dict[str, Call]:
     """Parts by what they are: grouped products by their order. Raises ValueError where the experts work in another way."""
     products = [call for name, call in made if name == "grouped"]
+    if len(products) != 2:
+        raise ValueError(f"experts must call `grouped` twice, called {', '.join(name for name, _ in made)}")
     rest = {_CALLED[name]: call for name, call in made if name != "grouped"}
-    if len(products) != (0 if "products" in rest else 2):
-        raise ValueError(f"experts must call `grouped` twice or `chained`, called {', '.join(name for name, _ in made)}")
-    return rest | {f"product {1 + i}": call for i, call in enumerate(products)}
+    return rest | {"product 1": products[0], "product 2": products[1]}
 
 
 def cases(*, quick: bool) -> Iterator[tuple[Model, int]]:

@@ -53,7 +53,7 @@ CHECKED = (1, 64, 4096)  # sequences, tokens, context of the step that the refer
 LEAST_COSINE = 0.99
 _REPLAYS, _LAUNCHES = 7, 3  # runs that are traced, of decode and of prefill
 _EXPERTS = "moe_layer"  # the operation whose launches are several parts
-_STEPS = {".gemm.chain.": "products", ".moe.permute.": "permute", ".moe.gather.": "gather", ".moe.combine.": "combine"}
+_STEPS = {".moe.permute.": "permute", ".moe.gather.": "gather", ".moe.combine.": "combine"}
 
 SHAPES = tuple(
     Shape(f"flash {kind.lower()} block, {scene}", kind, seqs, tokens, context)
@@ -289,15 +289,14 @@ def parts_of(shape: Shape, calls: Sequence[ops.Call], launched: Sequence[Launche
 def steps_of(modules: Sequence[str]) -> list[str]:
     """What each launch of `moe_layer` is for, by the modules of the kernels in the order of launches.
 
-    Where there are four products, the first two are the shared expert's. Of one token both may be one launch.
+    Where there are four products, the first two are the shared expert's.
     """
-    counts = [2 if ".gemm.chain." in module else int(".gemm." in module) for module in modules]
-    names = ["shared product 1", "shared product 2", "product 1", "product 2", ""][-1 - sum(counts) :]
+    names = ["shared product 1", "shared product 2", "product 1", "product 2", ""][-1 - sum(".gemm." in m for m in modules) :]
     product, found = 0, []
-    for module, count in zip(modules, counts, strict=True):
+    for module in modules:
         step = next((step for part, step in _STEPS.items() if part in f"{module}."), None)
         found.append(step or names[product])
-        product += count
+        product += ".gemm." in module
     return found
 
 

@@ -202,6 +202,5 @@ def expert_parts(tokens: int, top_k: int, d: int, weights: float, flops: float) 
         "gather": (rows * (row + 4.0) + tokens * row, 0.0),
         "product 1": (weights * 2 / 3, flops * 2 / 3),
         "product 2": (weights / 3, flops / 3),
-        "products": (weights, flops),
         "combine": (rows * (row + 4.0) + 2 * tokens * row, 0.0),
     }

@@ -46,7 +46,6 @@ _ALIASES: dict[str, dict[str, str | None]] = {
         "shared": "shared_expert",
         "permute": None,
         "product": None,
-        "products": None,
         "combine": None,
         "gather": None,
     },

@@ -15,7 +15,6 @@ import dsv4lab
 from dsv4lab import ops, sim
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels._common.launch import running_on
-from dsv4lab.kernels.gemm.chain.config import ChainConfig
 from dsv4lab.kernels.gemm.mixed import api as mixed_api
 from dsv4lab.kernels.gemm.mixed.api import Slots, Tiles, grouped
 from dsv4lab.kernels.gemm.mixed.config import SHARED_BYTES, MixedConfig, choose, choose_grouped, grouped_tokens
@@ -148,26 +147,22 @@ def test_a_token_alone_and_none_at_all() -> None:
 
 
 # ---- with the shared expert --------------------------------------------------------------------------------------------
-def same_sums(act: str) -> Any:
-    """Inside, linears and grouped products add up in the order of a token's products with the shared expert, which depends on
-    the warps that share K.
-    """
+def sums_beside(fmt: str, slabs: int, k: int, paired: bool) -> int:
+    """Warps that share K, which is what the order of sums depends on, in a token's products with the shared expert."""
+    how: dict[str, Any] = dict(paired=paired, slotted=paired, gather=paired, scaled="no", single=True, beside=True)
+    return choose_grouped(fmt, "bf16", 6, 16, slabs, k, **how).splits
 
-    def splits(fmt: str, slabs: int, k: int, paired: bool) -> int:
-        if act == "none":
-            return ChainConfig.for_shape(fmt, "bf16", k, k, beside=True).first.splits
-        how: dict[str, Any] = dict(paired=paired, slotted=paired, gather=paired, scaled="no", single=True, beside=True)
-        return choose_grouped(fmt, "bf16", 6, 16, slabs, k, **how).splits
 
-    def of_linear(fmt: str, out: str, m: int, n: int, k: int, **how: Any) -> MixedConfig:
-        config = choose(fmt, out, m, n, k, **how)
-        return replace(config, slabs=2, splits=splits(fmt, -(-n // 16), k, config.paired), per_warp=1, cluster=1)
+def same_sums(fmt: str, out: str, m: int, n: int, k: int, **how: Any) -> MixedConfig:
+    """A linear's choice, but with those sums."""
+    config = choose(fmt, out, m, n, k, **how)
+    return replace(config, slabs=2, splits=sums_beside(fmt, -(-n // 16), k, config.paired), per_warp=1, cluster=1)
 
-    def of_grouped(fmt: str, out: str, rows: int, experts: int, slabs: int, k: int, **how: Any) -> MixedConfig:
-        config = choose_grouped(fmt, out, rows, experts, slabs, k, **how)
-        return replace(config, slabs=4, splits=splits(fmt, slabs, k, config.paired))
 
-    return mock.patch.multiple(mixed_api, choose=of_linear, choose_grouped=of_grouped)
+def same_grouped_sums(fmt: str, out: str, rows: int, experts: int, slabs: int, k: int, **how: Any) -> MixedConfig:
+    """Likewise a grouped product's, which is that of `beside` as it is."""
+    config = choose_grouped(fmt, out, rows, experts, slabs, k, **how)
+    return replace(config, slabs=4, splits=sums_beside(fmt, slabs, k, config.paired))
 
 
 def first(stacks: Three) -> Three:
@@ -203,7 +198,7 @@ def test_a_token_s_shared_expert_is_one_more_matrix(fmt: str, act: str, dtype: t
     x = torch.randn(1, 256, generator=torch.Generator().manual_seed(9)).to(dtype)
     how: dict[str, Any] = dict(limit=LIMIT, act=act, shared_act=act)
     assert together(x, ids, routed, shared, act=act, shared_act=act)
-    with same_sums(act):
+    with mock.patch.multiple(mixed_api, choose=same_sums, choose_grouped=same_grouped_sums):
         want = simulated(lambda: one_by_one(x, weights, ids, routed, shared, **how))
     checks = sim.Checks(races=True)
     got = simulated(lambda: layer(x, weights, ids, routed, shared, **how), schedule=schedule, seed=3, checks=checks)
@@ -384,7 +379,7 @@ def test_a_token_s_layer_on_the_gpu(name: str, hidden: int, inner: int, act: str
 
     y = run(layer)
     assert relative(y, run(one_by_one)) < 2 * BF16_BOUND  # whose sums are in another order
-    with same_sums(act):
+    with mock.patch.multiple(mixed_api, choose=same_sums, choose_grouped=same_grouped_sums):
         assert torch.equal(y, run(one_by_one))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -393,7 +388,7 @@ def test_a_token_s_layer_on_the_gpu(name: str, hidden: int, inner: int, act: str
     for _ in range(5):
         x.copy_(torch.randn(1, hidden, generator=g).bfloat16())
         graph.replay()
-        with same_sums(act):
+        with mock.patch.multiple(mixed_api, choose=same_sums, choose_grouped=same_grouped_sums):
             want = run(one_by_one)
         assert all(torch.equal(y, want) for y in results)
 

@@ -24,17 +24,7 @@ WAYS = {"official": ("official", None), "nvfp4": ("nvfp4", None), "w4a4": ("nvfp
 KNOBS = {"plain": {}, "drafts": dict(num_drafts=2), "sampled": dict(num_drafts=2, temperature=0.8, top_p=0.9)}
 RUNS = [(way, "plain") for way in WAYS] + [("nvfp4", knobs) for knobs in KNOBS if knobs != "plain"]
 APART = {"official": 0.2, "nvfp4": 0.2, "w4a4": 0.5}  # the largest difference at a place, of the logits' spread: its median
-OURS = {
-    "AttentionSm90",
-    "MixedLinearSm90",
-    "ChainSm90",
-    "IndexScoresSm90",
-    "IndexTopk",
-    "Compress",
-    "WriteKeys",
-    "TurnHeads",
-    "Plan",
-}
+OURS = {"AttentionSm90", "MixedLinearSm90", "IndexScoresSm90", "IndexTopk", "Compress", "WriteKeys", "TurnHeads", "Plan"}
 
 
 def checkpoint(layout: str, folder: Path) -> Path:

@@ -5,7 +5,7 @@
     x         quantised as the model says; many tokens: rows copied into sorted order (moe.gather), few: read where they are
     product 1 clamped SwiGLU of gate and up, times the routing weight, rounded (gemm.mixed, grouped, paired)
     h         quantised as the model says, by product 1 itself where that is faster (`gemm.mixed.config.requantises`)
-    product 2 (gemm.mixed, grouped); of one token whose activations stay as they are, both products are one launch (gemm.chain)
+    product 2 (gemm.mixed, grouped)
     combine   a token's rows added in the order of expert ids, the shared expert's last (moe.combine)
 
 The shared expert of a token alone, where it has the routed ones' form, is one more matrix of both products, the first to be
@@ -22,7 +22,6 @@ import torch
 from dsv4lab.arguments import check_routing
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels._common.aside import Aside
-from dsv4lab.kernels.gemm.chain.api import chained, chains
 from dsv4lab.kernels.gemm.mixed.api import Slots, Tiles, grouped, linear
 from dsv4lab.kernels.gemm.mixed.config import FEW, grouped_tokens, requantises
 from dsv4lab.kernels.gemm.mixed.prepared import prepared
@@ -120,8 +119,7 @@ def _rows(
     """
     check_routing(x, weights, expert_idx)
     pair, down = prepared(w1, w3), prepared(w2)
-    beside = None if shared is None else (prepared(shared[0], shared[1]), prepared(shared[2]))
-    more = beside or (None, None)
+    more = (None, None) if shared is None else (prepared(shared[0], shared[1]), prepared(shared[2]))
     num_experts, top_k, rows = pair.shape[0], expert_idx.shape[1], expert_idx.numel()
     tokens, _ = grouped_tokens(rows, num_experts)
     # A calibrated scale belongs to an expert, so rows are quantised when it is known whose they are.
@@ -139,8 +137,6 @@ def _rows(
     if static:
         values, _ = activations(values, act, _of_rows(w1.input_scale, ids, slots.slots))
         factor = _of_matrices(w1.input_scale)
-    if alone and rows and act == "none" and x.dtype == torch.bfloat16 and chains((pair, down), beside):
-        return chained(x.contiguous(), weights.contiguous().view(-1), ids.view(-1), (pair, down), beside, limit=limit), None
     requant = _requant(x, act, w2.input_scale, tokens)
     h = grouped(
         values,

@@ -16,7 +16,7 @@ Bytes: the weight once, x once for every tile of weight rows (from L2), y once. 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import cutlass
@@ -34,59 +34,6 @@ from dsv4lab.kernels.gemm.mixed.layout import SLAB, TILE, record_words
 from dsv4lab.kernels.gemm.mixed.multiply import advance, multiply_by_warp, multiply_by_warpgroup
 
 _FEW_REGISTERS, _MANY_REGISTERS = 40, 232  # of loading and of multiplying threads, where a tile's sums need them
-
-
-@dataclass(frozen=True)
-class Operands:
-    """What a product reads and writes: the kernel's arguments of these names."""
-
-    x: Any
-    records: Any
-    alpha: Any
-    more_records: Any
-    more_alpha: Any
-    y: Any
-    slots: Any
-    slot_weight: Any
-    tiles: Any
-    num_tiles: Any
-    top_k: Any
-    group_rows: Any
-
-
-@dataclass(frozen=True)
-class Stages:
-    """The ring in shared memory: records (words, slab, stage), tokens, and barriers, as many as stages."""
-
-    words: Any
-    tokens: Any
-    full: Any
-    empty: Any
-
-
-@dataclass(frozen=True)
-class Share:
-    """Tiles of a CTA, from `begin` to `end`, `stride` apart, and their steps along K, `low` to `high`. inner: tiles of weight
-    rows; slabs: of a matrix.
-    """
-
-    begin: Any
-    stride: Any
-    end: Any
-    inner: Any
-    low: Any
-    high: Any
-    slabs: Any
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Of a tile, in registers: alpha, the weight of its one row, sums. early: whether alpha is there before the first tile."""
-
-    gains: Any
-    weight: Any
-    total: Any
-    early: cutlass.Constexpr
 
 
 class MixedLinearSm90:
@@ -254,18 +201,16 @@ class MixedLinearSm90:
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
 
-        of = Operands(x, records, alpha, more_records, more_alpha, y, slots, slot_weight, tiles, num_tiles, top_k, group_rows)
-        ring = Stages(shared_w, shared_x, full, empty)
         if warp >= plan.warps:
             if cutlass.const_expr(plan.tokens >= 128):
                 cute.arch.setmaxregister_decrease(_FEW_REGISTERS)
             if warp == plan.warps:
-                self._load_weights(of, ring)
+                self._load_weights(records, alpha, more_records, y, tiles, num_tiles, shared_w, full, empty)
             elif warp == plan.warps + 1:
                 if cutlass.const_expr(plan.by_warp):
-                    self._load_rows(of, ring)
+                    self._load_rows(x, records, alpha, y, slots, tiles, num_tiles, top_k, group_rows, shared_x, full, empty)
                 else:
-                    self._load_boxes(load_x, of, ring)
+                    self._load_boxes(load_x, x, records, alpha, y, tiles, num_tiles, group_rows, shared_x, full, empty)
         else:
             if cutlass.const_expr(plan.tokens >= 128):
                 cute.arch.setmaxregister_increase(_MANY_REGISTERS)
@@ -287,7 +232,7 @@ class MixedLinearSm90:
                 shared,
                 shared + 1,
             )
-            self._consume(out, of, ring)
+            self._consume(out, records, alpha, more_alpha, y, tiles, num_tiles, shared_x, shared_w, full, empty)
 
     @cute.jit
     def _clear_past_the_end(self, x: Any, shared_x: Any) -> None:
@@ -307,34 +252,34 @@ class MixedLinearSm90:
             cute.arch.fence_view_async_shared()
 
     # ---- tiles ---------------------------------------------------------------------------------------------------------
-    def share(self, of: Operands) -> Share:
-        """What this CTA has to do."""
+    def _plan(self, records: Any, alpha: Any, y: Any, num_tiles: Any) -> tuple[Any, ...]:
+        """(first tile of this CTA, stride, end, tiles of weight rows, first step along K, end, slabs of a matrix)."""
         plan = self.plan
         block, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
         rank = block % plan.cluster
-        slabs = of.records.shape[0] // of.alpha.shape[0]
+        slabs = records.shape[0] // alpha.shape[0]
         row_tiles = cute.ceil_div(slabs, plan.slabs)
-        steps = of.records.shape[1] // plan.chunks
+        steps = records.shape[1] // plan.chunks
         low, high = rank * steps // plan.cluster, (rank + 1) * steps // plan.cluster
-        entries = cute.ceil_div(of.y.shape[0], 1 if plan.single else plan.tokens)
+        entries = cute.ceil_div(y.shape[0], 1 if plan.single else plan.tokens)
         if cutlass.const_expr(plan.grouped and not plan.single):
-            entries = of.num_tiles[0]
-        return Share(block // plan.cluster, grid // plan.cluster, entries * row_tiles, row_tiles, low, high, slabs)
+            entries = num_tiles[0]
+        return block // plan.cluster, grid // plan.cluster, entries * row_tiles, row_tiles, low, high, slabs
 
-    def _tile(self, tile: Any, inner: Any, of: Operands) -> tuple[Any, ...]:
+    def _tile(self, tile: Any, inner: Any, alpha: Any, y: Any, tiles: Any) -> tuple[Any, ...]:
         """Of a tile: (matrix, -1 for the one beside, tile of weight rows, first row of y, end row)."""
-        plan, tiles, alpha = self.plan, of.tiles, of.alpha
+        plan = self.plan
         entry, row_tile = tile // inner, tile % inner
         if cutlass.const_expr(plan.beside):
-            row = cutlass.select_(entry == 0, of.y.shape[0], entry) - 1
+            row = cutlass.select_(entry == 0, y.shape[0], entry) - 1
             return self._matrix(entry, alpha, tiles), row_tile, row, row + 1
         if cutlass.const_expr(plan.single):
             return _one_of(alpha, tiles[entry, 0]), row_tile, entry, entry + 1
         if cutlass.const_expr(plan.grouped):
             return tiles[entry, 0], row_tile, tiles[entry, 1], tiles[entry, 2]
         first = entry * plan.tokens
-        return Int32(0), row_tile, first, cutlass.min(first + plan.tokens, of.y.shape[0])
+        return Int32(0), row_tile, first, cutlass.min(first + plan.tokens, y.shape[0])
 
     @cute.jit
     def _matrix(self, entry: Any, alpha: Any, tiles: Any) -> Any:
@@ -348,95 +293,122 @@ class MixedLinearSm90:
 
     # ---- loads ---------------------------------------------------------------------------------------------------------
     @cute.jit
-    def _load_weights(self, of: Operands, ring: Stages) -> None:
-        share = self.share(of)
-        stage, phase = Int32(0), Int32(1)  # of the ring's empty barriers; the phase before the first counts as over
-        for tile in cutlass.range(share.begin, share.end, share.stride, unroll=1):
-            stage, phase = self.load_weights(of, ring, share, tile, stage, phase)
-
-    @cute.jit
-    def load_weights(self, of: Operands, ring: Stages, share: Share, tile: Any, stage: Any, phase: Any) -> tuple[Any, Any]:
-        """A tile's records into the ring, from a stage on; the stage that follows is returned."""
-        plan, records = self.plan, of.records
+    def _load_weights(
+        self,
+        records: Any,
+        alpha: Any,
+        more_records: Any,
+        y: Any,
+        tiles: Any,
+        num_tiles: Any,
+        shared_w: Any,
+        full: Any,
+        empty: Any,
+    ) -> None:
+        plan = self.plan
+        begin, stride, end, inner, low, high, slabs = self._plan(records, alpha, y, num_tiles)
         lane = cute.arch.lane_idx()
         words = self.words * plan.chunks
-        matrix, row_tile, _, _ = self._tile(tile, share.inner, of)
-        slab = cutlass.min(row_tile * plan.slabs + lane, share.slabs - 1)  # past the last: never stored
-        if cutlass.const_expr(plan.beside):
-            start = of.more_records[slab, 0, None].iterator.toint()
-            if matrix >= 0:
-                start = records[matrix * share.slabs + slab, 0, None].iterator.toint()
-        else:
-            start = records[matrix * share.slabs + slab, 0, None].iterator.toint()
-        for step in cutlass.range(share.low, share.high, 1, unroll=1):
-            cute.arch.mbarrier_wait(ring.empty + stage, phase)
-            if lane == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, plan.weight_bytes)
-            cute.arch.sync_warp()
-            if lane < plan.slabs:
-                target = ring.words[None, lane, stage].iterator
-                copy_bulk(target, start + step * (words * 4), words * 4, ring.full + stage)
-            stage, phase = advance(plan.stages, stage, phase)
-        return stage, phase
+        stage, phase = Int32(0), Int32(1)  # of the ring's empty barriers; the phase before the first counts as over
+        for tile in cutlass.range(begin, end, stride, unroll=1):
+            matrix, row_tile, _, _ = self._tile(tile, inner, alpha, y, tiles)
+            slab = cutlass.min(row_tile * plan.slabs + lane, slabs - 1)  # past the last: never stored
+            if cutlass.const_expr(plan.beside):
+                start = more_records[slab, 0, None].iterator.toint()
+                if matrix >= 0:
+                    start = records[matrix * slabs + slab, 0, None].iterator.toint()
+            else:
+                start = records[matrix * slabs + slab, 0, None].iterator.toint()
+            for step in cutlass.range(low, high, 1, unroll=1):
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                if lane == 0:
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, plan.weight_bytes)
+                cute.arch.sync_warp()
+                if lane < plan.slabs:
+                    target = shared_w[None, lane, stage].iterator
+                    copy_bulk(target, start + step * (words * 4), words * 4, full + stage)
+                stage, phase = advance(plan.stages, stage, phase)
 
     @cute.jit
-    def _load_rows(self, of: Operands, ring: Stages) -> None:
-        share = self.share(of)
+    def _load_rows(
+        self,
+        x: Any,
+        records: Any,
+        alpha: Any,
+        y: Any,
+        slots: Any,
+        tiles: Any,
+        num_tiles: Any,
+        top_k: Any,
+        group_rows: Any,
+        shared_x: Any,
+        full: Any,
+        empty: Any,
+    ) -> None:
+        """A lane a token: its columns of a stage in one copy."""
+        plan = self.plan
+        begin, stride, end, inner, low, high, _ = self._plan(records, alpha, y, num_tiles)
+        lane = cute.arch.lane_idx()
         cute.arch.griddepcontrol_wait()
         stage, phase = Int32(0), Int32(1)
-        for tile in cutlass.range(share.begin, share.end, share.stride, unroll=1):
-            stage, phase = self.load_rows(of, ring, share, tile, stage, phase)
+        for tile in cutlass.range(begin, end, stride, unroll=1):
+            _, row_tile, first, last = self._tile(tile, inner, alpha, y, tiles)
+            column = row_tile * plan.rows // group_rows * (records.shape[1] * TILE)
+            row = cutlass.min(first + lane, last - 1)
+            if cutlass.const_expr(plan.gather):
+                if cutlass.const_expr(plan.beside):
+                    row = Int32(0)  # of one token
+                else:
+                    row = (row if cutlass.const_expr(plan.single) else slots[row]) // top_k
+            for step in cutlass.range(low, high, 1, unroll=1):
+                start = step * plan.chunks * TILE + column
+                size = cutlass.max(cutlass.min(plan.chunks * TILE, x.shape[1] - start), 0) * 2
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                if lane == 0:
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, (last - first) * size)
+                cute.arch.sync_warp()
+                if first + lane < last and size > 0:
+                    copy_bulk(shared_x[None, lane, stage].iterator, x[row, None].iterator + start, size, full + stage)
+                stage, phase = advance(plan.stages, stage, phase)
 
     @cute.jit
-    def load_rows(self, of: Operands, ring: Stages, share: Share, tile: Any, stage: Any, phase: Any) -> tuple[Any, Any]:
-        """A tile's tokens, a lane a token: its columns of a stage in one copy."""
-        plan, x = self.plan, of.x
-        lane = cute.arch.lane_idx()
-        _, row_tile, first, last = self._tile(tile, share.inner, of)
-        column = row_tile * plan.rows // of.group_rows * (of.records.shape[1] * TILE)
-        row = cutlass.min(first + lane, last - 1)
-        if cutlass.const_expr(plan.gather):
-            if cutlass.const_expr(plan.beside):
-                row = Int32(0)  # of one token
-            else:
-                row = (row if cutlass.const_expr(plan.single) else of.slots[row]) // of.top_k
-        for step in cutlass.range(share.low, share.high, 1, unroll=1):
-            start = step * plan.chunks * TILE + column
-            size = cutlass.max(cutlass.min(plan.chunks * TILE, x.shape[1] - start), 0) * 2
-            cute.arch.mbarrier_wait(ring.empty + stage, phase)
-            if lane == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, (last - first) * size)
-            cute.arch.sync_warp()
-            if first + lane < last and size > 0:
-                copy_bulk(ring.tokens[None, lane, stage].iterator, x[row, None].iterator + start, size, ring.full + stage)
-            stage, phase = advance(plan.stages, stage, phase)
-        return stage, phase
-
-    @cute.jit
-    def _load_boxes(self, load_x: Any, of: Operands, ring: Stages) -> None:
+    def _load_boxes(
+        self,
+        load_x: Any,
+        x: Any,
+        records: Any,
+        alpha: Any,
+        y: Any,
+        tiles: Any,
+        num_tiles: Any,
+        group_rows: Any,
+        shared_x: Any,
+        full: Any,
+        empty: Any,
+    ) -> None:
         """Boxes of up to 64 tokens, as many as the tile has."""
         plan = self.plan
         chunks = plan.chunks
         boxes = plan.tokens // plan.box
-        share = self.share(of)
-        targets = [cute.group_modes(cute.local_tile(ring.tokens, (plan.box, TILE), (b, 0, None)), 0, 2) for b in range(boxes)]
+        begin, stride, end, inner, low, high, _ = self._plan(records, alpha, y, num_tiles)
+        targets = [cute.group_modes(cute.local_tile(shared_x, (plan.box, TILE), (b, 0, None)), 0, 2) for b in range(boxes)]
         cute.arch.griddepcontrol_wait()
         stage, phase = Int32(0), Int32(1)
-        for tile in cutlass.range(share.begin, share.end, share.stride, unroll=1):
-            _, row_tile, first, last = self._tile(tile, share.inner, of)
-            column = row_tile * plan.rows // of.group_rows * (of.records.shape[1] * TILE)
+        for tile in cutlass.range(begin, end, stride, unroll=1):
+            _, row_tile, first, last = self._tile(tile, inner, alpha, y, tiles)
+            column = row_tile * plan.rows // group_rows * (records.shape[1] * TILE)
             filled = Int32(-(-plan.widths[0] // plan.box))  # boxes that the tile's product reads
             for i in cutlass.range_constexpr(1, len(plan.widths)):
                 if last - first > plan.widths[i - 1]:
                     filled = Int32(-(-plan.widths[i] // plan.box))
-            source = cute.local_tile(cute.domain_offset((first, column), of.x), (plan.box, TILE), (None, None))
+            source = cute.local_tile(cute.domain_offset((first, column), x), (plan.box, TILE), (None, None))
             pairs = [
                 cpasync.tma_partition(load_x, 0, cute.make_layout(1), target, cute.group_modes(source, 0, 2))
                 for target in targets
             ]
-            for step in cutlass.range(share.low, share.high, 1, unroll=1):
-                cute.arch.mbarrier_wait(ring.empty + stage, phase)
-                barrier = ring.full + stage
+            for step in cutlass.range(low, high, 1, unroll=1):
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                barrier = full + stage
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(barrier, filled * (chunks * plan.box * TILE * 2))
                 for c in cutlass.range_constexpr(chunks):
@@ -453,68 +425,64 @@ class MixedLinearSm90:
 
     # ---- products ------------------------------------------------------------------------------------------------------
     @cute.jit
-    def _consume(self, out: Any, of: Operands, ring: Stages) -> None:
+    def _consume(
+        self,
+        out: Any,
+        records: Any,
+        alpha: Any,
+        more_alpha: Any,
+        y: Any,
+        tiles: Any,
+        num_tiles: Any,
+        shared_x: Any,
+        shared_w: Any,
+        full: Any,
+        empty: Any,
+    ) -> None:
         plan = self.plan
-        share = self.share(of)
-        out, terms = self.ahead(out, of)
+        begin, stride, end, inner, low, high, _ = self._plan(records, alpha, y, num_tiles)
+        total = cute.make_rmem_tensor((plan.sums,), Float32)
+        # alpha comes from memory, whose latency would be the tile's end: warps ask for it before their products and, of the one
+        # matrix of a linear, before the kernel before has ended.
+        gains = cute.make_rmem_tensor(cute.make_layout((1, 2), stride=(0, 1)), Float32)  # of whatever matrix
+        ahead = plan.by_warp and plan.early and not plan.grouped
+        if cutlass.const_expr(plan.by_warp):
+            out = replace(out, alpha=gains)
+        if cutlass.const_expr(ahead):
+            _keep(gains, alpha, 0)
+        slot_weight, weight = out.slot_weight, cute.make_rmem_tensor(cute.make_layout(1, stride=0), Float32)
+        if cutlass.const_expr(plan.single and plan.slotted):
+            out = replace(out, slot_weight=weight)
         cute.arch.griddepcontrol_wait()  # y may still be read, and factors written, by the kernel before
         stage, phase = Int32(0), Int32(0)
         turn = Int32(0)  # of the cluster's epilogue
-        for tile in cutlass.range(share.begin, share.end, share.stride, unroll=1):
-            stage, phase, turn = self.multiply(out, terms, of, ring, share, tile, stage, phase, turn)
+        for tile in cutlass.range(begin, end, stride, unroll=1):
+            matrix, row_tile, first, last = self._tile(tile, inner, alpha, y, tiles)
+            if cutlass.const_expr(plan.beside):
+                _keep(gains, more_alpha, 0)
+                weight[0] = Float32(1.0)
+                if matrix >= 0:
+                    _keep(gains, alpha, matrix)
+                    if cutlass.const_expr(plan.slotted):
+                        weight[0] = slot_weight[first]
+            elif cutlass.const_expr(plan.by_warp and not ahead):
+                _keep(gains, alpha, matrix)
+                if cutlass.const_expr(plan.single and plan.slotted):
+                    weight[0] = slot_weight[first]  # of the tile's one row
+            total.fill(0.0)
+            ring = (full, empty, high - low)
+            if cutlass.const_expr(plan.by_warp):
+                stage, phase = multiply_by_warp(self, last - first, shared_x, shared_w, ring, total, stage, phase)
+            else:
+                rows = last - first
+                for i in cutlass.range_constexpr(len(plan.widths)):
+                    width, less = plan.widths[i], plan.widths[i - 1] if i else 0
+                    # the narrowest product that holds the tile's tokens
+                    if cutlass.const_expr(len(plan.widths) == 1) or (rows > less and rows <= width):
+                        stage, phase = multiply_by_warpgroup(self, width, shared_x, shared_w, ring, total, stage, phase)
+            turn = out.store(total, matrix, row_tile, first, last, turn)
         if cutlass.const_expr(plan.cluster > 1):
             out.leave(turn)
-
-    def ahead(self, out: Any, of: Operands) -> tuple[Any, Terms]:
-        """An epilogue that finds a tile's terms in registers, and these: alpha comes from memory, whose latency would be the
-        tile's end. Warps ask for it before their products and, of the one matrix of a linear, before the kernel before has
-        ended.
-        """
-        plan = self.plan
-        gains = cute.make_rmem_tensor(cute.make_layout((1, 2), stride=(0, 1)), Float32)  # of whatever matrix
-        weight = cute.make_rmem_tensor(cute.make_layout(1, stride=0), Float32)  # of whatever slot
-        total = cute.make_rmem_tensor((plan.sums,), Float32)
-        early = plan.by_warp and plan.early and not plan.grouped
-        if plan.by_warp:
-            out = replace(out, alpha=gains)
-        if early:
-            _keep(gains, of.alpha, 0)
-        if plan.single and plan.slotted:
-            out = replace(out, slot_weight=weight)
-        return out, Terms(gains, weight, total, early)
-
-    @cute.jit
-    def multiply(
-        self, out: Any, terms: Terms, of: Operands, ring: Stages, share: Share, tile: Any, stage: Any, phase: Any, turn: Any
-    ) -> tuple[Any, Any, Any]:
-        """A tile's products, and its results to y."""
-        plan = self.plan
-        gains, weight, total = terms.gains, terms.weight, terms.total
-        matrix, row_tile, first, last = self._tile(tile, share.inner, of)
-        if cutlass.const_expr(plan.beside):
-            _keep(gains, of.more_alpha, 0)
-            weight[0] = Float32(1.0)
-            if matrix >= 0:
-                _keep(gains, of.alpha, matrix)
-                if cutlass.const_expr(plan.slotted):
-                    weight[0] = of.slot_weight[first]
-        elif cutlass.const_expr(plan.by_warp and not terms.early):
-            _keep(gains, of.alpha, matrix)
-            if cutlass.const_expr(plan.single and plan.slotted):
-                weight[0] = of.slot_weight[first]  # of the tile's one row
-        total.fill(0.0)
-        barriers = (ring.full, ring.empty, share.high - share.low)
-        if cutlass.const_expr(plan.by_warp):
-            stage, phase = multiply_by_warp(self, last - first, ring.tokens, ring.words, barriers, total, stage, phase)
-        else:
-            rows = last - first
-            for i in cutlass.range_constexpr(len(plan.widths)):
-                width, less = plan.widths[i], plan.widths[i - 1] if i else 0
-                # the narrowest product that holds the tile's tokens
-                if cutlass.const_expr(len(plan.widths) == 1) or (rows > less and rows <= width):
-                    stage, phase = multiply_by_warpgroup(self, width, ring.tokens, ring.words, barriers, total, stage, phase)
-        turn = out.store(total, matrix, row_tile, first, last, turn)
-        return stage, phase, turn
 
 
 def _one_of(alpha: Any, matrix: Any) -> Any:
