@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,8 @@ def index_scores(
     work = (q.shape[0], max_entries, runtime.multiprocessors)
     span, ctas = (0, config.ctas(*work)) if config.divided else (config.span(*work), 0)
     flat = pages.view(torch.uint8).view(pages.shape[0], -1)
-    tensors = (q, head_weights, flat, block_table, seq_idx, num_visible, out, counters("index_scores", q.device, 2))
+    counted = counters("index_scores", q.device, 2) if config.divided else _unread(q.device)
+    tensors = (q, head_weights, flat, block_table, seq_idx, num_visible, out, counted)
     runtime.call(_compiled(config, runtime), *tensors, span, ctas, int(fill), scale)
     return out
 
@@ -124,6 +126,12 @@ def refuses(
     except (TypeError, ValueError) as why:
         return why
     return None
+
+
+@functools.cache
+def _unread(device: torch.device) -> torch.Tensor:
+    """Stands in for counters."""
+    return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 def _compiled(config: IndexScoresConfig, runtime: Runtime) -> Callable[..., Any]:

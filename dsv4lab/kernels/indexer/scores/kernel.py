@@ -84,9 +84,9 @@ class IndexScoresSm90:
         stream: Any,
     ) -> None:
         """q (M, Hi, 128) bf16, head_weights (M, Hi) f32, pages (P, bytes) u8, block_table (num_seqs, nb) i32, seq_idx and
-        num_visible (M,) -> out (M, T) f32. counters (2,) i32, zeros before and after: parts that were taken, CTAs that are
-        done. span: entries of a CTA, a multiple of a tile for each warpgroup; ctas: where they divide what there is. fill:
-        whether -inf is written.
+        num_visible (M,) -> out (M, T) f32. counters (2,) i32 of who divides, zeros before and after: parts that were taken,
+        CTAs that are done. span: entries of a CTA, a multiple of a tile for each warpgroup; ctas: where they divide what there
+        is. fill: whether -inf is written.
         """
         plan = self.plan
         mma = hopper.make_trivial_tiled_mma(
