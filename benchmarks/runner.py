@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -131,7 +132,16 @@ def start(suite: str, part: Path, options: argparse.Namespace) -> int:
     command += ["--minutes", str(options.minutes)] if options.minutes else []
     # a process that is gone hangs nobody: launches outside of graphs are watched
     environment = {"DSV4LAB_WATCHDOG": "60"} | os.environ
-    return subprocess.run(command, env=environment, check=False).returncode
+    before = signal.signal(signal.SIGTERM, _stopped)  # `subprocess.run` ends the child where an exception ends it
+    try:
+        return subprocess.run(command, env=environment, check=False).returncode
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stopped(number: int, _: object) -> None:
+    """A signal that stops this process, so that it takes its child along, which would go on with the GPU."""
+    raise SystemExit(128 + number)
 
 
 def measure(suite: str, options: argparse.Namespace) -> None:

@@ -6,6 +6,9 @@ import argparse
 import json
 import lzma
 import os
+import signal
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,28 @@ def suite_writes(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def run(out: Path, *arguments: str) -> int:
     return runner.run("linear", out, runner.parser().parse_args([str(out), *arguments]))
+
+
+def test_a_run_that_is_stopped_takes_its_suite_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would go on with the GPU, beside whatever comes next."""
+    script, part = tmp_path / "run.py", tmp_path / "rows.part"
+    script.write_text("import os, sys, time\nopen(sys.argv[1], 'w').write(f'{os.getpid()}\\n')\ntime.sleep(60)\n")
+    monkeypatch.setattr(runner, "_SCRIPT", script)
+
+    def stop() -> None:
+        while not part.exists() or not part.read_text().endswith("\n"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(SystemExit) as ended:
+        runner.start("linear", part, runner.parser().parse_args([]))
+    thread.join()
+    assert ended.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(part.read_text()), 0)
 
 
 @pytest.mark.parametrize("name", ["h200.jsonl", "h200.jsonl.xz"])
