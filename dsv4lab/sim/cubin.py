@@ -67,15 +67,20 @@ class Resources:
         threads: of a CTA (default: what the kernel demands). dynamic_shared: bytes that the launch asks for.
         Registers that `setmaxnreg` moves between warps do not change the sum.
         """
-        warps = -(-(threads or self.threads or 1) // _WARP)
-        a_warp = -(-max(self.registers, 1) // _REGISTER_UNIT) * _REGISTER_UNIT * _WARP
-        shared = -(-(self.shared_bytes + dynamic_shared + _SYSTEM_SHARED) // _SHARED_UNIT) * _SHARED_UNIT
-        return {
-            "registers": _REGISTER_FILE // (a_warp * warps),
-            "shared memory": _SHARED_FILE // shared,
-            "warps": _MAX_WARPS // warps,
-            "CTAs": _MAX_CTAS,
-        }
+        return fitting(threads or self.threads or 1, self.shared_bytes + dynamic_shared, self.registers)
+
+
+def fitting(threads: int, shared_bytes: int, registers: int) -> dict[str, int]:
+    """CTAs of so many threads, bytes of shared memory and registers a thread that fit on one multiprocessor, by each limit."""
+    warps = -(-threads // _WARP)
+    a_warp = -(-max(registers, 1) // _REGISTER_UNIT) * _REGISTER_UNIT * _WARP
+    shared = -(-(shared_bytes + _SYSTEM_SHARED) // _SHARED_UNIT) * _SHARED_UNIT
+    return {
+        "registers": _REGISTER_FILE // (a_warp * warps),
+        "shared memory": _SHARED_FILE // shared,
+        "warps": _MAX_WARPS // warps,
+        "CTAs": _MAX_CTAS,
+    }
 
 
 def resources(cubin: bytes) -> dict[str, Resources]:

@@ -132,7 +132,7 @@ def explore(
     """
     launches, memory, names = _launches(kernel, tensors, memory)
     check = _checker(expect, memory, names, rtol, atol)
-    run = _Run(launches, memory, checks or Checks(races=True), ignore, check, collect=not (first or raising))
+    run = _Run(launches, memory, checks or Checks(races=True, residency=True), ignore, check, collect=not (first or raising))
     found = Exploration([launch.kernel.name for launch in launches])
     start = time.perf_counter()
     for schedule in schedules(seeds):

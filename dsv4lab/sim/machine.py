@@ -53,6 +53,7 @@ class Checks:
     tmem_columns: bool = True  # TMEM touched before it was allocated, or after it was freed
     pending_bytes: bool = True  # mbarriers with bytes outstanding at exit
     races: bool = False  # data races and missing fences (`dsv4lab.sim.races`); several times slower
+    residency: bool = False  # CTAs that wait for others which may never start beside them; a cooperative launch's do
 
 
 @dataclass
@@ -300,6 +301,8 @@ class Machine:
         polling = bool(running) and all(unit.circling for unit in running)
         if polling and self.queues:
             self.perform()
+        elif polling and self.checks.residency and self.waiting_clusters and not self.launch.attributes.get("cooperative"):
+            raise Deadlock(self._report("warps wait for CTAs that start later, and nothing promises that these find a place"))
         elif (polling or self.spun > _LONELY) and self._more():
             self.spun, self.progress = 0, self.progress + 1
         elif polling or self.spun > _SPIN_LIMIT:

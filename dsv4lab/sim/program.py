@@ -184,6 +184,7 @@ class Kernel:
     local: tuple[LocalVariable, ...] = ()
     max_threads: tuple[int, int, int] | None = None
     thread_registers: int = 0  # of a thread at launch; 0: nothing fixes them, so that setmaxnreg has no effect
+    compiled_registers: int = 0  # of a thread, which ptxas chose; 0 of a kernel that is PTX alone
     cluster: tuple[int, int, int] | None = None
     constants: dict[str, bytes] = field(default_factory=dict)
     call_params: dict[str, int] = field(default_factory=dict)

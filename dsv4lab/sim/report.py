@@ -8,6 +8,7 @@ import numpy as np
 
 from dsv4lab.sim import arrivals
 from dsv4lab.sim.registers import WARP
+from dsv4lab.sim.startup import capacity
 from dsv4lab.sim.sync import ClusterBarrier, MBarrier, NamedBarrier
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ def deadlock(machine: Machine, headline: str) -> str:
         able = arrivals.candidates(machine, subject)
         lines.append(f"    could still arrive: {'nobody has such an instruction ahead' if not able else ''}".rstrip())
         lines += [f"      {line}" for line in able]
+    if machine.waiting_clusters:
+        room = capacity(machine.launch)
+        lines.append(f"  not started: {len(machine.waiting_clusters)} clusters of CTAs; a GPU holds {room} of these at once")
     lines.append(f"  {_rest(machine)}")
     return "\n".join(lines)
 

@@ -162,11 +162,11 @@ def plan(schedule: str, explore: int | None) -> list[Schedule]:
 
 
 def checks_without(names: Sequence[str], *, races: bool = False) -> Checks:
-    """All checks but these; races, the slow one, only where asked for. Raises ValueError naming the known ones."""
+    """All checks but these; races and residency only where asked for. Raises ValueError naming the known ones."""
     unknown = [name for name in names if name not in _switches()]
     if unknown:
         raise ValueError(f"checks to skip must be among {', '.join(_switches())}, got {', '.join(unknown)}")
-    return Checks(**{"races": races} | dict.fromkeys(names, False))
+    return Checks(**{"races": races, "residency": races} | dict.fromkeys(names, False))
 
 
 def _switches() -> list[str]:

@@ -357,12 +357,12 @@ def _without_handles(original: Any) -> Any:
 
 
 def _with_registers(kernels: dict[str, Kernel], cubin: bytes) -> dict[str, Kernel]:
-    """Kernels that use `setmaxnreg`, and fix their registers at entry, learn from the cubin how many those are."""
-    if not any(i.opcode.startswith("setmaxnreg") for kernel in kernels.values() for i in kernel.instructions):
-        return kernels
-    known = resources(cubin)
+    """Kernels learn from the cubin how many registers a thread has, at entry, too, where they fix that (for `setmaxnreg`)."""
+    known = {name: found.registers for name, found in resources(cubin).items()}
     return {
-        name: replace(k, thread_registers=known[name].registers) if k.thread_registers and name in known else k
+        name: replace(k, compiled_registers=known[name], thread_registers=known[name] if k.thread_registers else 0)
+        if name in known
+        else k
         for name, k in kernels.items()
     }
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dsv4lab.sim.cubin import fitting
 from dsv4lab.sim.errors import ResourceError, UnknownInstruction
 from dsv4lab.sim.memory import LOCAL_WINDOW, PARAM_WINDOW, RANK_SHIFT, SHARED_RESERVED, Region, SharedMemory
 from dsv4lab.sim.program import Launch
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from dsv4lab.sim.machine import Machine
 
 _SHARED_LIMIT = 232_448  # bytes of shared memory that a CTA of sm_90 and sm_100 may have
-# per multiprocessor of sm_90 and sm_100: threads, bytes of shared memory (each CTA takes 1 KiB more than it asks for), CTAs
-_MULTIPROCESSOR = (2048, 233_472, 32)
 _MULTIPROCESSORS = {"sm_90": 132, "sm_10": 148}  # of an H200, a B200
 TIMERS = ("%clock", "%clock64", "%clock_hi", "%globaltimer", "%globaltimer_lo", "%globaltimer_hi")
 
@@ -56,10 +55,9 @@ def check_launch(launch: Launch) -> None:
 
 
 def capacity(launch: Launch) -> int:
-    """Clusters of a launch that a GPU holds at once, by threads and shared memory (registers are not considered)."""
-    threads, shared, ctas = _MULTIPROCESSOR
+    """Clusters of a launch that a GPU holds at once; by registers, too, where the kernel is compiled."""
     static = max((v.offset + v.size for v in launch.kernel.shared), default=0)
-    each = min(threads // int(np.prod(launch.block)), shared // (launch.shared_bytes + static + 1024), ctas)
+    each = min(fitting(int(np.prod(launch.block)), launch.shared_bytes + static, launch.kernel.compiled_registers).values())
     processors = _MULTIPROCESSORS.get(launch.kernel.target[:5], min(_MULTIPROCESSORS.values()))
     return max(processors * each // int(np.prod(launch.cluster)), 1)
 

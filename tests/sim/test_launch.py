@@ -1,12 +1,15 @@
 """Launches as a whole: CTAs that wait for one another through global memory, module variables, device printf."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dsv4lab.sim import assembly, ptx
 from dsv4lab.sim.assembly import launch_of, memory_of, run
 from dsv4lab.sim.errors import Deadlock, ResourceError
-from dsv4lab.sim.machine import Machine
+from dsv4lab.sim.machine import Checks, Machine
+from dsv4lab.sim.startup import capacity
 
 # Every CTA counts itself in, then polls until `%r9` CTAs have come.
 GRID_BARRIER = """
@@ -81,13 +84,37 @@ def test_a_lock_that_nobody_frees_is_a_deadlock():
 
 def test_waiting_for_more_ctas_than_a_gpu_holds_is_a_deadlock(monkeypatch):
     monkeypatch.setattr("dsv4lab.sim.startup._MULTIPROCESSORS", {"sm_10": 2})
-    monkeypatch.setattr("dsv4lab.sim.startup._MULTIPROCESSOR", (64, 233_472, 32))  # two CTAs of one warp
+    monkeypatch.setattr("dsv4lab.sim.cubin._MAX_WARPS", 2)
     count, seen = np.zeros(1, np.uint32), np.zeros(6, np.uint32)
-    with pytest.raises(Deadlock, match="spin"):
+    with pytest.raises(Deadlock, match=r"spin(.|\n)*not started: 2 clusters of CTAs; a GPU holds 4 of these at once"):
         run(GRID_BARRIER.format(expected=6), grid=6, count=count, seen=seen)
     count[:] = 0
     run(GRID_BARRIER.format(expected=4), grid=6, count=count, seen=seen)
     np.testing.assert_array_equal(seen[:4] >= 4, True)
+
+
+@pytest.mark.parametrize(("registers", "held"), [(0, 296), (168, 148)])
+def test_registers_bound_the_ctas_that_a_gpu_holds(registers, held):
+    """Two of 320 threads fit on a multiprocessor by all but their registers (an H200 ran such a kernel into a deadlock)."""
+    made = replace(assembly.kernel(GRID_BARRIER.format(expected=1), 2), compiled_registers=registers)
+    count, seen = np.zeros(1, np.uint32), np.zeros(6, np.uint32)
+    assert capacity(replace(launch_of(made, count, seen, grid=400, block=320), shared_bytes=100_000)) == held
+
+
+@pytest.mark.parametrize("schedule", ["eager", "lazy", "random:3"])
+def test_who_waits_for_ctas_that_start_later_needs_a_cooperative_launch(schedule):
+    count, seen = np.zeros(1, np.uint32), np.zeros(6, np.uint32)
+    made = assembly.kernel(GRID_BARRIER.format(expected=3), 2)
+    launch = launch_of(made, count, seen, grid=6)
+    machine = Machine(memory_of(count=count, seen=seen), schedule, Checks(residency=True))
+    with pytest.raises(Deadlock, match="wait for CTAs that start later, and nothing promises that these find a place"):
+        machine.run(launch)
+    count[:] = 0
+    launch.attributes["cooperative"] = True
+    machine.run(launch)
+    count[:] = 5  # who comes last waits for nobody
+    launch.attributes["cooperative"] = False
+    machine.run(launch)
 
 
 def test_cooperative_launches_must_fit():
