@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from dsv4lab import sim
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core.api import attention as kernel
 from dsv4lab.records import allocate_kv_pages
 from dsv4lab.reference.attention import attention as reference
@@ -148,14 +145,6 @@ def in_order(case: Case) -> Case:
     order = (seq_idx * 2**32 + positions).argsort()
     chosen = None if chosen is None else chosen[order]
     return replace(case, args=(q[order], sinks, window, entries, table, positions[order], seq_idx[order], chosen))
-
-
-@contextmanager
-def simulating(ctas: int, **how: object) -> Iterator[None]:
-    """Kernels run in the simulator, of so many multiprocessors. how: as `sim.simulating` has it."""
-    sim.enable("sm_90a", multiprocessors=ctas)
-    with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):  # type: ignore[arg-type]
-        yield
 
 
 def judge_orders(run: Callable[[Case], torch.Tensor], case: Case) -> None:

@@ -26,14 +26,15 @@ from dsv4lab.kernels.attention.operators import ENTRIES
 from dsv4lab.records import kv_record
 from dsv4lab.reference.attention import attention as reference
 from dsv4lab.reference.cache import cache_read
-from tests.kernels.attention import BF16, RAGGED, WINDOW, Case, Silent, check_replays, judge, make_case, simulating
+from tests.kernels.attention import BF16, RAGGED, WINDOW, Case, Silent, check_replays, judge, make_case
+from tests.kernels.simulated import simulating
 
 
 def simulated(case: Case, parts: int | None = None, ctas: int = 4, *, unpack: bool = False, **how: object) -> torch.Tensor:
     """Each CTA decodes its keys: few, to whom four queries are many, would have them unpacked, or work in pairs. Parts are for
     a second kernel.
     """
-    with simulating(ctas, **how):
+    with simulating(multiprocessors=ctas, **how):
         return case.run(parts, unpack, pair=False, merge=False)
 
 

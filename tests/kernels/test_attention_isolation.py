@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.attention import Case, in_order, make_case, simulating
+from tests.kernels.attention import Case, in_order, make_case
+from tests.kernels.simulated import simulating
 
 DAMAGED, CLEAN = (1100, 1), (18, 3)  # tokens, queries: one of each is a pair, where two queries are; the clean ones go on to
 # another block of 16 tokens
@@ -53,7 +54,7 @@ WAYS = [
 @pytest.mark.parametrize(("record", "kind", "heads", "ctas", "way"), WAYS)
 def test_a_damaged_sequence_spoils_no_other(record: str, kind: str, heads: int, ctas: int, way: dict[str, Any]) -> None:
     """One CTA, or two that work together, have all queries one after the other."""
-    with simulating(ctas):
+    with simulating(multiprocessors=ctas):
         compare(*scene(record, kind, heads), way)
 
 

@@ -9,7 +9,8 @@ from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core import api
 from dsv4lab.kernels.attention.core.config import CLUSTER, DIM, KEYS, ROWS, AttentionConfig, divide, merges
-from tests.kernels.attention import RAGGED, WINDOW, Case, Silent, judge, make_case, simulating
+from tests.kernels.attention import RAGGED, WINDOW, Case, Silent, judge, make_case
+from tests.kernels.simulated import simulating
 
 
 def run(case: Case, parts: int | None, *, merge: bool | None, pair: bool | None = None) -> torch.Tensor:
@@ -18,7 +19,7 @@ def run(case: Case, parts: int | None, *, merge: bool | None, pair: bool | None 
 
 
 def simulated(case: Case, parts: int, *, merge: bool | None = True, pair: bool = False, **how: object) -> torch.Tensor:
-    with simulating(4, **how):
+    with simulating(multiprocessors=4, **how):
         return run(case, parts, merge=merge, pair=pair)
 
 

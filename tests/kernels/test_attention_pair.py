@@ -9,7 +9,8 @@ from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core import api
 from dsv4lab.kernels.attention.core.config import AttentionConfig, pairs
-from tests.kernels.attention import RAGGED, Case, Silent, judge, make_case, simulating
+from tests.kernels.attention import RAGGED, Case, Silent, judge, make_case
+from tests.kernels.simulated import simulating
 
 
 def run(case: Case, parts: int | None = None, *, pair: bool | None, unpack: bool | None = False) -> torch.Tensor:
@@ -18,7 +19,7 @@ def run(case: Case, parts: int | None = None, *, pair: bool | None, unpack: bool
 
 
 def simulated(case: Case, parts: int | None = None, ctas: int = 4, *, pair: bool | None = True, **how: object) -> torch.Tensor:
-    with simulating(ctas, **how):
+    with simulating(multiprocessors=ctas, **how):
         return run(case, parts, pair=pair)
 
 

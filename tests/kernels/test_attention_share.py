@@ -12,7 +12,8 @@ from dsv4lab import sim
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core import api
 from dsv4lab.kernels.attention.core.config import AttentionConfig, capacity, divide, shares
-from tests.kernels.attention import RAGGED, Case, Silent, check_replays, in_order, judge, judge_orders, make_case, simulating
+from tests.kernels.attention import RAGGED, Case, Silent, check_replays, in_order, judge, judge_orders, make_case
+from tests.kernels.simulated import simulating
 
 
 def run(case: Case, parts: int | None = 1, *, share: bool | None = True, **more: Any) -> torch.Tensor:
@@ -20,7 +21,7 @@ def run(case: Case, parts: int | None = 1, *, share: bool | None = True, **more:
 
 
 def simulated(case: Case, ctas: int = 4, **how: object) -> torch.Tensor:
-    with simulating(ctas, **how):
+    with simulating(multiprocessors=ctas, **how):
         return run(case)
 
 

@@ -17,8 +17,9 @@ import torch
 from dsv4lab import sim
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.cache import Compiled, DamagedEntry
-from dsv4lab.kernels._common.launch import running_on, runtime_libraries
+from dsv4lab.kernels._common.launch import runtime_libraries
 from dsv4lab.kernels.quant.rows.api import quantize_mxfp4
+from tests.kernels.simulated import simulating
 
 MODULE = "dsv4lab.kernels.quant.rows.kernel"
 ENTRY = Compiled(b"object", b"cubin" * 100, "ptx")
@@ -28,12 +29,11 @@ WORKER = textwrap.dedent(
     import pathlib, sys, torch
     import dsv4lab.kernels._common.cache as cache
     from dsv4lab import sim
-    from dsv4lab.kernels._common.launch import running_on
-    from dsv4lab.kernels.quant.rows.api import quantize_mxfp4
+        from dsv4lab.kernels.quant.rows.api import quantize_mxfp4
     cache.folder = lambda: pathlib.Path(sys.argv[1])
     compiled, real = [], cache._compile
     cache._compile = lambda *args: compiled.append(1) or real(*args)
-    with sim.simulating("sm_100a"), running_on(sim.Host("sm_100a")):
+    with simulating("sm_100a"):
         codes, _ = quantize_mxfp4(torch.linspace(-6, 6, 64).view(2, 32))
     print(len(compiled), codes.flatten().tolist())
     """
@@ -222,7 +222,7 @@ def test_an_entry_serves_the_gpu_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     In a process of its own: what `cute.compile` links later would find that runtime, too.
     """
     monkeypatch.setattr(cache, "folder", lambda: tmp_path)
-    with sim.simulating("sm_100a"), running_on(sim.Host("sm_100a")):
+    with simulating("sm_100a"):
         quantize_mxfp4(torch.ones(1, 32))
     (path,) = tmp_path.glob("*.kernel")
     (library,) = runtime_libraries()

@@ -14,7 +14,6 @@ import torch
 
 from dsv4lab import sim
 from dsv4lab.config import ModelConfig
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.cache import operators
 from dsv4lab.kernels.cache.plan import KeyPlan
 from dsv4lab.kernels.cache.read.api import read_keys
@@ -26,6 +25,7 @@ from dsv4lab.reference import cache as reference_cache
 from dsv4lab.reference import indexer as reference_indexer
 from dsv4lab.reference.quant import quantize_fp8_rows, quantize_mxfp4
 from dsv4lab.reference.rope import rope_frequencies
+from tests.kernels.simulated import simulating
 
 BF16, F32 = torch.bfloat16, torch.float32
 EPS = 1e-6
@@ -77,8 +77,7 @@ def write(kind: str, pages: torch.Tensor, inputs: dict[str, Any], config: WriteC
         write_keys(*arguments, pages, inputs["slots"], eps=EPS, kind=kind, config=config, **how)
         return
     arch, schedule = how.pop("arch", "sm_90a"), how.pop("schedule", "eager")
-    sim.enable(arch)
-    with sim.simulating(arch, schedule=schedule, checks=sim.Checks(races=True)), running_on(sim.Host(arch)):
+    with simulating(arch, schedule=schedule, checks=sim.Checks(races=True)):
         write_keys(*arguments, pages, inputs["slots"], eps=EPS, kind=kind, config=config, **how)
 
 
@@ -250,8 +249,7 @@ def test_reading_is_the_reference_s(record: str, dim: int, stored: torch.dtype, 
     slots = torch.randint(0, 35, (23,), generator=g)
     slots[[3, 22]] = -1
     how: dict[str, Any] = dict(record=record, page_size=7, dim=dim, rope_dim=64)
-    sim.enable(arch)
-    with sim.simulating(arch, schedule="lazy", checks=sim.Checks(races=True)), running_on(sim.Host(arch)):
+    with simulating(arch, schedule="lazy", checks=sim.Checks(races=True)):
         got = operators.cache_read(pages, slots, **how)
     same_numbers(got, reference_cache.cache_read(pages, slots, **how))
     assert not got[[3, 22]].any()
@@ -270,7 +268,7 @@ def test_keys_survive_the_round_trip(record: str, least: float) -> None:
     weight, positions = (torch.rand(512, generator=g) + 0.5).to(BF16), torch.arange(19) * 50_000
     slots = torch.stack((torch.randperm(64, generator=g)[:19], torch.zeros(19).long()), dim=1)[:, 0]
     pages = pool("kv", record, 2, 32, 512, BF16)
-    with sim.simulating("sm_90a"), running_on(sim.Host("sm_90a")):
+    with simulating("sm_90a"):
         operators.cache_write(x, weight, positions, table(), pages, slots, eps=EPS, record=record, page_size=32)
         got = operators.cache_read(pages, slots, record=record, page_size=32, dim=512, rope_dim=64)
     same_numbers(got, reference_cache.cache_read(pages, slots, record=record, page_size=32, dim=512, rope_dim=64))

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dsv4lab import sim
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.moe.combine.api import combine, moe_combine
 from dsv4lab.kernels.moe.combine.config import CombineConfig
 from dsv4lab.reference import moe
+from tests.kernels.simulated import simulating
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -66,8 +66,7 @@ def test_sums_have_the_reference_s_bits(
     config: CombineConfig | None,
 ) -> None:
     y, expert_idx, shared = material(tokens, depth, top_k, 8, y_dtype, shared_dtype)
-    sim.enable(arch)
-    with sim.simulating(arch, schedule="lazy", checks=sim.Checks(races=True)), running_on(sim.Host(arch)):
+    with simulating(arch, schedule="lazy", checks=sim.Checks(races=True)):
         out = combine(y, position_of(expert_idx, 8), top_k=top_k, shared=shared, config=config)
     want = expected(y, expert_idx, 8, shared)
     assert out.dtype == want.dtype and torch.equal(out, want)
@@ -76,8 +75,7 @@ def test_sums_have_the_reference_s_bits(
 @pytest.mark.parametrize(("arch", "tokens", "depth", "dtype"), [("sm_100a", 1, 4096, BF16), ("sm_90a", 17, 136, F32)])
 def test_plain_combination(arch: str, tokens: int, depth: int, dtype: torch.dtype) -> None:
     routed, shared = torch.randn(tokens, depth), torch.randn(tokens, depth).to(dtype)
-    sim.enable(arch)
-    with sim.simulating(arch), running_on(sim.Host(arch)):
+    with simulating(arch):
         assert torch.equal(moe_combine(routed, shared), moe.moe_combine(routed, shared))
 
 
@@ -98,8 +96,7 @@ def test_rows_of_the_slots_are_added_in_the_order_of_experts(tokens: int, depth:
     rows = y[position_of(ids, 4).long().clamp(min=0)].view(-1, depth)
     rows[ids.flatten() == 4] = torch.nan
     wide = torch.where(ids == 4, torch.tensor([4, -1, 2**32, 2**31])[torch.arange(ids.numel()) % 4].view(ids.shape), ids)
-    sim.enable("sm_90a")
-    with sim.simulating("sm_90a", checks=sim.Checks(races=True)), running_on(sim.Host("sm_90a")):
+    with simulating("sm_90a", checks=sim.Checks(races=True)):
         got = combine(rows, wide.flatten(), top_k=top_k, shared=shared, num_experts=4)
     assert torch.equal(got, expected(y, ids, 4, shared))
 

@@ -11,7 +11,6 @@ import torch
 
 import dsv4lab
 from dsv4lab import ops, sim
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.cache.plan import KeyPlan
 from dsv4lab.kernels.compressor.api import compress
 from dsv4lab.kernels.compressor.config import CompressConfig
@@ -21,6 +20,7 @@ from dsv4lab.reference.cache import cache_read
 from dsv4lab.reference.compressor import compress as oracle
 from dsv4lab.reference.indexer import index_key_read
 from dsv4lab.reference.rope import rope_frequencies
+from tests.kernels.simulated import simulating
 
 BF16, F32 = torch.bfloat16, torch.float32
 PAGE = 4  # entries of a page, in the simulator
@@ -142,8 +142,7 @@ def simulated(
     scene: Scene, steps: list[list[tuple[int, int]]], arch: str = "sm_90a", *, races: bool = True, **how: Any
 ) -> Scene:
     """Steps of (sequence, tokens) pairs; a tuple (sequence, -n) takes back n tokens first."""
-    sim.enable(arch, multiprocessors=12)
-    with sim.simulating(arch, checks=sim.Checks(races=races), **how), running_on(sim.Host(arch)):
+    with simulating(arch, multiprocessors=12, checks=sim.Checks(races=races), **how):
         for step in steps:
             for s, n in step:
                 scene.lengths[s] += min(n, 0)
@@ -228,8 +227,7 @@ def test_chunks_change_nothing(ratio: int, overlap: bool, key: str, cut: list[in
     """Keys and ring of a sequence, whole and in pieces: the same bits from the kernel."""
     whole, pieces = (Scene(ratio, overlap, key, "plain", False, ratio * 2 + 2, 140, seqs=2) for _ in range(2))
     numbers = whole.rand(sum(cut), 2 * whole.width)
-    sim.enable("sm_90a", multiprocessors=12)
-    with sim.simulating("sm_90a"), running_on(sim.Host("sm_90a")):
+    with simulating("sm_90a", multiprocessors=12):
         for scene, steps in ((whole, [sum(cut)]), (pieces, cut)):
             scene.config = long_step(scene)
             for count, part in zip(steps, numbers.split(steps), strict=True):

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4lab import ops, sim
-from dsv4lab.kernels._common.launch import running_on
+from dsv4lab import ops
 from dsv4lab.kernels.head.decoding import api
 from dsv4lab.kernels.head.decoding.config import AdvanceConfig, MatchConfig, PlanConfig
 from dsv4lab.reference import decoding
+from tests.kernels.simulated import simulating
 
 RING = 192
 
 
 def simulated(function: Callable[..., Any], *args: Any, arch: str = "sm_90a", schedule: str = "eager", **how: Any) -> Any:
-    with sim.simulating(arch, schedule=schedule), running_on(sim.Host(arch)):
+    with simulating(arch, schedule=schedule):
         return function(*args, **how)
 
 

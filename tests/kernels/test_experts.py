@@ -14,7 +14,6 @@ import torch
 import dsv4lab
 from dsv4lab import ops, sim
 from dsv4lab.formats import PackedWeight
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.gemm.mixed import api as mixed_api
 from dsv4lab.kernels.gemm.mixed.api import Slots, Tiles, grouped
 from dsv4lab.kernels.gemm.mixed.config import SHARED_BYTES, MixedConfig, choose, choose_grouped, grouped_tokens
@@ -25,14 +24,14 @@ from dsv4lab.kernels.moe.permute.api import permute
 from dsv4lab.kernels.moe.router.api import router_topk
 from dsv4lab.reference import moe as reference
 from tests.kernels.mixed import BF16_BOUND, F32_BOUND, FORMATS, products, random_weight, routing, trained_weight, worst
+from tests.kernels.simulated import simulating
 
 ARCH = "sm_90a"
 LIMIT = 1.0  # low enough to clamp often
 
 
 def simulated(call: Callable[[], torch.Tensor], **how: object) -> torch.Tensor:
-    sim.enable(ARCH, multiprocessors=3)
-    with sim.simulating(ARCH, **how), running_on(sim.Host(ARCH)):  # type: ignore[arg-type]
+    with simulating(ARCH, multiprocessors=3, **how):
         return call()
 
 

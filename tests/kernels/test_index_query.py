@@ -9,11 +9,11 @@ import torch
 
 from dsv4lab import sim
 from dsv4lab.config import ModelConfig
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.indexer.query.api import ARCHITECTURES, index_query
 from dsv4lab.kernels.indexer.query.config import HEAD_DIM, RECORDS, QueryConfig
 from dsv4lab.kernels.indexer.query.operators import ENTRIES
 from dsv4lab.reference import indexer, rope
+from tests.kernels.simulated import simulating
 
 BF16, F32 = torch.bfloat16, torch.float32
 FAR = 2.0**-22  # of a pair's length: what rotated values may be off before they are rounded
@@ -28,7 +28,7 @@ TABLES = {
 
 
 def simulated(arch: str, *args: torch.Tensor, how: dict[str, Any] | None = None, **kwargs: Any) -> torch.Tensor:
-    with sim.simulating(arch, **(how or {})), running_on(sim.Host(arch)):
+    with simulating(arch, **(how or {})):
         return index_query(*args, **kwargs)
 
 
@@ -120,7 +120,7 @@ def test_positions_of_32_bits_and_heads_that_are_a_view() -> None:
     want = simulated("sm_90a", q, positions, inv_freq, record="fp4")
     wide = torch.cat((q, q), dim=1)[:, :64]
     entry = next(entry for entry in ENTRIES if entry.arch == "sm_90a")
-    with sim.simulating("sm_90a"), running_on(sim.Host("sm_90a")):
+    with simulating("sm_90a"):
         assert torch.equal(entry.function(wide, positions.int(), inv_freq, record="fp4"), want)
     shifted = torch.empty(q.numel() + 1, dtype=BF16)[1:].view(q.shape).copy_(q)
     assert torch.equal(simulated("sm_90a", shifted, positions, inv_freq, record="fp4"), want)

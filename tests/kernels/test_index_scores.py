@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from dsv4lab import paging, sim
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.indexer.operators import ENTRIES
 from dsv4lab.kernels.indexer.scores.api import index_scores
 from dsv4lab.kernels.indexer.scores.config import HALF_SHARED_BYTES, SHARED_BYTES, IndexScoresConfig
 from dsv4lab.records import INDEX_RECORDS, allocate_index_pages
 from dsv4lab.reference import indexer
 from dsv4lab.reference.rope import rope_frequencies
+from tests.kernels.simulated import simulating
 
 DIM = 128
 SIMULATED_BOUND = 2.0**-18  # of sum |w relu(q . k)|; the simulator's products and sums are float32's
@@ -109,9 +109,8 @@ def run(
     fill: bool = True,
     **how: Any,
 ) -> torch.Tensor:
-    sim.enable("sm_90a", multiprocessors=multiprocessors)
     named: dict[str, Any] = dict(record=record, page_size=page_size, max_entries=entries, scale=scale, fill=fill, config=config)
-    with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")):
+    with simulating("sm_90a", multiprocessors=multiprocessors, **how):
         return index_scores(*args, **named)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4lab import sim
 from dsv4lab.kernels._common import cache
-from dsv4lab.kernels._common.launch import running_on, runtime_of
+from dsv4lab.kernels._common.launch import runtime_of
+from tests.kernels.simulated import simulating
 
 UNIT = 128
 PARTS = 700  # that are asked for
@@ -86,8 +86,7 @@ CASES = [
 
 @pytest.mark.parametrize(("visible", "entries", "ctas"), CASES)
 def test_parts_are_the_shortest_that_are_few_enough_and_cover_all(visible: list[int], entries: int, ctas: int) -> None:
-    sim.enable("sm_90a")
-    with sim.simulating("sm_90a"), running_on(sim.Host("sm_90a")):
+    with simulating("sm_90a"):
         length, several, parts = divided(torch.tensor(visible), entries, ctas)
     seen = [min(max(n, 0), entries) for n in visible]
     units = [-(-n // UNIT) for n in seen]

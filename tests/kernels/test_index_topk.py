@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dsv4lab import sim
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.indexer.operators import ENTRIES
 from dsv4lab.kernels.indexer.topk.api import index_topk
 from dsv4lab.kernels.indexer.topk.config import MAX_ENTRIES, IndexTopkConfig
 from dsv4lab.reference import indexer
+from tests.kernels.simulated import simulating
 
 KINDS = 10
 
@@ -48,8 +48,7 @@ def masked(x: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def run(
     scores: torch.Tensor, visible: torch.Tensor, k: int, config: IndexTopkConfig | None = None, arch: str = "sm_90a", **how: Any
 ) -> torch.Tensor:
-    sim.enable(arch, multiprocessors=4)
-    with sim.simulating(arch, **how), running_on(sim.Host(arch)):
+    with simulating(arch, multiprocessors=4, **how):
         return index_topk(scores, visible, k=k, config=config)
 
 

@@ -14,7 +14,6 @@ import torch
 
 from dsv4lab import ops, sim
 from dsv4lab.formats import BF16, PackedWeight
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.gemm.mixed.api import linear, linear_peaks, partial_argmax
 from dsv4lab.kernels.gemm.mixed.config import PART, MixedConfig, choose
 from dsv4lab.kernels.gemm.mixed.layout import prepare
@@ -23,6 +22,7 @@ from dsv4lab.kernels.head.greedy.config import PickConfig
 from dsv4lab.ops.head import lm_head_greedy, lm_head_peaks
 from dsv4lab.reference import gemm, head, sampling
 from tests.kernels.mixed import GPU_BOUND, random_weight
+from tests.kernels.simulated import simulating
 
 ARCH = "sm_90a"
 SIGN = -(1 << 63)  # added to an int64, it makes the order of signed numbers that of unsigned ones
@@ -40,8 +40,7 @@ CONFIGS = [
 
 
 def simulated(call: Callable[[], Any], multiprocessors: int = 4, **how: Any) -> Any:
-    sim.enable(ARCH, multiprocessors=multiprocessors)
-    with sim.simulating(ARCH, **how), running_on(sim.Host(ARCH)):
+    with simulating(ARCH, multiprocessors=multiprocessors, **how):
         return call()
 
 

@@ -9,11 +9,11 @@ import torch
 
 import dsv4lab.kernels.mhc.api as api
 from dsv4lab import paging, sim
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.mhc.config import EmbedConfig, MixConfig, PostConfig, TogetherConfig
 from dsv4lab.kernels.mhc.operators import ENTRIES
 from dsv4lab.kernels.mhc.prepared import prepare, prepare_fragments, prepared
 from dsv4lab.reference import mhc
+from tests.kernels.simulated import simulating
 
 BF16, F32 = torch.bfloat16, torch.float32
 HOW = dict(eps=1e-6, hc_eps=1e-6, sinkhorn_iters=20)
@@ -107,8 +107,7 @@ def check_mix(args: Mix, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
 
 
 def simulate(arch: str, function, *args: object, multiprocessors: int = 3, how: dict | None = None, **kwargs: object):  # type: ignore[no-untyped-def]
-    sim.enable(arch, multiprocessors=multiprocessors)
-    with sim.simulating(arch, **(how or {})), running_on(sim.Host(arch)):
+    with simulating(arch, multiprocessors=multiprocessors, **(how or {})):
         return function(*args, **kwargs)
 
 

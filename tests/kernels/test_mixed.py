@@ -10,20 +10,19 @@ import torch
 
 from dsv4lab import ops, sim
 from dsv4lab.formats import F32, FP8_BLOCK, PackedWeight, get_format
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.gemm.mixed.api import linear
 from dsv4lab.kernels.gemm.mixed.config import SHARED_BYTES, MixedConfig, choose
 from dsv4lab.kernels.gemm.mixed.layout import PreparedWeight, prepare
 from dsv4lab.kernels.gemm.mixed.prepared import prepared
 from dsv4lab.reference import moe, quant
 from tests.kernels.mixed import BF16_BOUND, F32_BOUND, FORMATS, GPU_BOUND, products, random_weight, trained_weight, worst
+from tests.kernels.simulated import simulating
 
 ARCH = "sm_90a"
 
 
 def simulated(call: Callable[[], torch.Tensor], multiprocessors: int = 4, **how: object) -> torch.Tensor:
-    sim.enable(ARCH, multiprocessors=multiprocessors)
-    with sim.simulating(ARCH, **how), running_on(sim.Host(ARCH)):  # type: ignore[arg-type]
+    with simulating(ARCH, multiprocessors=multiprocessors, **how):
         return call()
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4lab import paging, sim
-from dsv4lab.kernels._common.launch import running_on
+from dsv4lab import paging
 from dsv4lab.kernels.cache.read.api import read_keys
 from dsv4lab.kernels.cache.write.api import write_keys
 from dsv4lab.lab import trace
@@ -15,6 +14,7 @@ from dsv4lab.reference.cache import cache_read, cache_write
 from dsv4lab.reference.indexer import index_scores
 from dsv4lab.reference.mhc import embed_streams
 from dsv4lab.reference.moe import router_hash
+from tests.kernels.simulated import simulating
 
 PAGES, SIZE, DIM = 3, 4, 128
 HOW = dict(eps=1e-6, record="plain", page_size=SIZE)
@@ -54,7 +54,7 @@ def test_a_slot_beyond_the_pool_is_not_stored_and_reads_zeros(beyond: int, arch:
     x, *rest, pool, slots = arguments
     want = pool.clone()
     cache_write(x[:1], *(t[:1] if t is rest[1] else t for t in rest), want, slots[:1], **HOW)
-    with sim.simulating(arch), running_on(sim.Host(arch)), paging.checked(False):
+    with simulating(arch), paging.checked(False):
         write_keys(*arguments, kind="kv", **HOW)
         found = read_keys(pool, slots, record="plain", page_size=SIZE, dim=DIM, rope_dim=64)
     torch.testing.assert_close(pool, want, rtol=1e-5, atol=1e-6)

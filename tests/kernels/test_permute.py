@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dsv4lab import sim
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.moe.gather.api import gather_rows
 from dsv4lab.kernels.moe.gather.config import GatherConfig
 from dsv4lab.kernels.moe.permute.api import Permutation, permute
 from dsv4lab.kernels.moe.permute.config import MAX_ENTRIES, PermuteConfig, max_tiles
+from tests.kernels.simulated import simulating
 
 
 def routing(tokens: int, top_k: int, experts: int, kind: str, seed: int = 0) -> torch.Tensor:
@@ -57,8 +57,7 @@ def check(expert_idx: torch.Tensor, experts: int, size: int, found: Permutation)
 def run(
     arch: str, expert_idx: torch.Tensor, experts: int, size: int, config: PermuteConfig | None = None, **how: object
 ) -> None:
-    sim.enable(arch)
-    with sim.simulating(arch, **how), running_on(sim.Host(arch)):  # type: ignore[arg-type]
+    with simulating(arch, **how):
         found = permute(expert_idx, num_experts=experts, tile_tokens=size, config=config)
     check(expert_idx, experts, size, found)
 
@@ -156,8 +155,7 @@ def test_rows_are_copied(arch: str, tokens: int, depth: int, dtype: torch.dtype,
     x = torch.randn(tokens, depth, generator=torch.Generator().manual_seed(depth)).to(dtype)
     slots = torch.randperm(tokens * 6).int()
     slots[-2:] = -1
-    sim.enable(arch)
-    with sim.simulating(arch, schedule="lazy", checks=sim.Checks(races=True)), running_on(sim.Host(arch)):
+    with simulating(arch, schedule="lazy", checks=sim.Checks(races=True)):
         y = gather_rows(x, slots, top_k=6, config=config)
     assert torch.equal(y, gathered(x, slots, 6))
 

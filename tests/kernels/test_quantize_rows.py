@@ -10,10 +10,10 @@ import torch
 
 from dsv4lab import ops, sim
 from dsv4lab.formats import to_atom128x4
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.quant.rows import api, config
 from dsv4lab.kernels.quant.rows.config import RowsConfig, for_shape
 from dsv4lab.reference import gemm, moe, norm, quant
+from tests.kernels.simulated import simulating
 
 BF16, F32 = torch.bfloat16, torch.float32
 each_arch = pytest.mark.parametrize("arch", api.ARCHITECTURES)
@@ -22,7 +22,7 @@ SWIGLU_BOUND = 2.0**-20  # of the value in float32
 
 
 def simulated(arch: str, function: Callable[..., Any], *args: Any, how: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    with sim.simulating(arch, **(how or {})), running_on(sim.Host(arch)):
+    with simulating(arch, **(how or {})):
         return function(*args, **kwargs)
 
 

@@ -12,7 +12,6 @@ import torch
 
 from dsv4lab import sim
 from dsv4lab.formats import BF16, PackedWeight
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.gemm.mixed.api import linear
 from dsv4lab.kernels.gemm.mixed.config import MixedConfig, choose, choose_grouped, requantises
 from dsv4lab.kernels.gemm.mixed.layout import prepare
@@ -21,14 +20,14 @@ from dsv4lab.kernels.moe.experts import experts, shared_expert
 from dsv4lab.kernels.quant.rows.api import activation_values
 from dsv4lab.reference import moe as reference
 from tests.kernels.mixed import random_weight, routing, trained_weight
+from tests.kernels.simulated import simulating
 
 ARCH = "sm_90a"
 LIMIT = 1.5
 
 
 def simulated(call: Callable[[], Any], **how: object) -> Any:
-    sim.enable(ARCH, multiprocessors=3)
-    with sim.simulating(ARCH, **how), running_on(sim.Host(ARCH)):  # type: ignore[arg-type]
+    with simulating(ARCH, multiprocessors=3, **how):
         return call()
 
 

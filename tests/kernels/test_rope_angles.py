@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from dsv4lab import sim
 from dsv4lab.config import ModelConfig
 from dsv4lab.kernels._common import cache
-from dsv4lab.kernels._common.launch import running_on, runtime_of
+from dsv4lab.kernels._common.launch import runtime_of
 from dsv4lab.reference.rope import rope, rope_frequencies
+from tests.kernels.simulated import simulating
 
 ULPS = 1.25  # largest error met over 9 million angles: 1.187; on a GPU, where ptxas fuses differently, over 4 million 1.206
 THREADS = 256
@@ -92,7 +92,7 @@ def test_angles_of_positions_up_to_a_million(table: str, dtype: torch.dtype) -> 
         far = torch.from_numpy(np.where(quarter < 0.5, 1.0, np.abs(quarter - np.rint(quarter))))
         chosen.append(1 + far.topk(16, largest=False).indices)
     positions = torch.cat(chosen).to(dtype)
-    with sim.simulating("sm_90a"), running_on(sim.Host("sm_90a")):
+    with simulating("sm_90a"):
         found = tabulated(positions, inv_freq)
     assert max(errors(positions, inv_freq, found)) < ULPS
 
@@ -103,7 +103,7 @@ def test_any_angle_of_the_range() -> None:
     even = torch.rand(30_000, generator=g) * 2**20
     spread = torch.exp2(torch.rand(30_000, generator=g) * 50 - 30)
     angles, one = torch.cat([even, spread, torch.zeros(1)]), torch.ones(1, dtype=torch.int32)
-    with sim.simulating("sm_100a"), running_on(sim.Host("sm_100a")):
+    with simulating("sm_100a"):
         cos, sin = tabulated(one, angles)
     assert max(errors(one, angles, (cos, sin))) < ULPS
     assert cos[0, -1] == 1.0 and sin[0, -1] == 0.0
@@ -122,7 +122,7 @@ def test_every_position_on_the_gpu(table: str) -> None:
 def test_the_reference_rotates_by_these_angles() -> None:
     """cos + i sin is what `reference.rope` makes of the pair (1, 0)."""
     positions, inv_freq = torch.tensor([0, 1, 77, 2**20 - 1]), TABLES["entries"]
-    with sim.simulating("sm_90a"), running_on(sim.Host("sm_90a")):
+    with simulating("sm_90a"):
         cos, sin = tabulated(positions, inv_freq)
     turned = rope(torch.tensor([1.0, 0.0]).repeat(32).expand(4, 64), positions, inv_freq).unflatten(-1, (32, 2))
     assert (torch.stack((cos, sin), -1) - turned).abs().max() < 2.0**-23

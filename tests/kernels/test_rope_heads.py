@@ -11,11 +11,11 @@ import torch
 
 from dsv4lab import sim
 from dsv4lab.config import ModelConfig
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.rope import operators
 from dsv4lab.kernels.rope.heads import api
 from dsv4lab.kernels.rope.heads.config import HEAD_DIM, HeadsConfig
 from dsv4lab.reference import norm, quant, rope
+from tests.kernels.simulated import simulating
 
 BF16, F32 = torch.bfloat16, torch.float32
 EPS = 1e-6
@@ -30,7 +30,7 @@ GIVEN = 0.0017
 
 
 def simulated(arch: str, function: Callable[..., Any], *args: Any, how: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    with sim.simulating(arch, **(how or {})), running_on(sim.Host(arch)):
+    with simulating(arch, **(how or {})):
         return function(*args, **kwargs)
 
 

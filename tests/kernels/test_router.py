@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from dsv4lab import paging, sim
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.moe.operators import ENTRIES
 from dsv4lab.kernels.moe.router.api import router_hash, router_topk
 from dsv4lab.kernels.moe.router.config import RouterConfig, choose
 from dsv4lab.reference import moe
+from tests.kernels.simulated import simulating
 
 ARCHES = ("sm_90a", "sm_100a")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -69,8 +69,7 @@ def check_weights(score: torch.Tensor, slack: torch.Tensor, ids: torch.Tensor, w
 def topk(
     arch: str, args: tuple, top_k: int, config: RouterConfig | None = None, multiprocessors: int = 6, **how: object
 ) -> tuple:
-    sim.enable(arch, multiprocessors=multiprocessors)
-    with sim.simulating(arch, **how), running_on(sim.Host(arch)):  # type: ignore[arg-type]
+    with simulating(arch, multiprocessors=multiprocessors, **how):
         return router_topk(*args, top_k=top_k, route_scale=SCALE, config=config)
 
 
@@ -162,8 +161,7 @@ def test_hash_routes(
     table = torch.randint(0, experts, (50, top_k))
     table[::2, 1] = table[::2, 0]  # the same expert twice
     token_ids = torch.randint(0, 50, (tokens,))
-    sim.enable(arch, multiprocessors=6)
-    with sim.simulating(arch), running_on(sim.Host(arch)):
+    with simulating(arch, multiprocessors=6):
         weights, ids = router_hash(x, weight, table.to(table_dtype), token_ids.to(token_dtype), route_scale=SCALE)
         with paging.checked(False):
             broken = router_hash(x, weight, torch.full_like(table, experts), token_ids + 2**40, route_scale=SCALE)

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from dsv4lab import sim
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.head.mtp.api import add_streams
 from dsv4lab.kernels.head.mtp.config import AddConfig
 from dsv4lab.kernels.head.operators import ENTRIES
@@ -26,6 +25,7 @@ from dsv4lab.reference import head
 from dsv4lab.reference import sampling as S
 from dsv4lab.reference.head import peaks_of
 from tests.kernels.mixed import trained_weight
+from tests.kernels.simulated import simulating
 
 BF16, F32 = torch.bfloat16, torch.float32
 INF = float("inf")
@@ -38,9 +38,8 @@ WIDE = SamplerConfig("sample", True, 0, cluster=8, warps=1, batch=1, integer="i3
 
 
 def simulated(function: Callable[..., Any], *args: Any, arch: str = "sm_90a", config: Any = None, **how: Any) -> Any:
-    sim.enable(arch, multiprocessors=16)
     more = {} if config is None else {"config": config}
-    with sim.simulating(arch, **how), running_on(sim.Host(arch)):
+    with simulating(arch, multiprocessors=16, **how):
         return function(*args, **more)
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from dsv4lab import sim
-from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.cache.plan import KeyPlan
 from dsv4lab.kernels.cache.unpack.api import unpack_keys
 from dsv4lab.kernels.cache.unpack.config import UnpackConfig
 from dsv4lab.records import allocate_kv_pages
 from dsv4lab.reference.cache import cache_read
 from tests.kernels.attention import BF16, DIM, ROPE_DIM
+from tests.kernels.simulated import simulating
 
 UNTOUCHED = -12288.0  # in every place of the plain pools before
 
@@ -67,8 +67,7 @@ def make_scene(
 def simulated(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, ctas: int = 2, *, line: bool = False, quads: bool = False, **how: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    sim.enable("sm_90a", multiprocessors=ctas)
-    with sim.simulating("sm_90a", **how), running_on(sim.Host("sm_90a")), monkeypatch.context() as patch:
+    with simulating("sm_90a", multiprocessors=ctas, **how), monkeypatch.context() as patch:
         patch.setattr(torch, "empty", lambda *shape, **of: torch.full(shape, UNTOUCHED, **of))
         return unpack_keys(*scene.args, **scene.how, line=line, quads=quads)
 

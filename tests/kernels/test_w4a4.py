@@ -13,6 +13,7 @@ from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.gemm.w4a4.api import linear_w4a4
 from dsv4lab.kernels.gemm.w4a4.config import W4A4Config
 from dsv4lab.reference import gemm, quant
+from tests.kernels.simulated import simulating
 
 ARCH = "sm_100a"
 F32_BOUND = 2.0**-20  # of the largest output: sums in float32, products exact
@@ -50,7 +51,7 @@ def problem(m: int, n: int, k: int) -> Problem:
 
 def run(case: Problem, config: W4A4Config, **settings: object) -> torch.Tensor:
     out = {"bf16": torch.bfloat16, "f32": torch.float32}[config.out]
-    with sim.simulating(ARCH, **settings), running_on(sim.Host(ARCH)):  # type: ignore[arg-type]
+    with simulating(ARCH, **settings):
         return linear_w4a4(*case.operands, out_dtype=out, config=config)
 
 
