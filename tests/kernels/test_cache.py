@@ -29,11 +29,12 @@ WORKER = textwrap.dedent(
     import pathlib, sys, torch
     import dsv4lab.kernels._common.cache as cache
     from dsv4lab import sim
-        from dsv4lab.kernels.quant.rows.api import quantize_mxfp4
+    from dsv4lab.kernels._common.launch import running_on
+    from dsv4lab.kernels.quant.rows.api import quantize_mxfp4
     cache.folder = lambda: pathlib.Path(sys.argv[1])
     compiled, real = [], cache._compile
     cache._compile = lambda *args: compiled.append(1) or real(*args)
-    with simulating("sm_100a"):
+    with sim.simulating("sm_100a"), running_on(sim.Host("sm_100a")):
         codes, _ = quantize_mxfp4(torch.linspace(-6, 6, 64).view(2, 32))
     print(len(compiled), codes.flatten().tolist())
     """
