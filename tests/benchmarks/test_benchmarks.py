@@ -16,10 +16,11 @@ from benchmarks.common import Bench, Call, Ceilings, Failure, Timing
 from dsv4lab import sim
 from dsv4lab.dispatch import implementations
 from dsv4lab.formats import BF16, FORMATS, PackedWeight
-from dsv4lab.kernels._common import cache, launch
+from dsv4lab.kernels._common import cache
 from dsv4lab.kernels.gemm.mixed.layout import prepare
 from dsv4lab.lab import machine
 from dsv4lab.reference import quant
+from tests.kernels.simulated import simulating
 
 CEILINGS = Ceilings(copy=4e12, bf16=8e14)
 LEAST_KERNELS = {"indexer": 5, "attention": 4, "head": 20, "mhc": 14}  # that a suite asks for; others ask for more than twenty
@@ -203,7 +204,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setattr(common, "num_copies", lambda nbytes: 2)
     torch.manual_seed(0)
     try:
-        with sim.simulating("sm_90a"), launch.running_on(sim.Host("sm_90a")):
+        with simulating():
             yield
     except sim.ShimError as error:
         pytest.skip(str(error))

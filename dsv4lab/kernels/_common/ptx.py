@@ -42,6 +42,13 @@ def store_words(address: Any, words: Any) -> None:
     cute.arch.inline_ptx(code, read_only_args=[address, *words])
 
 
+def store_global(address: Any, words: list[Any], distance: int = 0) -> None:
+    """Two or four words to global memory, `distance` bytes from an address: a constant, of which no other address is made."""
+    names = ", ".join(f"{{$r{1 + i}}}" for i in range(len(words)))
+    place = f"{{$r0}} + {distance}" if distance else "{$r0}"
+    cute.arch.inline_ptx(f"st.global.v{len(words)}.b32 [{place}], {{{names}}};", read_only_args=[address, *words])
+
+
 def load_matrices(address: Any) -> Any:
     """Four 8 x 8 matrices of 16 bits from shared memory; lane l gives the address of row l % 8 of matrix l / 8."""
     code = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];"

@@ -12,6 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
+from dsv4lab.kernels._common.ptx import store_global
 from dsv4lab.kernels.mhc import values as val
 from dsv4lab.kernels.mhc.config import WARP, EmbedConfig
 
@@ -51,4 +52,4 @@ class Embed:
             row = cutlass.min(cutlass.max(row, Int64(0)), rows - Int64(1))
             words = val.load_four(cute.local_tile(table[Int32(row), None], (4,), (word,)).iterator)
             for s in cutlass.range_constexpr(plan.streams):
-                val.store_four(cute.local_tile(out[token, s, None], (4,), (word,)).iterator, words)
+                store_global(cute.local_tile(out[token, s, None], (4,), (word,)).iterator, words)

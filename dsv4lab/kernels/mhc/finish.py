@@ -25,7 +25,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Int64, Uint32
 from cutlass.memory import SmemAllocator
 
-from dsv4lab.kernels._common.ptx import copy_bulk, load_words, store_words
+from dsv4lab.kernels._common.ptx import copy_bulk, load_words, store_global, store_words
 from dsv4lab.kernels.mhc import values as val
 from dsv4lab.kernels.mhc.codes import Codes
 from dsv4lab.kernels.mhc.coefficients import LOGITS, Coefficients, sigmoid
@@ -249,7 +249,7 @@ class Finish:
                 made = [val.new_words(added[i], [x[j][i] for j in range(STREAMS)], given[:4], given[4:]) for i in range(4)]
                 x = [[made[i][j] for i in range(4)] for j in range(STREAMS)]
                 for j in cutlass.range_constexpr(STREAMS):
-                    val.store_four(cute.local_tile(new[token, j, None], (4,), (chunk,)).iterator, x[j])
+                    store_global(cute.local_tile(new[token, j, None], (4,), (chunk,)).iterator, x[j])
             words = []
             for i in cutlass.range_constexpr(4):
                 words.append(val.collapsed([x[j][i] for j in range(STREAMS)], pre))
@@ -271,7 +271,7 @@ class Finish:
         else:
             for chunk in cutlass.range(thread, plan.columns // CHUNK, self.team, unroll=self.unroll):
                 words = self._normed(rounded, weight, inverse, chunk)
-                val.store_four(cute.local_tile(out[token, None], (4,), (chunk,)).iterator, words)
+                store_global(cute.local_tile(out[token, None], (4,), (chunk,)).iterator, words)
 
     def _normed(self, rounded: Any, weight: Any, inverse: Any, chunk: Any) -> list[Any]:
         """Four words."""

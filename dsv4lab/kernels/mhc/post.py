@@ -15,6 +15,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
+from dsv4lab.kernels._common.ptx import store_global
 from dsv4lab.kernels.mhc import values as val
 from dsv4lab.kernels.mhc.config import CHUNK, COEFFICIENTS, STREAMS, WARP, PostConfig
 
@@ -69,4 +70,4 @@ class Post:
             if first + u * WARP <= last:
                 for j in cutlass.range_constexpr(STREAMS):
                     target = cute.local_tile(new[token, j, None], (4,), (first + u * WARP,)).iterator
-                    val.store_four(target, [made[i][j] for i in range(4)])
+                    store_global(target, [made[i][j] for i in range(4)])

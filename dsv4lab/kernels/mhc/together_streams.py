@@ -11,7 +11,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 from cutlass.cute.nvgpu import cpasync
 
-from dsv4lab.kernels._common.ptx import load_matrices, load_words, store_matrices, store_words
+from dsv4lab.kernels._common.ptx import load_matrices, load_words, store_global, store_matrices, store_words
 from dsv4lab.kernels._common.rings import Ring, arrive_with
 from dsv4lab.kernels.mhc import values as val
 from dsv4lab.kernels.mhc.coefficients import LOGITS
@@ -358,7 +358,7 @@ class Collapsing(Warp):
                     loaded[0] |= words[0]
                     if row < out.shape[0]:
                         target = cute.local_tile(out[row, None], (4,), (self.place.rank * (plan.slice // CHUNK) + chunk,))
-                        val.store_four(target.iterator, words)
+                        store_global(target.iterator, words)
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,6 @@ def load_four(address: Any) -> list[Any]:
     )
 
 
-def store_four(address: Any, words: list[Any]) -> None:
-    """Four words to global memory."""
-    cute.arch.inline_ptx("st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *words])
-
-
 def load_relaxed(address: Any) -> Any:
     """A word that another kernel may be writing."""
     return cute.arch.inline_ptx(

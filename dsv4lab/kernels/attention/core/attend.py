@@ -20,9 +20,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int64, Uint32
 from cutlass.cute.nvgpu import warpgroup
 
-from dsv4lab.kernels._common.ptx import exp2, load_words
+from dsv4lab.kernels._common.ptx import exp2, load_words, store_global
 from dsv4lab.kernels._common.rings import arrive_with
-from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import DIM, ROWS, STEP, TILE, TILES
 from dsv4lab.kernels.attention.core.consume import LOWEST, WIDTH, score_product, sum_product
 from dsv4lab.kernels.attention.core.merge import LOG2_E
@@ -225,6 +224,6 @@ class Attend:
                     late.append(cutlass.select_(odd, halves[1][i], got))
                 at = base + (8 * r * DIM + c * WIDTH + n * TILE) * 2
                 if head + 8 * r < self.sinks.shape[0]:
-                    ptx.store_global(at, even)
+                    store_global(at, even)
                 if head + 8 * r + 1 < self.sinks.shape[0]:
-                    ptx.store_global(at + DIM * 2, late)
+                    store_global(at + DIM * 2, late)

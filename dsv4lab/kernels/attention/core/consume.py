@@ -28,7 +28,7 @@ import cutlass.utils.hopper_helpers as hopper
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from dsv4lab.kernels._common.ptx import exp2, load_words, log2, store_matrices
+from dsv4lab.kernels._common.ptx import exp2, load_words, log2, store_global, store_matrices
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import DIM, HALVES, KEYS, ROWS, TILE, TILES, WARPGROUP
 from dsv4lab.kernels.attention.core.merge import LOG2_E, Merge
@@ -385,7 +385,7 @@ class Consume:
             for i in cutlass.range_constexpr(4):
                 words = load_words(place + (row + 4 * i) * (TILE * 2) + (chunk ^ (row + 4 * i) % 8) * 16)
                 if head + row + 4 * i < self.sinks.shape[0]:
-                    ptx.store_global(base + (i * 4 * DIM + c * TILE) * 2, words)
+                    store_global(base + (i * 4 * DIM + c * TILE) * 2, words)
             cute.arch.sync_warp()
 
     @cute.jit
@@ -408,6 +408,6 @@ class Consume:
             base = self.partial.iterator.toint() + (place * DIM + me * _HALF + lane % 4 * 2) * 4
             for j in cutlass.range_constexpr(_HALF // 8):
                 at = 4 * j + 2 * r
-                ptx.store_global(base + j * 32, [output[at] * weight, output[at + 1] * weight])
+                store_global(base + j * 32, [output[at] * weight, output[at + 1] * weight])
         if inside and lane % 4 == 0 and me == 0:
             self.lse[part, row] = high + log2(whole)

@@ -20,7 +20,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from dsv4lab.kernels._common.ptx import exp2, load_words, log2, store_words
+from dsv4lab.kernels._common.ptx import exp2, load_words, log2, store_global, store_words
 from dsv4lab.kernels.attention.core import ptx
 from dsv4lab.kernels.attention.core.config import CLUSTER, DIM, HALVES, ROWS, WARPGROUP
 from dsv4lab.kernels.quant.rows import encode as enc
@@ -184,7 +184,7 @@ class Merge:
                     halves = [enc.pack_bf16(total[2 * r, g, i] * scale, total[2 * r + 1, g, i] * scale) for g in range(2)]
                     words = exchange(odd == 1, halves)
                     if head + 8 * r < heads and pair + i < count:
-                        ptx.store_global(base + (pair + i) * 32 + r * (8 * DIM * 2), words)
+                        store_global(base + (pair + i) * 32 + r * (8 * DIM * 2), words)
 
 
 def exchange(odd: Any, words: list[Any]) -> list[Any]:

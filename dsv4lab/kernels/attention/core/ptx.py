@@ -48,12 +48,6 @@ def arrive_there(barrier: Any) -> None:
     cute.arch.inline_ptx("mbarrier.arrive.shared::cluster.b64 _, [{$r0}];", read_only_args=[barrier])
 
 
-def store_global(address: Any, words: Any) -> None:
-    """2 or 4 words to global memory."""
-    values = ", ".join(f"{{$r{1 + i}}}" for i in range(len(words)))
-    cute.arch.inline_ptx(f"st.global.v{len(words)}.b32 [{{$r0}}], {{{values}}};", read_only_args=[address, *words])
-
-
 def load_pair(address: Any) -> tuple[Any, Any]:
     """Two words of shared memory."""
     code = "ld.shared.v2.b32 {{$w0}, {$w1}}, [{$r0}];"

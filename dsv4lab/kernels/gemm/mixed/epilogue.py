@@ -28,7 +28,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, Uint64
 
 from dsv4lab.kernels._common.order import image, largest_of, largest_of_lanes, pack
-from dsv4lab.kernels._common.ptx import exp2
+from dsv4lab.kernels._common.ptx import exp2, store_global
 from dsv4lab.kernels.gemm.mixed import requantise
 from dsv4lab.kernels.gemm.mixed.config import BLOCK, PITCH_PAD
 from dsv4lab.kernels.head.sampler.draw import keys_of
@@ -221,7 +221,7 @@ class Epilogue:
         mine = [words[0], words[1]]
         requantise.nvfp4_values(out, mine, requantise.largest_bits(mine, BLOCK // 4), blocks)
         if inside:
-            _store_8(self.y[row, None].iterator + column, out)
+            store_global(self.y[row, None].iterator + column, [out[0], out[1]])
 
     @cute.jit
     def _quad(self, matrix: Any, row: Any, column: Any, quad: Any, offset: Any) -> Any:
@@ -346,11 +346,6 @@ def _store_matrices(address: Any, words: list[Any]) -> None:
     """Four 8 x 8 matrices of BF16 to shared memory, transposed; a lane's address is that of a row of one of them."""
     code = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};"
     cute.arch.inline_ptx(code, read_only_args=[address, *words])
-
-
-def _store_8(target: Any, words: Any) -> None:
-    """Two words to global memory."""
-    cute.arch.inline_ptx("st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[target, words[0], words[1]])
 
 
 def _copy_16(target: Any, source: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +74,7 @@ def index_scores(
     work = (q.shape[0], max_entries, runtime.multiprocessors)
     span, ctas = (0, config.ctas(*work)) if config.divided else (config.span(*work), 0)
     flat = pages.view(torch.uint8).view(pages.shape[0], -1)
-    counted = counters("index_scores", q.device, 2) if config.divided else _unread(q.device)
+    counted = counters("index_scores", q.device, 2) if config.divided else block_table.view(-1)  # which is not read as such
     tensors = (q, head_weights, flat, block_table, seq_idx, num_visible, out, counted)
     runtime.call(_compiled(config, runtime), *tensors, span, ctas, int(fill), scale)
     return out
@@ -128,12 +127,6 @@ def refuses(
     return None
 
 
-@functools.cache
-def _unread(device: torch.device) -> torch.Tensor:
-    """Stands in for counters."""
-    return torch.zeros(2, dtype=torch.int32, device=device)
-
-
 def _compiled(config: IndexScoresConfig, runtime: Runtime) -> Callable[..., Any]:
     """The host function, with M, T, P and the block table's sizes left open."""
 
@@ -154,7 +147,7 @@ def _compiled(config: IndexScoresConfig, runtime: Runtime) -> Callable[..., Any]
             fake(types[config.sequence], m, align=types[config.sequence].width // 8),
             fake(types[config.visible], m, align=types[config.visible].width // 8),
             fake(cutlass.Float32, m, cute.sym_int(), align=4),
-            fake(cutlass.Int32, 2, align=4),
+            fake(cutlass.Int32, cute.sym_int(), align=4),
             *[cutlass.Int32(1)] * 3,
             cutlass.Float32(1.0),
             fake_stream(),

@@ -330,7 +330,7 @@ def _launch(
 def _run(
     config: RowsConfig,
     source: Source,
-    codes: torch.Tensor | None,
+    codes: torch.Tensor,
     scale: torch.Tensor | None,
     given: torch.Tensor | None,
     used: torch.Tensor | None,
@@ -345,9 +345,7 @@ def _run(
     x, other = _as_words(source.x, config), words
     if source.other is not None:
         other = _as_words(source.other.reshape(-1, source.x.shape[1]), config)
-    if codes is None:
-        codes = words
-    elif config.out != "amax" and (not config.ragged or config.out == "same"):
+    if config.out != "amax" and (not config.ragged or config.out == "same"):
         codes = _as_words(codes, config)
     per_scale = source.x.shape[0] // given.numel() if given is not None and config.scale == "many" else 1
     runtime.call(

@@ -138,12 +138,6 @@ def load_chunk(address: Any, distance: int) -> list[Any]:
     return words
 
 
-def store_words(address: Any, distance: int, words: list[Any]) -> None:
-    """Two or four words, at a multiple of their size."""
-    names = ", ".join(f"{{$r{1 + i}}}" for i in range(len(words)))
-    cute.arch.inline_ptx(f"st.global.v{len(words)}.b32 [{{$r0}} + {distance}], {{{names}}};", read_only_args=[address, *words])
-
-
 def store_byte(address: Any, distance: int, byte: Any) -> None:
     cute.arch.inline_ptx(f"st.global.u8 [{{$r0}} + {distance}], {{$r1}};", read_only_args=[address, byte])
 

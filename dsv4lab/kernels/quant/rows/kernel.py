@@ -31,6 +31,7 @@ from cutlass import Boolean, Float32, Float64, Int32, Int64, Uint8, Uint16, Uint
 from cutlass.memory import SmemAllocator
 
 from dsv4lab.formats import ATOM_ROWS, E2M1_MAX, E4M3_MAX
+from dsv4lab.kernels._common.ptx import store_global
 from dsv4lab.kernels.quant.rows import blocks as blk
 from dsv4lab.kernels.quant.rows import encode as enc
 from dsv4lab.kernels.quant.rows import table
@@ -130,7 +131,7 @@ class QuantizeRows(RowSources):
 
         if cutlass.const_expr(self.streams):
             steps = (padded + config.rows - 1) // config.rows
-            self._stream(x, other, row_weight, given[0], codes, scale, per_column, eps, limit, thread, block, grid, steps)
+            self._stream(x, other, row_weight, given, codes, scale, per_column, eps, limit, thread, block, grid, steps)
         else:
             self._plainly(x, other, row_weight, given, codes, scale, used, rows_per_scale, per_column, eps, limit, padded)
 
@@ -166,12 +167,11 @@ class QuantizeRows(RowSources):
             elif cutlass.const_expr(config.out == "same"):
                 self._store_values(held, codes, row, rows, thread)
             elif cutlass.const_expr(config.out == "nvfp4"):
-                factor = Float32(1.0)
                 if cutlass.const_expr(config.scale == "one"):
                     factor = given[0]
                 elif cutlass.const_expr(config.scale == "many"):
                     factor = given[mine // rows_per_scale]
-                elif cutlass.const_expr(config.scale == "row"):
+                else:
                     factor = self._of_row(held, thread)
                     if row < rows and thread % config.threads == 0:
                         used[row] = factor
@@ -189,7 +189,7 @@ class QuantizeRows(RowSources):
         x: Any,
         other: Any,
         row_weight: Any,
-        factor: Any,
+        given: Any,
         codes: Any,
         scale: Any,
         per_column: Any,
@@ -205,6 +205,8 @@ class QuantizeRows(RowSources):
         """
         config, rows = self.config, x.shape[0]
         swiglu = cutlass.const_expr(config.source == "swiglu")
+        if cutlass.const_expr(self.quick):
+            factor = given[0]  # on its way before the rows
         own, blocks = thread // config.threads, self.columns // CHUNK
         held = cute.make_rmem_tensor((config.chunks * config.words,), Uint32)
         second = cute.make_rmem_tensor((config.chunks * config.words if swiglu else 1,), Uint32)
@@ -262,9 +264,7 @@ class QuantizeRows(RowSources):
                     if row < rows:
                         if at % lanes == 0:
                             enc.store_byte(scale.iterator.toint() + Int64(at // lanes), distance // lanes, byte)
-                        enc.store_words(
-                            codes.iterator.toint() + Int64(at) * CHUNK, distance * CHUNK, [out[i] for i in range(4)]
-                        )
+                        store_global(codes.iterator.toint() + Int64(at) * CHUNK, [out[i] for i in range(4)], distance * CHUNK)
                 else:
                     out = cute.make_rmem_tensor((2,), Uint32)
                     byte = self._block(out, self._words(part, 0), terms, entry)
@@ -274,7 +274,7 @@ class QuantizeRows(RowSources):
                         if cutlass.const_expr(not config.tiles):
                             enc.store_byte(scale.iterator.toint() + Int64(at), distance, byte)
                         target = codes.iterator.toint() + Int64(at) * (CHUNK // 2)
-                        enc.store_words(target, distance * (CHUNK // 2), [out[0], out[1]])
+                        store_global(target, [out[0], out[1]], distance * (CHUNK // 2))
             share, at, row = next_share, following, beyond
 
     @cute.jit
