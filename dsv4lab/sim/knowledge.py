@@ -51,6 +51,11 @@ class Known:
             return Known(self.home, self.clocks, self.done, others)
         return Known(self.home, np.maximum(self.clocks, own[0]), self.done | own[1], others)
 
+    def covers(self, more: Known) -> bool:
+        """Whether all that is known there about its own cluster is known here."""
+        found = self.of(more.home)
+        return found is not None and bool((found[0] >= more.clocks).all()) and not more.done & ~found[1]
+
     def complete(self, bits: int) -> Known:
         """With more of the home's operations done."""
         return Known(self.home, self.clocks, self.done | bits, self.others) if bits & ~self.done else self

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4lab.sim.errors import BarrierMisuse, DataRace, HazardError, MissingFence
 from dsv4lab.sim.memory import Allocation
-from dsv4lab.sim.observe import Operation, Site
+from dsv4lab.sim.observe import Operation, Origin, Site
 from dsv4lab.sim.report import instruction
 from dsv4lab.sim.tmem import COLUMNS
 
@@ -139,6 +139,20 @@ def overwritten(machine: Machine, site: Site, operation: Operation | None, where
         f"the mbarrier at {place(where, offset)} is overwritten without mbarrier.inval\n"
         + _line(machine, "by", "write", site, operation)
     )
+
+
+def older_phase(machine: Machine, site: Site, barrier: MBarrier, phase: int, by: Origin) -> BarrierMisuse:
+    """A wait for a phase by one who does not know of the phase before it, whose last arrival is `by`."""
+    who, operation = (by.site, by) if isinstance(by, Operation) else (by, None)
+    lines = [
+        f"a wait on {barrier} that an older phase may satisfy: it went on after phase {phase}, whose parity is that of "
+        f"phase {phase - 2}",
+        _line(machine, "wait", "try_wait", site, None),
+        _line(machine, f"phase {phase - 1} completed", "last arrival", who, operation),
+        f"  missing: warp {site.warp} of {site.cta.describe()} does not know that phase {phase - 1} has completed, by a wait "
+        "for it or a barrier behind another's; had it been late, the wait would have ended before",
+    ]
+    return BarrierMisuse("\n".join(lines))
 
 
 def exited(machine: Machine, site: Site, cta: Cta) -> HazardError:

@@ -43,13 +43,24 @@ _KEPT = 64  # generations of a named barrier after which no warp can still be ab
 
 
 class _Barrier:
-    """What an mbarrier carries: arrivals of the phase under way, and of all that completed."""
+    """What an mbarrier carries: arrivals of the phase under way, and of all that completed. latest, earlier: arrivals of the
+    phase that completed last and of the one before, with who completed it. passed: phases that warps waited for last."""
 
     def __init__(self, cta: Cta, init: int) -> None:
         self.init = init  # record
         self.cta = cta
         self.pending = Message()
         self.done = Message()
+        self.latest: tuple[Message, Origin] | None = None
+        self.earlier: tuple[Message, Origin] | None = None
+        self.by: Origin | None = None  # who arrived last
+        self.passed: dict[tuple[Cta, int], int] = {}
+
+    def flip(self) -> None:
+        assert self.by is not None
+        self.earlier, self.latest = self.latest, (self.pending, self.by)
+        self.done.merge(self.pending)
+        self.pending = Message()
 
 
 class RaceChecker(Observer):
@@ -526,11 +537,14 @@ class RaceChecker(Observer):
         self._alive(origin.site if isinstance(origin, Operation) else origin, self._mbarriers[barrier].cta)
         if isinstance(origin, Operation):
             task = self._tasks[origin.serial]
-            self._use(task, barrier, origin.site).pending.merge(task.carried())
+            state = self._use(task, barrier, origin.site)
+            state.by = origin
+            state.pending.merge(task.carried())
             return
         actor = self._actors[origin.cta, origin.warp]
         self._loads[origin.cta, origin.warp].reach(origin.pc)
         state = self._use(actor, barrier, origin)
+        state.by = origin
         state.pending.merge(actor.released if self._relaxed(origin) else Message(actor.causal, actor.fenced))
         actor.advance()
 
@@ -545,13 +559,17 @@ class RaceChecker(Observer):
             self._use(self._actors[origin.cta, origin.warp], barrier, origin)
 
     def mbarrier_flip(self, barrier: MBarrier, phase: int) -> None:
-        state = self._mbarriers[barrier]
-        state.done.merge(state.pending)
-        state.pending = Message()
+        self._mbarriers[barrier].flip()
 
     def mbarrier_pass(self, site: Site, barrier: MBarrier, phase: int) -> None:
         actor = self._actors[site.cta, site.warp]
         state = self._use(actor, barrier, site)
+        # A parity is that of every second phase. Who does not know that the phase between has completed may go on too early.
+        if state.earlier is not None and state.passed.get((site.cta, site.warp), -1) < phase - 1:
+            message, by = state.earlier
+            if message.causal is not None and not actor.causal.covers(message.causal):
+                self._found(race_report.older_phase(self.machine, site, barrier, phase, by), (site.pc, "phase"))
+        state.passed[site.cta, site.warp] = phase
         if self._relaxed(site):
             actor.acquiring.merge(state.done)
         else:

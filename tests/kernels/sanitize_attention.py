@@ -66,7 +66,7 @@ def keys() -> None:
 
 def indexers() -> None:
     for record in ("plain", "fp8", "fp4"):
-        shared, divided = (IndexScoresConfig(record, 64, 32, n, 2, 3, divided=n == 1) for n in (4, 1))
+        shared, divided = (IndexScoresConfig(record, 64, 32, n, 2, 4, divided=n == 1) for n in (4, 1))
         for config in (None, shared, divided):
             args = scene(record, [300, 70, 5], [3, 4, 2], device="cuda")
             y = index_scores(*args, record=record, page_size=32, max_entries=305, config=config)

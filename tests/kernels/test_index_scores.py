@@ -141,7 +141,7 @@ def test_sequences_may_begin_with_the_same_pages() -> None:
 
 RACES = [
     # four queries a tile: sequences that end inside it, the last tile short; a ring that goes round; two spans
-    ("eager", "fp8", [260, 70, 5], [3, 4, 2], False, IndexScoresConfig("fp8", 64, 32, 4, 2, 3)),
+    ("eager", "fp8", [260, 70, 5], [3, 4, 2], False, IndexScoresConfig("fp8", 64, 32, 4, 2, 4)),
     ("lazy", "fp4", [200, 130], [3, 4], True, IndexScoresConfig("fp4", 8, 48, 4, 2, 2, visible="i32")),
     ("random", "plain", [130, 70], [2, 3], True, IndexScoresConfig("plain", 5, 4, 2, 1, 2, sequence="i32")),
     # a query a tile: parts of several of them for a CTA, some see nothing; more than a warp has lanes
@@ -161,7 +161,7 @@ RACES = [
         [130, 70],
         [2, 1],
         False,
-        IndexScoresConfig("fp4", 200, 32, 1, 2, 3, divided=True),
+        IndexScoresConfig("fp4", 200, 32, 1, 2, 4, divided=True),
     ),  # registers are handed over
 ]
 
@@ -268,9 +268,9 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             index_scores(*bad, **(how | named))
-    good = IndexScoresConfig("fp8", 8, 32, 4, 2, 3)
+    good = IndexScoresConfig("fp8", 8, 32, 4, 2, 4)
     for change, message in (
-        (dict(stages=1), "stages must be >= groups"),
+        (dict(stages=3), "stages must be a multiple of groups"),
         (dict(stages=40), f"fit {SHARED_BYTES} bytes, got 40"),
         (dict(heads=65), "with 256 columns at most, got 65 and 4"),
         (dict(queries=3), "1, 2 or 4 queries"),

@@ -39,7 +39,7 @@ def linear_of(name: str) -> None:
 
 
 def scores() -> None:
-    config = IndexScoresConfig("fp8", 64, 32, 4, 2, 3)
+    config = IndexScoresConfig("fp8", 64, 32, 4, 2, 4)
     index_scores(*scene("fp8", [70], [4]), record="fp8", page_size=32, max_entries=70, config=config)
 
 

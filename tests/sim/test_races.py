@@ -294,6 +294,32 @@ def test_an_mbarrier_overwritten_by_other_means() -> None:
         execute(load + wait("%r1", 0), rule, "eager")
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_parity_is_that_of_an_older_phase_to_who_does_not_know_of_the_one_between(schedule: str) -> None:
+    """Warp 0 waits for the first load and issues the second, which the other warp waits for, late. It reads what came if the
+    wait ended as it should; had the first load been late, the wait would have ended before anything came.
+    """
+    rule = RULES["two writes"]
+    late = "mov.b32 %r60, 0; K: add.s32 %r60, %r60, 1; setp.lt.u32 %p6, %r60, 9000; @%p6 bra K;"
+
+    def run(own: str, known: str) -> None:
+        first = f"@!%p2 bra B; {wait('%r1', 0)} bar.sync 1, 64; {LOAD} {known} bra C; B: {own} bar.arrive 1, 64; {known} C:"
+        execute(f"{LOAD} {first} {late} {wait('%r1', 1, 2)} ld.shared.b32 %r12, [%r3];", rule, schedule)
+
+    run("", "bar.sync 2;")
+    run(wait("%r1", 0, 3), "")
+    if schedule == "lazy":  # the first load is late
+        with pytest.raises(DataRace, match="read and write that nothing orders"):
+            run("", "")
+        return
+    with pytest.raises(BarrierMisuse, match="that an older phase may satisfy") as caught:
+        run("", "")
+    said = str(caught.value)
+    assert "went on after phase 1, whose parity is that of phase -1" in said
+    assert "phase 0 completed: last arrival by the bulk load of CTA (0, 0, 0) warp 0" in said
+    assert "warp 1 of CTA (0, 0, 0) does not know that phase 0 has completed" in said
+
+
 def test_arrivals_at_a_cta_that_is_gone() -> None:
     """CTA 0 exits at once; CTA 1 arrives on its mbarrier after a while, with or without a cluster barrier at the end."""
     rule = RULES["distributed shared memory"]

@@ -25,9 +25,9 @@ _START = 256  # keys that could be scored while a CTA starts
 @dataclass(frozen=True)
 class IndexScoresConfig:
     """record: of the keys. heads: of a query. page_size: records of a page. queries: of a tile. groups: warpgroups that
-    multiply, each its own tiles of keys. stages: tiles of keys in shared memory. visible, sequence: integer types of
-    num_visible and seq_idx. divided: what single queries see is divided among CTAs that run at once; otherwise a CTA has a span
-    of what they may see.
+    multiply, each its own tiles of keys. stages: tiles of keys in shared memory, as many of each group. visible, sequence:
+    integer types of num_visible and seq_idx. divided: what single queries see is divided among CTAs that run at once; otherwise
+    a CTA has a span of what they may see.
     """
 
     record: str
@@ -126,9 +126,10 @@ class IndexScoresConfig:
             raise ValueError(f"page_size must be a positive multiple of {_MIN_PAGE}, got {self.page_size}")
         if not 1 <= self.groups <= 3:
             raise ValueError(f"groups must be 1 to 3, got {self.groups}")
-        if self.stages < self.groups or self.shared_bytes > SHARED_BYTES:
+        if self.stages < 1 or self.stages % self.groups or self.shared_bytes > SHARED_BYTES:
             raise ValueError(
-                f"stages must be >= groups and fit {SHARED_BYTES} bytes, got {self.stages}: {self.shared_bytes} bytes"
+                f"stages must be a multiple of groups and fit {SHARED_BYTES} bytes, got {self.stages}: "
+                f"{self.shared_bytes} bytes"
             )
 
     @classmethod
@@ -158,4 +159,4 @@ class IndexScoresConfig:
             config = replace(config, divided=True)
         limit = SHARED_BYTES if together * padded >= 192 else HALF_SHARED_BYTES
         more = (limit - config.shared_bytes) // config.stage_bytes
-        return replace(config, stages=min(2 + max(more, 0), _MAX_STAGES))
+        return replace(config, stages=min(2 + max(more, 0) // config.groups * config.groups, _MAX_STAGES))

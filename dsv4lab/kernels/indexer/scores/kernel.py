@@ -394,7 +394,10 @@ class Multiplying:
         words = cute.recast_tensor(keys, Uint32)
         mine = self._kept(lane)
         seen = [high if sees is None else sees[query] for query, _ in mine]
-        for t in cutlass.range(group, tiles, plan.groups, unroll=1):
+        # A step's number says whose it is, and a stage's: no group waits for a phase of a stage whose phase before was
+        # another's, and may not have come yet. A parity does not tell a phase from the one two before.
+        first_tile = (group + (plan.groups - 1) * base) % plan.groups
+        for t in cutlass.range(first_tile, tiles, plan.groups, unroll=1):
             step = base + t
             stage = self.stages.iterator.toint() + self.ring.stage(step) * plan.stage_bytes
             self.ring.wait_full(step)
