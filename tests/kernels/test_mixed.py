@@ -61,6 +61,13 @@ def test_products_are_right_at_every_edge(m: int, n: int, k: int, config: MixedC
     assert run(m, n, k, replace(config, format=fmt, stages=stages)) < F32_BOUND
 
 
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("m", [64, 65, 96, 97, 127, 128, 129, 192])
+def test_the_last_tiles_of_tokens_have_all_rows_between_them(m: int, cluster: int) -> None:
+    config = MixedConfig("nvfp4", "bf16", 64, 4, 2, 3, (32,), cluster=cluster)
+    assert run(m, 64, 512, config) < BF16_BOUND
+
+
 @pytest.mark.parametrize(
     ("m", "config"),
     [
@@ -113,14 +120,15 @@ def test_a_nan_in_a_weight_stays_visible(fmt: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "k"), [(32768, 1024), (65536, 1536), (4096, 8192), (1024, 4096), (129280, 7168), (512, 4096), (8, 128)]
+    ("n", "k"), [(32768, 1024), (65536, 1536), (4096, 8192), (1024, 4096), (129280, 7168), (512, 4096), (4096, 4224), (8, 128)]
 )
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_choices_fit_and_cover_the_model(n: int, k: int, fmt: str) -> None:
-    for m in (1, 3, 8, 16, 64, 129, 1024, 4097, 8192):
+    for m in (1, 3, 8, 16, 24, 40, 64, 129, 257, 640, 1024, 4097, 8192):
         config = choose(fmt, "bf16", m, n, k)
         config.check()
         assert config.shared_bytes <= SHARED_BYTES and k % (64 * config.chunks) == 0
+        assert not config.alternates or k // 64 % (2 * config.cluster) == 0
         assert (m <= config.tokens) == (m <= 16) or m > 16
 
 
@@ -141,6 +149,22 @@ def test_few_tokens_take_what_was_measured() -> None:
         assert (config.slabs, config.cluster) == want
     assert choose("nvfp4", "bf16", 16, 4096, 8192).stages == 6
     assert choose("nvfp4", "bf16", 4, 32768, 1024).stages == 8  # all of K
+
+
+def test_more_tokens_take_what_was_measured() -> None:
+    """(tokens, slabs, cluster) of NVFP4 matrices that were best of some twenty, or within a hundredth of it."""
+    for m, n, k, want in (
+        (32, 512, 7168, (32, 4, 4)),
+        (32, 32768, 1024, (32, 8, 1)),
+        (64, 1024, 4096, (64, 4, 4)),
+        (64, 4096, 8192, (64, 4, 2)),
+        (129, 4096, 2048, (128, 4, 1)),
+        (512, 4096, 2048, (128, 8, 1)),
+        (1024, 1024, 4096, (128, 4, 1)),
+        (1024, 7168, 16384, (256, 8, 1)),
+    ):
+        config = choose("nvfp4", "bf16", m, n, k)
+        assert (config.tokens, config.slabs, config.cluster) == want, (m, n, k)
 
 
 def test_a_prepared_weight_is_remade_when_the_weight_changes() -> None:
@@ -213,6 +237,9 @@ def test_bad_input_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             replace(FEW, **choice).check()  # type: ignore[arg-type]
+    odd = MixedConfig("nvfp4", "f32", 256, 8, 1, 3, cluster=2)
+    with pytest.raises(ValueError, match="a cluster that leaves pairs of tiles of K to each CTA, got 2"):
+        run(5, 128, 384, odd)
 
 
 MODEL = [(4096, 1024), (1024, 4096), (320, 7168), (7168, 3072)]

@@ -51,7 +51,8 @@ def test_the_shapes_take_every_way_that_was_measured() -> None:
     ways = {chosen(shape, NVFP4, m) for shape in LINEARS for m in TOKENS}
     few = {(8, 8, 1, 4), (8, 2, 1, 6), (8, 2, 1, 8), (8, 4, 4, 4), (8, 16, 4, 5), (16, 16, 4, 4), (16, 4, 2, 6)}
     few |= {(8, 8, 1, 8), (8, 16, 1, 5), (16, 16, 1, 4)}
-    many = {(64, 4, 2, 8), (64, 8, 2, 7), (64, 8, 1, 7), (128, 8, 1, 4), (128, 8, 2, 4), (256, 8, 1, 5), (256, 8, 2, 5)}
+    many = {(64, 4, 1, 8), (64, 4, 2, 8), (64, 4, 4, 8), (64, 8, 1, 7), (64, 8, 2, 7), (64, 8, 4, 7), (256, 8, 1, 5)}
+    many |= {(128, 4, 1, 5), (128, 4, 2, 5), (128, 8, 1, 4), (128, 8, 2, 4), (128, 8, 4, 4), (192, 8, 1, 3), (192, 8, 2, 3)}
     assert few | many <= ways
     assert {shape.name.split()[1] for shape in LINEARS} == {"wq_a", "wkv", "wq_b", "wo_a", "wo_b", "shared"}
 

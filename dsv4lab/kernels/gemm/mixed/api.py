@@ -289,12 +289,14 @@ def _launch(
         raise ValueError(f"config must have requant = {requant is not None}, got {config.requant}")
     if weight.records.shape[1] % config.chunks:
         raise ValueError(f"config must have chunks that divide K / {TILE} = {weight.records.shape[1]}, got {config.chunks}")
+    if config.alternates and weight.records.shape[1] % (2 * config.cluster):
+        raise ValueError(f"config must have a cluster that leaves pairs of tiles of K to each CTA, got {config.cluster}")
     runtime = runtime_of(x)
     row_tiles = -(-weight.slabs // config.slabs)
     entries = tiles.tiles.shape[0] + config.beside if tiles else -(-y.shape[0] // config.tokens)
     count = entries * row_tiles
-    places = runtime.multiprocessors * config.resident
-    ctas = min(count, max(places // config.cluster, 1))
+    places = runtime.multiprocessors if config.cluster == 1 else runtime.clusters(config.cluster)
+    clusters = min(count, max(places, 1) * config.resident)
     f32, i32 = weight.alpha.view(-1), weight.records.view(-1)  # stand in for what the configuration does not read
     i64 = _unread(x.device)
     runtime.call(
@@ -317,7 +319,7 @@ def _launch(
         slots.top_k if slots else 1,
         group_rows,
         float("inf") if limit is None else limit,
-        ctas * config.cluster,
+        clusters * config.cluster,
     )
 
 

@@ -12,13 +12,27 @@ HALF_SHARED_BYTES = 113 * 1024  # two CTAs fit on a multiprocessor
 PITCH_PAD = 4  # floats between the epilogue's rows, so that stores hit every bank once
 ROW_PAD = 16  # bytes between tokens in shared memory where warps read them, for the same reason
 FEW = 16  # tokens up to which warps multiply on their own
+_TWO_CTAS = 64  # tokens of a tile up to which the registers of a multiprocessor are enough for two CTAs
 PART = PEAK_IDS  # rows whose largest result is one number: the lanes of a warp have four each
 _MARGIN = 2048  # barriers, and alignment of the buffers to 1024 bytes
 _MULTIPROCESSORS = 132  # of an H100 SXM or H200
 _ENOUGH = 100  # CTAs that keep the memory busy, with a ring full of weights in flight each
 _FOR_TWO = 180  # CTAs of half the memory that do
-# Relative cost of a token and 128 rows, by (tokens, slabs) of a tile: weights are decoded again for every tile of tokens.
-_COST = {(32, 8): 1.5, (32, 4): 1.0, (64, 8): 1.4, (64, 4): 1.0, (128, 8): 1.08, (192, 8): 1.12, (256, 8): 1.0}
+_CLUSTERS = {1: 132, 2: 66, 4: 30}  # of so many CTAs that an H100 SXM or H200 runs at once, one a multiprocessor
+# Microseconds of a tile, by (tokens, slabs), for 64 columns of K; what a narrow product saves of it; for its end, and more for
+# each result of a token and 128 rows. The same two of a cluster's sums. Fitted to 2,650 times of 24 to 2,048 tokens on an H200.
+_STEP_US = {
+    (32, 4): 0.113,
+    (32, 8): 0.204,
+    (64, 4): 0.146,
+    (64, 8): 0.226,
+    (128, 4): 0.209,
+    (128, 8): 0.321,
+    (192, 8): 0.464,
+    (256, 8): 0.596,
+}
+_NARROWER, _END_US = 0.57, (0.1, 0.009)
+_CLUSTER_US = {1: (0.0, 0.0), 2: (1.14, 0.014), 4: (0.91, 0.0165)}
 _NARROW = {128: (64,), 192: (64, 128), 256: (128, 192)}  # narrower products of a linear, for its last tile of tokens
 BLOCK = 16  # columns of a quantised result that share a scale
 _SMALL_BYTES = 6 << 20  # a weight that arrives in less time than a launch takes
@@ -78,7 +92,7 @@ class MixedConfig:
     @property
     def resident(self) -> int:
         """CTAs of a multiprocessor at a time."""
-        return 2 if self.by_warp and self.shared_bytes <= HALF_SHARED_BYTES else 1
+        return 2 if self.tokens <= _TWO_CTAS and self.shared_bytes <= HALF_SHARED_BYTES else 1
 
     @property
     def warps(self) -> int:
@@ -99,6 +113,18 @@ class MixedConfig:
     def box(self) -> int:
         """Tokens of one TMA load."""
         return min(self.tokens, 64)
+
+    @property
+    def paced(self) -> bool:
+        """Whether a CTA's first stages are asked for one after the other: large ones of few tokens (H200: 7 % for Flash wo_a;
+        where stages are small, what it takes to know the time costs more).
+        """
+        return self.by_warp and self.chunks >= 4
+
+    @property
+    def alternates(self) -> bool:
+        """Whether stages of one tile take turns with the buffers of decoded weights, so that a CTA must have an even number."""
+        return not self.by_warp and self.chunks % 2 == 1
 
     @property
     def record_bytes(self) -> int:
@@ -252,24 +278,48 @@ def choose(
     if tokens <= FEW:
         return _few(fmt, out, m, n, k, paired, scaled, groups)
 
-    def plan(tokens: int, slabs: int) -> MixedConfig:
+    def plan(tokens: int, slabs: int, cluster: int) -> MixedConfig:
         chunks = chunks_for(k, _chunks(tokens))
-        cluster = _cluster(-(-m // tokens) * -(-n // (slabs * SLAB)) * groups, k // TILE // chunks, 2)
         narrow = _NARROW.get(tokens, ())
         shape = MixedConfig(fmt, out, tokens, slabs, chunks, 2, narrow, cluster=cluster, paired=paired, scaled=scaled)
-        return with_stages(shape, SHARED_BYTES)
+        return with_stages(shape, HALF_SHARED_BYTES if (tokens, slabs) == (32, 8) else SHARED_BYTES)
 
-    def cost(config: MixedConfig) -> float:
-        """Relative: the longest share of a CTA, in tokens, times what a product of so many costs a token."""
-        row_tiles = -(-n // config.rows) * groups
-        full, rest = divmod(m, config.tokens)
-        last = next((w for w in config.widths if rest <= w), 0) / config.tokens if rest else 0.0
-        share = _longest_share(full * row_tiles, row_tiles if rest else 0, last, _MULTIPROCESSORS // config.cluster)
-        return share * max(config.tokens, 64) * _COST[config.tokens, config.slabs] / config.cluster
+    def fits(tokens: int, slabs: int, cluster: int) -> bool:
+        if (groups > 1 and n % (slabs * SLAB)) or (out == "peaks" and slabs * SLAB != PART):
+            return False
+        steps = k // TILE // chunks_for(k, _chunks(tokens))
+        return cluster == 1 or (steps >= 4 * cluster and k // TILE % (2 * cluster) == 0)
 
-    shapes = [(t, s) for t, s in _COST if t >= tokens and (t > 64 or t == tokens) and (t == tokens or t < 2 * m)]
-    shapes = [(t, s) for t, s in shapes if (groups == 1 or n % (s * SLAB) == 0) and (out != "peaks" or s * SLAB == PART)]
-    return min((plan(*shape) for shape in shapes), key=cost)
+    def sensible(tokens: int, slabs: int, cluster: int) -> bool:
+        """Boxes of tokens that are mostly past the last cost as much as full ones; few tokens, what the model does not know."""
+        if tokens <= 64:
+            return (tokens == 32) == (m <= 32) and (tokens == 64 or (slabs == 4) == (cluster > 1))
+        return m > tokens - 64 and (slabs == 8 or m >= tokens)
+
+    shapes = [(t, s, c) for t, s in _STEP_US for c in _CLUSTERS if fits(t, s, c)]
+    shapes = [shape for shape in shapes if sensible(*shape)] or shapes
+    return min((plan(*shape) for shape in shapes), key=lambda config: _time(config, m, n, k, groups))
+
+
+def _time(config: MixedConfig, m: int, n: int, k: int, groups: int) -> float:
+    """Microseconds until the last CTA is done. Tiles are dealt in turn; those of the last tokens, maybe narrower, last."""
+    rows = -(-n // config.rows) * groups
+    ends = [a + b for a, b in zip(_END_US, _CLUSTER_US[config.cluster], strict=True)]
+
+    def tile(width: int) -> float:
+        step = _STEP_US[config.tokens, config.slabs] * (1 - _NARROWER * (1 - width / config.tokens))
+        return -(-k // TILE // config.cluster) * step + ends[0] + ends[1] * width * config.slabs / 8
+
+    whole, rest = divmod(m, config.tokens)
+    narrow = next(w for w in config.widths if rest <= w)
+    full, part = whole * rows, rows if rest else 0
+    places = _CLUSTERS[config.cluster] * config.resident
+    shared = min(max((full + part) * config.cluster / _MULTIPROCESSORS, 1.0), config.resident)  # CTAs of a multiprocessor
+    return shared * max(
+        -(-max(full - i, 0) // places) * tile(config.tokens)
+        + (-(-max(full + part - i, 0) // places) - -(-max(full - i, 0) // places)) * tile(narrow)
+        for i in {0, full % places, (full + part) % places, places - 1}
+    )
 
 
 def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, groups: int) -> MixedConfig:
@@ -343,16 +393,6 @@ def _measured(fmt: str, out: str, m: int, n: int, k: int, scaled: str) -> MixedC
     return None
 
 
-def _longest_share(full: int, partial: int, size: float, ctas: int) -> float:
-    """Tiles that the busiest of `ctas` gets, dealt in turn: `full` whole ones, then `partial` ones of that size."""
-    whole, over = divmod(full, ctas)
-    behind, left = ctas - over if over else ctas, partial
-    if over:
-        left -= min(partial, behind)  # those go to CTAs that have one whole tile less
-        return max(whole + 1, whole + size * (partial > 0)) + size * -(-left // ctas)
-    return whole + size * -(-partial // ctas)
-
-
 def _cluster(tiles: int, steps: int, most: int) -> int:
     """CTAs that share a tile, where tiles alone leave multiprocessors without work; each has two steps at least."""
     cluster = 1
@@ -400,7 +440,7 @@ def choose_grouped(
     """
     tokens, narrow = grouped_tokens(rows, experts)
     few = tokens <= FEW
-    chunks = chunks_for(k, 8 if few else _chunks(tokens))
+    chunks = chunks_for(k, 8 if few else 4 if tokens == 64 else _chunks(tokens))
     wide = single and (slotted or not beside)
     of_tile, warps = 4 if few else 8, 16 if wide else 8
     if single and fmt == "nvfp4":
@@ -426,7 +466,7 @@ def choose_grouped(
             scaled=scaled,
             early=not slotted,
         ),
-        HALF_SHARED_BYTES if tokens == 8 and not wide else SHARED_BYTES,
+        HALF_SHARED_BYTES if tokens in (8, 32) and not wide else SHARED_BYTES,
     )
 
 

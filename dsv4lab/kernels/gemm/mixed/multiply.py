@@ -57,7 +57,7 @@ def multiply_by_warpgroup(
     mma.set(warpgroup.Field.ACCUMULATE, True)
     base = shared_w[None, slab, 0].iterator.toint()
     stage_bytes = plan.weight_bytes
-    rounds = 1 + chunks % 2  # two buffers of decoded weights take turns
+    rounds = 1 + plan.alternates  # two buffers of decoded weights take turns
     before = stage
     for k in cutlass.range(0, count, rounds, unroll=1):
         for r in cutlass.range_constexpr(rounds):

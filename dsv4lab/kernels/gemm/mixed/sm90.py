@@ -33,6 +33,9 @@ from dsv4lab.kernels.gemm.mixed.epilogue import Epilogue
 from dsv4lab.kernels.gemm.mixed.layout import SLAB, TILE, record_words
 from dsv4lab.kernels.gemm.mixed.multiply import advance, multiply_by_warp, multiply_by_warpgroup
 
+_BEGINNINGS, _FEW_ROWS = 4, 96  # places along K where tiles of weight rows begin, and tokens up to which they do
+_PACE = 64  # bytes a cycle at which an empty ring is filled; a CTA's share of the memory is 8 or 17
+_CARVEOUT = 100  # percent of the L1 for shared memory; named, or compiling with a minimum of CTAs would ask for a device
 _FEW_REGISTERS, _MANY_REGISTERS = 40, 232  # of loading and of multiplying threads, where a tile's sums need them
 
 
@@ -99,6 +102,10 @@ class MixedLinearSm90:
             one = hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (4 * SLAB, plan.box, TILE), BFloat16, 1)
             box = cute.slice_(one, (None, None, 0))
             load_x, tma_x = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), x, box, (plan.box, TILE))
+        # Divisions that every role begins with, its first loads behind them: by numbers that are made here.
+        slabs = cute.size(records, mode=[0]) // cute.size(alpha, mode=[0])
+        inner = cute.FastDivmodDivisorV2(cute.ceil_div(slabs, plan.slabs))
+        group = cute.FastDivmodDivisorV2(group_rows)
         self.kernel(
             load_x,
             tma_x,
@@ -116,6 +123,9 @@ class MixedLinearSm90:
             position,
             more_records,
             more_alpha,
+            slabs,
+            inner,
+            group,
             top_k,
             group_rows,
             limit,
@@ -124,7 +134,8 @@ class MixedLinearSm90:
             grid=[ctas, 1, 1],
             block=[plan.threads, 1, 1],
             cluster=[plan.cluster, 1, 1] if plan.cluster > 1 else None,
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=1 if plan.by_warp else plan.resident,
+            preferred_smem_carveout=_CARVEOUT if not plan.by_warp and plan.resident > 1 else None,
             stream=stream,
             use_pdl=True,
         )
@@ -148,6 +159,9 @@ class MixedLinearSm90:
         position: cute.Tensor,
         more_records: cute.Tensor,
         more_alpha: cute.Tensor,
+        slabs: Int32,
+        inner: cute.FastDivmodDivisorV2,
+        group: cute.FastDivmodDivisorV2,
         top_k: Int32,
         group_rows: Int32,
         limit: Float32,
@@ -205,12 +219,12 @@ class MixedLinearSm90:
             if cutlass.const_expr(plan.tokens >= 128):
                 cute.arch.setmaxregister_decrease(_FEW_REGISTERS)
             if warp == plan.warps:
-                self._load_weights(records, alpha, more_records, y, tiles, num_tiles, shared_w, full, empty)
+                self._load_weights(records, alpha, more_records, y, tiles, num_tiles, slabs, inner, shared_w, full, empty)
             elif warp == plan.warps + 1:
                 if cutlass.const_expr(plan.by_warp):
-                    self._load_rows(x, records, alpha, y, slots, tiles, num_tiles, top_k, group_rows, shared_x, full, empty)
+                    self._load_rows(x, records, alpha, y, slots, tiles, num_tiles, inner, group, top_k, shared_x, full, empty)
                 else:
-                    self._load_boxes(load_x, x, records, alpha, y, tiles, num_tiles, group_rows, shared_x, full, empty)
+                    self._load_boxes(load_x, x, records, alpha, y, tiles, num_tiles, inner, group, shared_x, full, empty)
         else:
             if cutlass.const_expr(plan.tokens >= 128):
                 cute.arch.setmaxregister_increase(_MANY_REGISTERS)
@@ -232,7 +246,7 @@ class MixedLinearSm90:
                 shared,
                 shared + 1,
             )
-            self._consume(out, records, alpha, more_alpha, y, tiles, num_tiles, shared_x, shared_w, full, empty)
+            self._consume(out, records, alpha, more_alpha, y, tiles, num_tiles, inner, shared_x, shared_w, full, empty)
 
     @cute.jit
     def _clear_past_the_end(self, x: Any, shared_x: Any) -> None:
@@ -252,25 +266,23 @@ class MixedLinearSm90:
             cute.arch.fence_view_async_shared()
 
     # ---- tiles ---------------------------------------------------------------------------------------------------------
-    def _plan(self, records: Any, alpha: Any, y: Any, num_tiles: Any) -> tuple[Any, ...]:
-        """(first tile of this CTA, stride, end, tiles of weight rows, first step along K, end, slabs of a matrix)."""
+    def _plan(self, records: Any, y: Any, num_tiles: Any, inner: Any) -> tuple[Any, ...]:
+        """(first tile of this CTA, stride, end, first step along K, end). inner: divides by the tiles of a matrix's rows."""
         plan = self.plan
         block, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
         rank = block % plan.cluster
-        slabs = records.shape[0] // alpha.shape[0]
-        row_tiles = cute.ceil_div(slabs, plan.slabs)
         steps = records.shape[1] // plan.chunks
         low, high = rank * steps // plan.cluster, (rank + 1) * steps // plan.cluster
         entries = cute.ceil_div(y.shape[0], 1 if plan.single else plan.tokens)
         if cutlass.const_expr(plan.grouped and not plan.single):
             entries = num_tiles[0]
-        return block // plan.cluster, grid // plan.cluster, entries * row_tiles, row_tiles, low, high, slabs
+        return block // plan.cluster, grid // plan.cluster, entries * inner.divisor, low, high
 
     def _tile(self, tile: Any, inner: Any, alpha: Any, y: Any, tiles: Any) -> tuple[Any, ...]:
         """Of a tile: (matrix, -1 for the one beside, tile of weight rows, first row of y, end row)."""
         plan = self.plan
-        entry, row_tile = tile // inner, tile % inner
+        entry, row_tile = divmod(tile, inner)
         if cutlass.const_expr(plan.beside):
             row = cutlass.select_(entry == 0, y.shape[0], entry) - 1
             return self._matrix(entry, alpha, tiles), row_tile, row, row + 1
@@ -278,8 +290,41 @@ class MixedLinearSm90:
             return _one_of(alpha, tiles[entry, 0]), row_tile, entry, entry + 1
         if cutlass.const_expr(plan.grouped):
             return tiles[entry, 0], row_tile, tiles[entry, 1], tiles[entry, 2]
-        first = entry * plan.tokens
-        return Int32(0), row_tile, first, cutlass.min(first + plan.tokens, y.shape[0])
+        first, last = entry * plan.tokens, cutlass.min(entry * plan.tokens + plan.tokens, y.shape[0])
+        if cutlass.const_expr(not plan.by_warp):
+            edge = self._edge(y.shape[0])
+            first, last = cutlass.min(first, edge), cutlass.select_(first >= edge, last, cutlass.min(last, edge))
+        return Int32(0), row_tile, first, last
+
+    @cute.jit
+    def _edge(self, rows: Any) -> Any:
+        """The first row of the last of several tiles of tokens; the end where there is one. It has as many rows as its product
+        is wide, or half of what the last two have: a few rows that all CTAs read at a time would be a few lines of a few slices
+        of the L2 cache (H200: 4,096 x 8,192 of 129 tokens 31 us, of 192 tokens 25).
+        """
+        plan = self.plan
+        left = (rows - 1) % plan.tokens + 1
+        edge = Int32(rows)
+        if rows > plan.tokens:
+            width = Int32(plan.widths[0])
+            for i in cutlass.range_constexpr(1, len(plan.widths)):
+                if left > plan.widths[i - 1]:
+                    width = Int32(plan.widths[i])
+            edge = rows - cutlass.min(width, cutlass.max(left, (plan.tokens + left) // 2))
+        return edge
+
+    @cute.jit
+    def _step(self, step: Any, row_tile: Any, rows: Any, low: Any, high: Any) -> Any:
+        """A tile's steps along K in another order, where CTAs have the same few tokens: every fourth tile of weight rows begins
+        at the same place, so that not all CTAs read the same lines of the tokens at a time. Equal rows of a head keep equal
+        logits, wherever they are.
+        """
+        apart = rows <= _FEW_ROWS if cutlass.const_expr(self.plan.out == "bf16") else False
+        if apart:
+            step += row_tile % _BEGINNINGS * (high - low) // _BEGINNINGS
+            if step >= high:
+                step -= high - low
+        return step
 
     @cute.jit
     def _matrix(self, entry: Any, alpha: Any, tiles: Any) -> Any:
@@ -301,17 +346,20 @@ class MixedLinearSm90:
         y: Any,
         tiles: Any,
         num_tiles: Any,
+        slabs: Any,
+        inner: Any,
         shared_w: Any,
         full: Any,
         empty: Any,
     ) -> None:
         plan = self.plan
-        begin, stride, end, inner, low, high, slabs = self._plan(records, alpha, y, num_tiles)
+        begin, stride, end, low, high = self._plan(records, y, num_tiles, inner)
         lane = cute.arch.lane_idx()
         words = self.words * plan.chunks
+        born = Int32(cute.arch.clock()) if cutlass.const_expr(plan.paced) else Int32(0)
         stage, phase = Int32(0), Int32(1)  # of the ring's empty barriers; the phase before the first counts as over
         for tile in cutlass.range(begin, end, stride, unroll=1):
-            matrix, row_tile, _, _ = self._tile(tile, inner, alpha, y, tiles)
+            matrix, row_tile, first, last = self._tile(tile, inner, alpha, y, tiles)
             slab = cutlass.min(row_tile * plan.slabs + lane, slabs - 1)  # past the last: never stored
             if cutlass.const_expr(plan.beside):
                 start = more_records[slab, 0, None].iterator.toint()
@@ -321,13 +369,26 @@ class MixedLinearSm90:
                 start = records[matrix * slabs + slab, 0, None].iterator.toint()
             for step in cutlass.range(low, high, 1, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
+                if cutlass.const_expr(plan.paced):
+                    self._pause(born, step - low, tile == begin)
                 if lane == 0:
                     cute.arch.mbarrier_arrive_and_expect_tx(full + stage, plan.weight_bytes)
                 cute.arch.sync_warp()
                 if lane < plan.slabs:
                     target = shared_w[None, lane, stage].iterator
-                    copy_bulk(target, start + step * (words * 4), words * 4, full + stage)
+                    at = self._step(step, row_tile, last - first, low, high)
+                    copy_bulk(target, start + at * (words * 4), words * 4, full + stage)
                 stage, phase = advance(plan.stages, stage, phase)
+
+    @cute.jit
+    def _pause(self, born: Any, step: Any, first: Any) -> None:
+        """Until a step of the first tile's first round is due, at several times a CTA's share of the memory. An empty ring that
+        is asked for at once arrives all at once, its first stage with its last.
+        """
+        if first and step < self.plan.stages:
+            now = Int32(cute.arch.clock())
+            while now - born < step * (self.plan.weight_bytes // _PACE):
+                now = Int32(cute.arch.clock())
 
     @cute.jit
     def _load_rows(
@@ -339,21 +400,22 @@ class MixedLinearSm90:
         slots: Any,
         tiles: Any,
         num_tiles: Any,
+        inner: Any,
+        group: Any,
         top_k: Any,
-        group_rows: Any,
         shared_x: Any,
         full: Any,
         empty: Any,
     ) -> None:
         """A lane a token: its columns of a stage in one copy."""
         plan = self.plan
-        begin, stride, end, inner, low, high, _ = self._plan(records, alpha, y, num_tiles)
+        begin, stride, end, low, high = self._plan(records, y, num_tiles, inner)
         lane = cute.arch.lane_idx()
         cute.arch.griddepcontrol_wait()
         stage, phase = Int32(0), Int32(1)
         for tile in cutlass.range(begin, end, stride, unroll=1):
             _, row_tile, first, last = self._tile(tile, inner, alpha, y, tiles)
-            column = row_tile * plan.rows // group_rows * (records.shape[1] * TILE)
+            column = row_tile * plan.rows // group * (records.shape[1] * TILE)
             row = cutlass.min(first + lane, last - 1)
             if cutlass.const_expr(plan.gather):
                 if cutlass.const_expr(plan.beside):
@@ -361,7 +423,7 @@ class MixedLinearSm90:
                 else:
                     row = (row if cutlass.const_expr(plan.single) else slots[row]) // top_k
             for step in cutlass.range(low, high, 1, unroll=1):
-                start = step * plan.chunks * TILE + column
+                start = self._step(step, row_tile, last - first, low, high) * plan.chunks * TILE + column
                 size = cutlass.max(cutlass.min(plan.chunks * TILE, x.shape[1] - start), 0) * 2
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 if lane == 0:
@@ -381,7 +443,8 @@ class MixedLinearSm90:
         y: Any,
         tiles: Any,
         num_tiles: Any,
-        group_rows: Any,
+        inner: Any,
+        group: Any,
         shared_x: Any,
         full: Any,
         empty: Any,
@@ -390,13 +453,13 @@ class MixedLinearSm90:
         plan = self.plan
         chunks = plan.chunks
         boxes = plan.tokens // plan.box
-        begin, stride, end, inner, low, high, _ = self._plan(records, alpha, y, num_tiles)
+        begin, stride, end, low, high = self._plan(records, y, num_tiles, inner)
         targets = [cute.group_modes(cute.local_tile(shared_x, (plan.box, TILE), (b, 0, None)), 0, 2) for b in range(boxes)]
         cute.arch.griddepcontrol_wait()
         stage, phase = Int32(0), Int32(1)
         for tile in cutlass.range(begin, end, stride, unroll=1):
             _, row_tile, first, last = self._tile(tile, inner, alpha, y, tiles)
-            column = row_tile * plan.rows // group_rows * (records.shape[1] * TILE)
+            column = row_tile * plan.rows // group * (records.shape[1] * TILE)
             filled = Int32(-(-plan.widths[0] // plan.box))  # boxes that the tile's product reads
             for i in cutlass.range_constexpr(1, len(plan.widths)):
                 if last - first > plan.widths[i - 1]:
@@ -409,6 +472,7 @@ class MixedLinearSm90:
             for step in cutlass.range(low, high, 1, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 barrier = full + stage
+                at = self._step(step, row_tile, last - first, low, high)
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(barrier, filled * (chunks * plan.box * TILE * 2))
                 for c in cutlass.range_constexpr(chunks):
@@ -417,7 +481,7 @@ class MixedLinearSm90:
                             to_x, from_x = pairs[b]
                             cute.copy(
                                 load_x,
-                                from_x[None, b, step * chunks + c],
+                                from_x[None, b, at * chunks + c],
                                 to_x[None, stage * chunks + c],
                                 tma_bar_ptr=barrier,
                             )
@@ -434,13 +498,14 @@ class MixedLinearSm90:
         y: Any,
         tiles: Any,
         num_tiles: Any,
+        inner: Any,
         shared_x: Any,
         shared_w: Any,
         full: Any,
         empty: Any,
     ) -> None:
         plan = self.plan
-        begin, stride, end, inner, low, high, _ = self._plan(records, alpha, y, num_tiles)
+        begin, stride, end, low, high = self._plan(records, y, num_tiles, inner)
         total = cute.make_rmem_tensor((plan.sums,), Float32)
         # alpha comes from memory, whose latency would be the tile's end: warps ask for it before their products and, of the one
         # matrix of a linear, before the kernel before has ended.
