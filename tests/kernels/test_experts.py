@@ -16,7 +16,7 @@ from dsv4lab import ops, sim
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels.gemm.mixed import api as mixed_api
 from dsv4lab.kernels.gemm.mixed.api import Slots, Tiles, grouped
-from dsv4lab.kernels.gemm.mixed.config import SHARED_BYTES, MixedConfig, choose, choose_grouped, grouped_tokens
+from dsv4lab.kernels.gemm.mixed.config import SHARED_BYTES, MixedConfig, choose, choose_grouped, grouped_tokens, with_stages
 from dsv4lab.kernels.gemm.mixed.layout import prepare
 from dsv4lab.kernels.moe.combine.api import moe_combine
 from dsv4lab.kernels.moe.experts import Three, experts, layer, shared_expert, together
@@ -146,22 +146,24 @@ def test_a_token_alone_and_none_at_all() -> None:
 
 
 # ---- with the shared expert --------------------------------------------------------------------------------------------
-def sums_beside(fmt: str, slabs: int, k: int, paired: bool) -> int:
-    """Warps that share K, which is what the order of sums depends on, in a token's products with the shared expert."""
-    how: dict[str, Any] = dict(paired=paired, slotted=paired, gather=paired, scaled="no", single=True, beside=True)
-    return choose_grouped(fmt, "bf16", 6, 16, slabs, k, **how).splits
+def with_sums_beside(config: MixedConfig, slabs: int, k: int) -> MixedConfig:
+    """With what the order of sums depends on as in a token's products with the shared expert: the warps that share K, and where
+    in K a tile begins, which is a matter of its rows and of the stages' length.
+    """
+    how: dict[str, Any] = dict(paired=config.paired, slotted=config.paired, gather=config.paired, scaled="no")
+    beside = choose_grouped(config.format, "bf16", 6, 16, slabs, k, **how, single=True, beside=True)
+    sums = dict(slabs=beside.slabs, chunks=beside.chunks, splits=beside.splits, per_warp=1, cluster=1)
+    return with_stages(replace(config, **sums), SHARED_BYTES)  # type: ignore[arg-type]
 
 
 def same_sums(fmt: str, out: str, m: int, n: int, k: int, **how: Any) -> MixedConfig:
     """A linear's choice, but with those sums."""
-    config = choose(fmt, out, m, n, k, **how)
-    return replace(config, slabs=2, splits=sums_beside(fmt, -(-n // 16), k, config.paired), per_warp=1, cluster=1)
+    return with_sums_beside(choose(fmt, out, m, n, k, **how), -(-n // 16), k)
 
 
 def same_grouped_sums(fmt: str, out: str, rows: int, experts: int, slabs: int, k: int, **how: Any) -> MixedConfig:
     """Likewise a grouped product's, which is that of `beside` as it is."""
-    config = choose_grouped(fmt, out, rows, experts, slabs, k, **how)
-    return replace(config, slabs=4, splits=sums_beside(fmt, slabs, k, config.paired))
+    return with_sums_beside(choose_grouped(fmt, out, rows, experts, slabs, k, **how), slabs, k)
 
 
 def first(stacks: Three) -> Three:
