@@ -31,7 +31,7 @@ from dsv4lab.lab.machine import ROOT
 PAGE = ROOT / "docs" / "operators.md"
 BASELINES = ROOT / "benchmarks" / "baselines"
 NONE = "none"
-DEVICES = {"h200": "h200.jsonl.xz", "h100": "h100.jsonl.xz"}
+DEVICES = {"h200": "h200.jsonl.xz"}
 FEW, MANY = 64, 1024  # tokens: a decode step has at most, a prefill at least so many
 
 _KERNELS = "dsv4lab.kernels."

@@ -1,9 +1,16 @@
-"""What is known to have happened: vector clocks over a cluster's warps, and the set of completed asynchronous operations."""
+"""What is known to have happened: vector clocks over a cluster's warps, and the set of completed asynchronous operations; and
+what mbarriers carry of it."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from dsv4lab.sim.observe import Origin
+    from dsv4lab.sim.state import Cta
 
 Array = NDArray
 
@@ -85,3 +92,24 @@ class Message:
 
     def merge(self, more: Message) -> None:
         self.add(more.causal, more.fenced)
+
+
+class Barrier:
+    """What an mbarrier carries: arrivals of the phase under way, and of all that completed. latest, earlier: arrivals of the
+    phase that completed last and of the one before, with who completed it. passed: phases that warps waited for last."""
+
+    def __init__(self, cta: Cta, init: int) -> None:
+        self.init = init  # record
+        self.cta = cta
+        self.pending = Message()
+        self.done = Message()
+        self.latest: tuple[Message, Origin] | None = None
+        self.earlier: tuple[Message, Origin] | None = None
+        self.by: Origin | None = None  # who arrived last
+        self.passed: dict[tuple[Cta, int], int] = {}
+
+    def flip(self) -> None:
+        assert self.by is not None
+        self.earlier, self.latest = self.latest, (self.pending, self.by)
+        self.done.merge(self.pending)
+        self.pending = Message()

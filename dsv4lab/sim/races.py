@@ -24,7 +24,7 @@ import numpy as np
 
 from dsv4lab.sim import race_report
 from dsv4lab.sim.errors import SimulatorError
-from dsv4lab.sim.knowledge import Known, Message
+from dsv4lab.sim.knowledge import Barrier, Known, Message
 from dsv4lab.sim.loads import Loads
 from dsv4lab.sim.memory import OFFSET_MASK, RANK_SHIFT, Allocation
 from dsv4lab.sim.observe import Access, Fence, Observer, Operation, Origin, Site, Touch
@@ -40,27 +40,6 @@ if TYPE_CHECKING:
 
 _MBARRIER_BYTES = 8
 _KEPT = 64  # generations of a named barrier after which no warp can still be about to leave one
-
-
-class _Barrier:
-    """What an mbarrier carries: arrivals of the phase under way, and of all that completed. latest, earlier: arrivals of the
-    phase that completed last and of the one before, with who completed it. passed: phases that warps waited for last."""
-
-    def __init__(self, cta: Cta, init: int) -> None:
-        self.init = init  # record
-        self.cta = cta
-        self.pending = Message()
-        self.done = Message()
-        self.latest: tuple[Message, Origin] | None = None
-        self.earlier: tuple[Message, Origin] | None = None
-        self.by: Origin | None = None  # who arrived last
-        self.passed: dict[tuple[Cta, int], int] = {}
-
-    def flip(self) -> None:
-        assert self.by is not None
-        self.earlier, self.latest = self.latest, (self.pending, self.by)
-        self.done.merge(self.pending)
-        self.pending = Message()
 
 
 class RaceChecker(Observer):
@@ -91,7 +70,7 @@ class RaceChecker(Observer):
         self._tmem: dict[Cta, Shadow] = {}
         self._global: dict[int, Shadow] = {}  # by the allocation's address
         self._flags: dict[tuple[object, int], Message] = {}  # what atomics and ordered stores at an address carry
-        self._mbarriers: dict[MBarrier, _Barrier] = {}
+        self._mbarriers: dict[MBarrier, Barrier] = {}
         self._barriers: dict[tuple[int, int], Message] = {}  # named and cluster barriers: (identity, generation)
 
     def launch_end(self, machine: Machine) -> None:
@@ -512,14 +491,14 @@ class RaceChecker(Observer):
         shadow.guard(barrier.offset, _MBARRIER_BYTES, False)
         self._visit(actor, shadow, place, site, "write", False, site.cta)
         shadow.guard(barrier.offset, _MBARRIER_BYTES, True)
-        self._mbarriers[barrier] = _Barrier(site.cta, self._record(actor, site, "write", False))
+        self._mbarriers[barrier] = Barrier(site.cta, self._record(actor, site, "write", False))
 
     def mbarrier_inval(self, site: Site, barrier: MBarrier) -> None:
         cta = self._use(self._actors[site.cta, site.warp], barrier, site).cta
         self._shared[cta].guard(barrier.offset, _MBARRIER_BYTES, False)
         del self._mbarriers[barrier]
 
-    def _use(self, who: Actor | Task, barrier: MBarrier, site: Site) -> _Barrier:
+    def _use(self, who: Actor | Task, barrier: MBarrier, site: Site) -> Barrier:
         """An mbarrier's state; its init must lie before every use."""
         state = self._mbarriers[barrier]
         if state.init not in who.seen:
