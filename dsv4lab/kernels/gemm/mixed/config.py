@@ -436,7 +436,8 @@ def choose_grouped(
     slotted: the first product of an expert, which comes right after the list of its tiles. single: tiles are one token's rows;
     few as they are, one CTA of 16 warps on a multiprocessor is then a fifteenth faster for the layer than two of eight. With
     a matrix beside, the second product has tiles enough for two of eight: the layer takes a twentieth less (H200). Tiles of
-    eight slabs have sums over half as many warps; they are taken where no CTA has more slabs then than in tiles of four.
+    eight slabs have sums over half as many warps; they are taken where no CTA has more slabs then than in tiles of four. Of 10
+    to 64 rows a matrix, two CTAs a multiprocessor, or stages of four tiles of K, take a sixth less (Flash, 1,024 tokens).
     """
     tokens, narrow = grouped_tokens(rows, experts)
     few = tokens <= FEW

@@ -299,8 +299,8 @@ class MixedLinearSm90:
     @cute.jit
     def _edge(self, rows: Any) -> Any:
         """The first row of the last of several tiles of tokens; the end where there is one. It has as many rows as its product
-        is wide, or half of what the last two have: a few rows that all CTAs read at a time would be a few lines of a few slices
-        of the L2 cache (H200: 4,096 x 8,192 of 129 tokens 31 us, of 192 tokens 25).
+        is wide, or half of what the last two have: a box with few rows before the end of x takes longer than a full one, why is
+        not known (H200: 4,096 x 8,192 of 129 tokens 31 us, of 192 tokens 25).
         """
         plan = self.plan
         left = (rows - 1) % plan.tokens + 1
@@ -316,8 +316,8 @@ class MixedLinearSm90:
     @cute.jit
     def _step(self, step: Any, row_tile: Any, rows: Any, low: Any, high: Any) -> Any:
         """A tile's steps along K in another order, where CTAs have the same few tokens: every fourth tile of weight rows begins
-        at the same place, so that not all CTAs read the same lines of the tokens at a time. Equal rows of a head keep equal
-        logits, wherever they are.
+        at the same place, so that not all CTAs read the same lines of the tokens at a time. Float32 results keep one order of
+        sums: equal rows of a head have equal logits, wherever they are.
         """
         apart = rows <= _FEW_ROWS if cutlass.const_expr(self.plan.out == "bf16") else False
         if apart:
