@@ -161,6 +161,18 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
         assert requirement.specifier.contains(pinned[name]), f"{requirement} does not admit {pinned[name]}"
 
 
+def test_every_pin_is_for_the_oldest_python_too() -> None:
+    """A micro release, too: 3.11.2 is what Debian 12 has, and pip would find no version that it may install there."""
+    oldest = min(spec.version for spec in SpecifierSet(project()["requires-python"])) + ".0"
+    for name, version in pins().items():
+        try:
+            found = importlib.metadata.metadata(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for other platforms
+        if found["Version"].split("+")[0] == version:
+            assert SpecifierSet(found["Requires-Python"] or "").contains(oldest), f"{name} {version} is not for {oldest}"
+
+
 def test_both_supported_torch_versions_are_in_range() -> None:
     (torch_range,) = [r.specifier for r in requirements() if r.name == "torch"]
     assert torch_range.contains("2.11.0") and torch_range.contains("2.13.0")
