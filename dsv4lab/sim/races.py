@@ -513,17 +513,17 @@ class RaceChecker(Observer):
         return state
 
     def _arrival(self, origin: Origin, barrier: MBarrier) -> None:
-        self._alive(origin.site if isinstance(origin, Operation) else origin, self._mbarriers[barrier].cta)
+        state = self._mbarriers[barrier]
+        self._alive(origin.site if isinstance(origin, Operation) else origin, state.cta)
+        state.by = origin
         if isinstance(origin, Operation):
             task = self._tasks[origin.serial]
-            state = self._use(task, barrier, origin.site)
-            state.by = origin
+            self._use(task, barrier, origin.site)
             state.pending.merge(task.carried())
             return
         actor = self._actors[origin.cta, origin.warp]
         self._loads[origin.cta, origin.warp].reach(origin.pc)
-        state = self._use(actor, barrier, origin)
-        state.by = origin
+        self._use(actor, barrier, origin)
         state.pending.merge(actor.released if self._relaxed(origin) else Message(actor.causal, actor.fenced))
         actor.advance()
 
