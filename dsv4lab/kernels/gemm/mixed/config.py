@@ -18,7 +18,7 @@ _MARGIN = 2048  # barriers, and alignment of the buffers to 1024 bytes
 _MULTIPROCESSORS = 132  # of an H100 SXM or H200
 _ENOUGH = 100  # CTAs that keep the memory busy, with a ring full of weights in flight each
 _FOR_TWO = 180  # CTAs of half the memory that do
-_CLUSTERS = {1: 132, 2: 66, 4: 30}  # of so many CTAs that an H100 SXM or H200 runs at once, one a multiprocessor
+_CLUSTERS = {1: _MULTIPROCESSORS, 2: 66, 4: 30}  # of so many CTAs that an H100 SXM or H200 runs at once, one a multiprocessor
 # Microseconds of a tile, by (tokens, slabs), for 64 columns of K; what a narrow product saves of it; for its end, and more for
 # each result of a token and 128 rows. The same two of a cluster's sums. Fitted to 2,650 times of 24 to 2,048 tokens on an H200.
 _STEP_US = {
@@ -120,6 +120,14 @@ class MixedConfig:
         where stages are small, what it takes to know the time costs more).
         """
         return self.by_warp and self.chunks >= 4
+
+    @property
+    def apart(self) -> bool:
+        """Whether tiles of weight rows begin in different places of K: where CTAs have the same few tokens, so that not all
+        read the same lines of these at a time. Float32 results keep one order of sums: equal rows of a head have equal logits,
+        wherever they are.
+        """
+        return self.out == "bf16" and self.tokens <= 64
 
     @property
     def alternates(self) -> bool:
@@ -274,8 +282,7 @@ def choose(
 
     n: rows of the weight, both of a pair counted, of each of the groups; k: padded to whole pairs of tiles.
     """
-    tokens = next((t for t in (8, 16, 32) if m <= t), 64)
-    if tokens <= FEW:
+    if m <= FEW:
         return _few(fmt, out, m, n, k, paired, scaled, groups)
 
     def plan(tokens: int, slabs: int, cluster: int) -> MixedConfig:
@@ -312,14 +319,16 @@ def _time(config: MixedConfig, m: int, n: int, k: int, groups: int) -> float:
 
     whole, rest = divmod(m, config.tokens)
     narrow = next(w for w in config.widths if rest <= w)
-    full, part = whole * rows, rows if rest else 0
+    full, tiles = whole * rows, (whole + (rest > 0)) * rows
     places = _CLUSTERS[config.cluster] * config.resident
-    shared = min(max((full + part) * config.cluster / _MULTIPROCESSORS, 1.0), config.resident)  # CTAs of a multiprocessor
-    return shared * max(
-        -(-max(full - i, 0) // places) * tile(config.tokens)
-        + (-(-max(full + part - i, 0) // places) - -(-max(full - i, 0) // places)) * tile(narrow)
-        for i in {0, full % places, (full + part) % places, places - 1}
-    )
+    shared = min(max(tiles * config.cluster / _MULTIPROCESSORS, 1.0), config.resident)  # CTAs of a multiprocessor
+
+    def share(first: int) -> float:
+        """Of the CTA whose first tile has this number."""
+        wide, count = (-(-max(of - first, 0) // places) for of in (full, tiles))
+        return wide * tile(config.tokens) + (count - wide) * tile(narrow)
+
+    return shared * max(share(0), share(full % places))  # the first, and the first that has one whole tile less
 
 
 def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, groups: int) -> MixedConfig:

@@ -33,7 +33,7 @@ from dsv4lab.kernels.gemm.mixed.epilogue import Epilogue
 from dsv4lab.kernels.gemm.mixed.layout import SLAB, TILE, record_words
 from dsv4lab.kernels.gemm.mixed.multiply import advance, multiply_by_warp, multiply_by_warpgroup
 
-_BEGINNINGS, _FEW_ROWS = 4, 96  # places along K where tiles of weight rows begin, and tokens up to which they do
+_BEGINNINGS = 4  # places along K where tiles of weight rows begin
 _PACE = 64  # bytes a cycle at which an empty ring is filled; a CTA's share of the memory is 8 or 17
 _CARVEOUT = 100  # percent of the L1 for shared memory; named, or compiling with a minimum of CTAs would ask for a device
 _FEW_REGISTERS, _MANY_REGISTERS = 40, 232  # of loading and of multiplying threads, where a tile's sums need them
@@ -306,21 +306,23 @@ class MixedLinearSm90:
         left = (rows - 1) % plan.tokens + 1
         edge = Int32(rows)
         if rows > plan.tokens:
-            width = Int32(plan.widths[0])
-            for i in cutlass.range_constexpr(1, len(plan.widths)):
-                if left > plan.widths[i - 1]:
-                    width = Int32(plan.widths[i])
-            edge = rows - cutlass.min(width, cutlass.max(left, (plan.tokens + left) // 2))
+            edge = rows - cutlass.min(self._width(left), cutlass.max(left, (plan.tokens + left) // 2))
         return edge
 
     @cute.jit
-    def _step(self, step: Any, row_tile: Any, rows: Any, low: Any, high: Any) -> Any:
-        """A tile's steps along K in another order, where CTAs have the same few tokens: every fourth tile of weight rows begins
-        at the same place, so that not all CTAs read the same lines of the tokens at a time. Float32 results keep one order of
-        sums: equal rows of a head have equal logits, wherever they are.
-        """
-        apart = rows <= _FEW_ROWS if cutlass.const_expr(self.plan.out == "bf16") else False
-        if apart:
+    def _width(self, rows: Any) -> Any:
+        """Of the narrowest product that holds so many tokens."""
+        widths = self.plan.widths
+        width = Int32(widths[0])
+        for i in cutlass.range_constexpr(1, len(widths)):
+            if rows > widths[i - 1]:
+                width = Int32(widths[i])
+        return width
+
+    @cute.jit
+    def _step(self, step: Any, row_tile: Any, low: Any, high: Any) -> Any:
+        """Which of a tile's steps along K is the next: every fourth tile of weight rows begins at the same place."""
+        if cutlass.const_expr(self.plan.apart):
             step += row_tile % _BEGINNINGS * (high - low) // _BEGINNINGS
             if step >= high:
                 step -= high - low
@@ -359,7 +361,7 @@ class MixedLinearSm90:
         born = Int32(cute.arch.clock()) if cutlass.const_expr(plan.paced) else Int32(0)
         stage, phase = Int32(0), Int32(1)  # of the ring's empty barriers; the phase before the first counts as over
         for tile in cutlass.range(begin, end, stride, unroll=1):
-            matrix, row_tile, first, last = self._tile(tile, inner, alpha, y, tiles)
+            matrix, row_tile, _, _ = self._tile(tile, inner, alpha, y, tiles)
             slab = cutlass.min(row_tile * plan.slabs + lane, slabs - 1)  # past the last: never stored
             if cutlass.const_expr(plan.beside):
                 start = more_records[slab, 0, None].iterator.toint()
@@ -376,7 +378,7 @@ class MixedLinearSm90:
                 cute.arch.sync_warp()
                 if lane < plan.slabs:
                     target = shared_w[None, lane, stage].iterator
-                    at = self._step(step, row_tile, last - first, low, high)
+                    at = self._step(step, row_tile, low, high)
                     copy_bulk(target, start + at * (words * 4), words * 4, full + stage)
                 stage, phase = advance(plan.stages, stage, phase)
 
@@ -423,7 +425,7 @@ class MixedLinearSm90:
                 else:
                     row = (row if cutlass.const_expr(plan.single) else slots[row]) // top_k
             for step in cutlass.range(low, high, 1, unroll=1):
-                start = self._step(step, row_tile, last - first, low, high) * plan.chunks * TILE + column
+                start = self._step(step, row_tile, low, high) * plan.chunks * TILE + column
                 size = cutlass.max(cutlass.min(plan.chunks * TILE, x.shape[1] - start), 0) * 2
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 if lane == 0:
@@ -460,10 +462,7 @@ class MixedLinearSm90:
         for tile in cutlass.range(begin, end, stride, unroll=1):
             _, row_tile, first, last = self._tile(tile, inner, alpha, y, tiles)
             column = row_tile * plan.rows // group * (records.shape[1] * TILE)
-            filled = Int32(-(-plan.widths[0] // plan.box))  # boxes that the tile's product reads
-            for i in cutlass.range_constexpr(1, len(plan.widths)):
-                if last - first > plan.widths[i - 1]:
-                    filled = Int32(-(-plan.widths[i] // plan.box))
+            filled = cute.ceil_div(self._width(last - first), plan.box)  # boxes that the tile's product reads
             source = cute.local_tile(cute.domain_offset((first, column), x), (plan.box, TILE), (None, None))
             pairs = [
                 cpasync.tma_partition(load_x, 0, cute.make_layout(1), target, cute.group_modes(source, 0, 2))
@@ -472,7 +471,7 @@ class MixedLinearSm90:
             for step in cutlass.range(low, high, 1, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 barrier = full + stage
-                at = self._step(step, row_tile, last - first, low, high)
+                at = self._step(step, row_tile, low, high)
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(barrier, filled * (chunks * plan.box * TILE * 2))
                 for c in cutlass.range_constexpr(chunks):
