@@ -202,6 +202,16 @@ def test_activation_values(arch: str, dtype: torch.dtype) -> None:
     assert torch.equal(values.isnan(), gemm.quantize_activation(x, "nvfp4").isnan()) and factor.isfinite().all()
 
 
+def test_rows_come_to_l2_ahead() -> None:
+    """Of a scale each: no byte past the last row is asked for, and who asks is none the worse."""
+    x = wild(1059, 3072, BF16)
+    assert for_shape(*x.shape, source="x", element="bf16", out="nvfp4", scale="row", decoded=True).rows == 2
+    values, factor = simulated("sm_90a", api.activation_values, x, "nvfp4")
+    assert factor is not None
+    want, asked = gemm.quantize_activation(x, "nvfp4"), x.isfinite().all(-1)
+    assert torch.equal(bits((values.float() * factor[:, None]).bfloat16()[asked]), bits(want[asked]))
+
+
 def test_ragged_rows() -> None:
     for k, dtype in ((203, BF16), (130, F32)):
         x = wild(5, k, dtype)
@@ -241,6 +251,11 @@ def test_ctas_go_on_from_rows_to_rows(schedule: str, monkeypatch: pytest.MonkeyP
         assert for_shape(33, k, source="norm", element="bf16", out="fp8", group=group).streams
         got = simulated("sm_90a", api.rmsnorm_fp8, x, weight, eps=EPS, group=group, how=how)
         assert same(got, norm.rmsnorm_fp8(x, weight, eps=EPS, group=group))
+    weight[5], weight[300], weight[900] = torch.nan, torch.inf, 3e38  # groups of finite rows that are not finite
+    got = simulated("sm_90a", api.rmsnorm_fp8, x, weight, eps=EPS, group=128, how=how)
+    want = norm.rmsnorm_fp8(x, weight, eps=EPS, group=128)
+    assert torch.equal(bits(got[1]), bits(want[1])) and want[0].isnan().any() and not want[0].isnan().all()
+    assert torch.equal(got[0].float().nan_to_num(500.0), want[0].float().nan_to_num(500.0))  # a product's NaN has any sign
     if schedule == "random":
         return
     x, up, factor = wild(9, 512, BF16), wild(9, 512, BF16, seed=1), torch.rand(9)

@@ -18,6 +18,11 @@ def copy_bulk(target: Any, source: Any, size: Any, barrier: Any) -> None:
     )
 
 
+def prefetch_bulk(source: Any, size: Any) -> None:
+    """Neighbouring bytes of global memory into L2, ahead of who reads them; address and size: multiples of 16."""
+    cute.arch.inline_ptx("cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};", read_only_args=[source, Int32(size)])
+
+
 def copy_async(target: Any, source: Any, count: int) -> None:
     """4, 8 or 16 bytes from global memory into shared memory, on their way."""
     code = f"cp.async.{'cg' if count == 16 else 'ca'}.shared.global [{{$r0}}], [{{$r1}}], {count};"

@@ -73,6 +73,11 @@ def _max_u16x2(a: Any, b: Any) -> Any:
     return _packed("max.u16x2", a, b)
 
 
+def _max_magnitudes(a: Any, b: Any) -> Any:
+    """Of BF16 in pairs, under signs of no meaning; a NaN where one is."""
+    return _packed("max.NaN.xorsign.abs.bf16x2", a, b)
+
+
 def _max_bf16x2(a: Any, b: Any) -> Any:
     return _packed("max.bf16x2", a, b)
 
@@ -170,6 +175,12 @@ def amax_bits(magnitudes: list[Any], element: str) -> Any:
     return max_u32(pair << 16, pair & Uint32(0xFFFF0000))
 
 
+def amax_bits_of_bf16(words: list[Any]) -> Any:
+    """The same of words with signs, for which magnitudes are needed for nothing else."""
+    pair = tree(_max_magnitudes, words)
+    return max_u32((pair << 16) & Uint32(0x7FFF0000), pair & Uint32(0x7FFF0000))
+
+
 def number_amax_bits(magnitudes: list[Any], element: str) -> Any:
     """The largest magnitude among numbers, which maxima of floats prefer to NaNs, as bits of a float32; a NaN's if all are."""
     if element == "bf16":
@@ -200,13 +211,17 @@ def from_e4m3(pair: Any) -> tuple[Any, Any]:
 @cute.jit
 def e8m0_ceil(bits: Any, max_code_bits: cutlass.Constexpr, floor_bits: cutlass.Constexpr) -> Any:
     """(byte, 2^-exponent) of the smallest power of two s with amax / s <= max_code; a NaN gives 255 and NaN."""
-    amax = max_u32(min_u32(bits, Uint32(_F32_MAX_BITS)), Uint32(floor_bits))
-    more = Uint32(1) if (amax & Uint32(0x7FFFFF)) > Uint32(max_code_bits & 0x7FFFFF) else Uint32(0)
-    byte = (amax >> 23) + Uint32(127 - (max_code_bits >> 23)) + more
-    inverse = ((Uint32(254) - byte) << 23).bitcast(Float32)
+    byte, inverse = e8m0_of_number(min_u32(bits, Uint32(_F32_MAX_BITS)), max_code_bits, floor_bits)
     if bits > Uint32(INFINITY_BITS):
         byte, inverse = Uint32(255), Uint32(0x7FC00000).bitcast(Float32)
     return byte, inverse
+
+
+def e8m0_of_number(bits: Any, max_code_bits: int, floor_bits: int) -> tuple[Any, Any]:
+    """The same of an amax that is finite: a significand above the code's carries into the exponent."""
+    carry = 0x7FFFFF - (max_code_bits & 0x7FFFFF) + ((127 - (max_code_bits >> 23)) << 23)
+    byte = (max_u32(bits, Uint32(floor_bits)) + Uint32(carry & 0xFFFFFFFF)) >> 23
+    return byte, ((Uint32(254) - byte) << 23).bitcast(Float32)
 
 
 # ---- blocks of NVFP4 ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ float32 weights in shared memory once, and a chunk's registers take the next row
 are under way while the rest is encoded. That needs registers to spare: where they are spilled, the warp waits for its loads.
 
 Instructions a value at K = 4096, those of the usual way counted in sm_90a's code: NVFP4 of a given scale 9.0, of a row's 12.1;
-MXFP4 9.8; FP8 8.9; norms of FP8 18.4, SwiGLU's of NVFP4 22; 80 registers at most. At 1.75 GHz, 528 schedulers take 1.13 us for
+MXFP4 9.8; FP8 8.9; norms of FP8 14.6, SwiGLU's of NVFP4 22; 80 registers at most. At 1.75 GHz, 528 schedulers take 1.13 us for
 an instruction a value of 8192 x 4096 where every slot is used, and 9 us for a conversion to float64 of each.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
@@ -31,7 +31,7 @@ from cutlass import Boolean, Float32, Float64, Int32, Int64, Uint8, Uint16, Uint
 from cutlass.memory import SmemAllocator
 
 from dsv4lab.formats import ATOM_ROWS, E2M1_MAX, E4M3_MAX
-from dsv4lab.kernels._common.ptx import store_global
+from dsv4lab.kernels._common.ptx import prefetch_bulk, store_global
 from dsv4lab.kernels.quant.rows import blocks as blk
 from dsv4lab.kernels.quant.rows import encode as enc
 from dsv4lab.kernels.quant.rows import table
@@ -39,6 +39,7 @@ from dsv4lab.kernels.quant.rows.config import CHUNK, WARP, RowsConfig
 from dsv4lab.kernels.quant.rows.sources import RowSources, halves
 
 RANGE = E2M1_MAX * E4M3_MAX  # largest code times largest block scale
+_AHEAD = 528  # CTAs, four for each multiprocessor of an H200: rows with a scale each come to L2 before their own CTA
 _CARVEOUT = 8  # percent of the L1 for shared memory; named, or compiling with a minimum of CTAs would ask for a device
 _SHARED, _SHARED_CTA = 228 * 1024, 2048  # bytes of a multiprocessor; a CTA's beside the norm's weights, 1 KiB reserved
 F32_TINY = 2.0**-126
@@ -160,6 +161,10 @@ class QuantizeRows(RowSources):
         for step in cutlass.range(block, (padded + config.rows - 1) // config.rows, grid, unroll=1):
             row = step * config.rows + thread // config.threads
             mine = cutlass.min(row, rows - 1)  # threads past the last row repeat it, and store nothing
+            if cutlass.const_expr(config.scale == "row" and config.source == "x"):
+                ahead, size = row + _AHEAD * config.rows, self.columns * (4 * config.words // CHUNK)
+                if thread % config.threads == 0 and ahead < rows:
+                    prefetch_bulk(x.iterator.toint() + Int64(ahead) * size, size)
             held = self._values(x, other, row_weight, mine, thread, per_column, eps, limit)
             if cutlass.const_expr(config.out == "amax"):
                 for c in cutlass.range_constexpr(config.chunks):
@@ -251,7 +256,7 @@ class QuantizeRows(RowSources):
                     words = self._scaled_words(words, factors, high, low)
                 for i in cutlass.range_constexpr(config.words):
                     part[i] = words[i]
-                if cutlass.const_expr(config.source == "norm"):
+                if cutlass.const_expr(config.source == "norm" and config.out == "nvfp4"):
                     self._far(part, x, other, cutlass.min(row, rows - 1), c, thread, square, near)
                 if more:
                     self._take(held, second, c, x, other, following)
@@ -259,8 +264,10 @@ class QuantizeRows(RowSources):
                 if cutlass.const_expr(config.out == "fp8"):
                     lanes = config.group // CHUNK
                     words, out = self._words(part, 0), cute.make_rmem_tensor((CHUNK // 4,), Uint32)
-                    bits, byte, inverse = self._group_scale(enc.absolute(words, config.element))
-                    blk.e4m3(out, words, bits, inverse, config.element)
+                    bits = self._over_group(enc.amax_bits_of_bf16(words))
+                    byte, inverse = enc.e8m0_of_number(bits, blk.E4M3_MAX_BITS, blk.FP8_FLOOR_BITS)
+                    blk.e4m3_of_numbers(out, words, inverse, config.element)
+                    near = near and bits < Uint32(enc.INFINITY_BITS)
                     if row < rows:
                         if at % lanes == 0:
                             enc.store_byte(scale.iterator.toint() + Int64(at // lanes), distance // lanes, byte)
@@ -275,7 +282,25 @@ class QuantizeRows(RowSources):
                             enc.store_byte(scale.iterator.toint() + Int64(at), distance, byte)
                         target = codes.iterator.toint() + Int64(at) * (CHUNK // 2)
                         store_global(target, [out[0], out[1]], distance * (CHUNK // 2))
+            if cutlass.const_expr(config.out == "fp8"):
+                self._again(near, x, other, codes, scale, row, thread, square)
             share, at, row = next_share, following, beyond
+
+    @cute.jit
+    def _again(self, near: Any, x: Any, weight: Any, codes: Any, scale: Any, row: Any, thread: Any, square: Any) -> None:
+        """Chunks of FP8 by ways that are good for any values, over what the usual ones left, where one of the warp is not near
+        or has no finite values. One code for all chunks, away from the others': within it, it would be the larger part.
+        """
+        config, rows = self.config, x.shape[0]
+        if cute.arch.vote_any_sync(not near):
+            mine, inverse = cutlass.min(row, rows - 1), self._root(square)
+            for c in cutlass.range(config.chunks, unroll=1):
+                chunk, out = self._chunk(c, thread), cute.make_rmem_tensor((CHUNK // 4,), Uint32)
+                words = self._far_words(x, weight, mine, c, thread, inverse)
+                bits, byte, factor = self._group_scale(enc.amax_bits_of_bf16(words))
+                blk.e4m3(out, words, bits, factor, config.element)
+                self._store_scale(scale, byte, row, rows, chunk, config.group // CHUNK)
+                self._store_e4m3([out[i] for i in range(CHUNK // 4)], byte, codes, row, rows, chunk, thread)
 
     @cute.jit
     def _take(self, held: Any, second: Any, c: cutlass.Constexpr, x: Any, other: Any, at: Any) -> None:
@@ -347,7 +372,7 @@ class QuantizeRows(RowSources):
         for c in cutlass.range_constexpr(config.chunks):
             words = self._words(held, c)
             magnitudes = enc.absolute(words, config.element)
-            bits, byte, inverse = self._group_scale(magnitudes)
+            bits, byte, inverse = self._group_scale(enc.amax_bits(magnitudes, config.element))
             signs = cute.make_rmem_tensor((config.words,), Uint32)
             if cutlass.const_expr(not fp8):
                 for i in cutlass.range_constexpr(config.words):
@@ -373,15 +398,17 @@ class QuantizeRows(RowSources):
             else:
                 self._scaled_nibbles(magnitudes, signs, bits, inverse, codes, row, rows, chunk)
 
-    def _group_scale(self, magnitudes: list[Any]) -> tuple[Any, Any, Any]:
+    def _group_scale(self, bits: Any) -> tuple[Any, Any, Any]:
         """Of MXFP4 or FP8: (bits of the largest magnitude of neighbouring threads, byte of the scale, 1 / scale)."""
-        config = self.config
-        fp8 = config.out == "fp8"
-        bits = enc.amax_bits(magnitudes, config.element)
-        for distance in halves(config.group // CHUNK):
-            bits = enc.max_u32(bits, cute.arch.shuffle_sync_bfly(bits, distance))
+        fp8, bits = self.config.out == "fp8", self._over_group(bits)
         limit, floor = (blk.E4M3_MAX_BITS, blk.FP8_FLOOR_BITS) if fp8 else (_E2M1_MAX_BITS, _MXFP4_FLOOR_BITS)
         return bits, *enc.e8m0_ceil(bits, limit, floor)
+
+    def _over_group(self, bits: Any) -> Any:
+        """The largest among threads that share a block scale."""
+        for distance in halves(self.config.group // CHUNK):
+            bits = enc.max_u32(bits, cute.arch.shuffle_sync_bfly(bits, distance))
+        return bits
 
     @cute.jit
     def _scaled_nibbles(

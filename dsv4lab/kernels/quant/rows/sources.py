@@ -37,7 +37,7 @@ class RowSources:
     factors: Any
     columns: Any
 
-    def _chunk(self, c: int, thread: Any) -> Any:
+    def _chunk(self, c: Any, thread: Any) -> Any:
         """The number of a thread's c-th chunk in its row."""
         return c * self.config.threads + thread % self.config.threads
 
@@ -107,7 +107,7 @@ class RowSources:
                 for i in cutlass.range_constexpr(config.words):
                     held[c * config.words + i] = words[i]
         else:
-            inverse = Float64(1.0) / _sqrt64(square)
+            inverse = self._root(square)
             for c in cutlass.range_constexpr(config.chunks):
                 words = self._far_words(x, weight, row, c, thread, inverse)
                 for i in cutlass.range_constexpr(config.words):
@@ -150,11 +150,15 @@ class RowSources:
     def _far(self, held: Any, x: Any, weight: Any, row: Any, c: cutlass.Constexpr, thread: Any, square: Any, near: Any) -> None:
         """The words of one chunk, by float64, where the row is not near."""
         if not near:
-            words = self._far_words(x, weight, row, c, thread, Float64(1.0) / _sqrt64(square))
+            words = self._far_words(x, weight, row, c, thread, self._root(square))
             for i in cutlass.range_constexpr(self.config.words):
                 held[i] = words[i]
 
-    def _far_words(self, x: Any, weight: Any, row: Any, c: int, thread: Any, inverse: Any) -> list[Any]:
+    def _root(self, square: Any) -> Any:
+        """1 / rms of any mean square, as float64."""
+        return Float64(1.0) / _sqrt64(square)
+
+    def _far_words(self, x: Any, weight: Any, row: Any, c: Any, thread: Any, inverse: Any) -> list[Any]:
         """The same by float64, of a chunk that is loaded again: the compiler would do this beside the usual way, and select."""
         config = self.config
         mine = cute.make_rmem_tensor((config.words,), Uint32)
@@ -163,7 +167,7 @@ class RowSources:
         values = _wide([mine[i] for i in range(config.words)], config.element)
         return enc.words_of([(values[i] * inverse * w[i]).to(Float32) for i in range(CHUNK)], config.element)
 
-    def _factors(self, weight: Any, c: int, thread: Any) -> list[Any]:
+    def _factors(self, weight: Any, c: Any, thread: Any) -> list[Any]:
         """The words of the weights of a thread's c-th chunk."""
         words = CHUNK // 2 if self.config.weight == "bf16" else CHUNK
         held = cute.make_rmem_tensor((words,), Uint32)
