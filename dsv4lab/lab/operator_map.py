@@ -258,8 +258,11 @@ def best(rows: Sequence[dict[str, Any]]) -> str:
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------------
-def _links(paths: Iterable[str]) -> str:
-    return ", ".join(f"[{_short(path)}](../{path})" for path in paths) or NONE
+def _links(paths: Iterable[str], known: dict[str, str]) -> str:
+    """Names of files; known takes where each leads, which the page says once."""
+    found = {_short(path): path for path in paths}
+    known |= found
+    return ", ".join(f"[{name}]" for name in found) or NONE
 
 
 def _short(path: str) -> str:
@@ -282,10 +285,14 @@ def render() -> str:
         f"| Operation | Spec | Oracle | {' | '.join(arches)} | Tests | Notebooks |",
         "|---" * (5 + len(arches)) + "|",
     ]
+    known: dict[str, str] = {}
     for operation in listed:
-        cells = [f"`{operation.name}`", operation.sections, f"[{operation.oracle}](../{operation.oracle_file})"]
-        cells += [_links(operation.kernels.get(arch, ())) for arch in arches]
-        cells += [_links(operation.tests), _links(Path(n).with_suffix(".ipynb").as_posix() for n in operation.notebooks)]
+        module, _, function = operation.oracle.partition(".")
+        known[f"reference.{module}"] = operation.oracle_file
+        cells = [f"`{operation.name}`", operation.sections, f"[reference.{module}].{function}"]
+        notebooks = (Path(n).with_suffix(".ipynb").as_posix() for n in operation.notebooks)
+        cells += [_links(operation.kernels.get(arch, ()), known) for arch in arches]
+        cells += [_links(operation.tests, known), _links(notebooks, known)]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
@@ -307,6 +314,7 @@ def render() -> str:
             lines.append(f"| `{name}` | {device.upper()} | {best(few)} | {best(many)} |")
         if not there:
             lines.append(f"| `{name}` | {NONE} | {NONE} | {NONE} |")
+    lines += ["", *(f"[{name}]: ../{path}" for name, path in sorted(known.items()))]
     return "\n".join(lines) + "\n"
 
 

@@ -179,7 +179,7 @@ def _page(data: dict[str, Any], figures: dict[str, list[dict[str, str]]], beside
     environment.filters |= {
         "number": _number,
         "utc": utc,
-        "cosine": lambda value: f"{value:.8f}" if isinstance(value, float) else str(value),
+        "cosine": lambda value: f"{round(value, 8):.10g}" if isinstance(value, float) else str(value),
     }
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(figures=figures, beside=beside, plain=_plain, **data)
