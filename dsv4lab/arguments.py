@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 PEAK_IDS = 128  # ids of the vocabulary that share a peak
+LEAST_EPS = 1e-30  # keeps 1 / rms a float32
 
 
 def check_shape(name: str, value: torch.Tensor, want: Sequence[int]) -> None:
@@ -50,6 +52,19 @@ def check_limit(limit: float) -> None:
         raise ValueError(f"limit must be positive and finite, got {limit}")
 
 
+def check_experts(x: torch.Tensor, w1: Any, w3: Any, w2: Any, *, stacked: bool) -> None:
+    """Packed weights for x (M, D): w1, w3 (E, I, D), w2 (E, D, I), without E where not `stacked`; of w1 and w3 both have an
+    input_scale, or none. Raises ValueError.
+    """
+    if x.dim() != 2 or w1.codes.dim() != 2 + stacked or w1.shape[-1] != x.shape[1]:
+        raise ValueError(f"w1 must be ({'E, ' * stacked}I, D) for x (M, D), got {w1.shape} and {tuple(x.shape)}")
+    for name, weight, want in (("w3", w3, w1.shape), ("w2", w2, (*w1.shape[:-2], w1.shape[-1], w1.shape[-2]))):
+        if weight.shape != want:
+            raise ValueError(f"{name} must be {want} for w1 {w1.shape}, got {weight.shape}")
+    if (w1.input_scale is None) != (w3.input_scale is None):
+        raise ValueError("w1 and w3 must have both an input_scale or none, got one")
+
+
 def check_top_k(top_k: int, experts: int) -> None:
     """Of a router. Raises ValueError."""
     if not 1 <= top_k <= experts:
@@ -62,6 +77,21 @@ def check_ring(window: int, ring_len: int) -> None:
         raise ValueError(f"window must be 1 to ring_len = {ring_len}, got {window}")
 
 
+def check_state(state: torch.Tensor, ratio: int, overlap: bool) -> None:
+    """A compressor's ring, (num_seqs, R, 2, o d), holds what an entry pools. Raises ValueError."""
+    if ratio < 1:
+        raise ValueError(f"ratio must be at least 1, got {ratio}")
+    span = ratio * (2 if overlap else 1)
+    if state.dim() != 4 or state.shape[1] < span:
+        raise ValueError(f"state must have R >= {span}, got {tuple(state.shape)}")
+
+
+def check_eps(eps: float) -> None:
+    """Of a norm. Raises ValueError."""
+    if not LEAST_EPS <= eps < float("inf"):
+        raise ValueError(f"eps must be finite and at least {LEAST_EPS}, got {eps}")
+
+
 def check_max_entries(most: int | None) -> None:
     """What queries see at most, if that is told. Raises ValueError."""
     if most is not None and most < 0:
@@ -72,7 +102,7 @@ def check_routing(x: torch.Tensor, weights: torch.Tensor, expert_idx: torch.Tens
     """What a router gives for tokens x (M, D). Raises ValueError on shapes, TypeError on dtypes."""
     if weights.dtype != torch.float32 or expert_idx.dtype != torch.int64:
         raise TypeError(f"weights must be float32 and expert_idx int64, got {weights.dtype} and {expert_idx.dtype}")
-    if expert_idx.dim() != 2 or expert_idx.shape[0] != x.shape[0]:
+    if expert_idx.dim() != 2 or expert_idx.shape[0] != x.shape[0] or not expert_idx.shape[1]:
         raise ValueError(f"expert_idx must be (M, k) for x (M, D), got {tuple(expert_idx.shape)} for {tuple(x.shape)}")
     if weights.shape != expert_idx.shape:
         raise ValueError(f"weights must be one an id, {tuple(expert_idx.shape)}, got {tuple(weights.shape)}")

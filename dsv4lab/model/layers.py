@@ -67,6 +67,13 @@ def share_input_scale(first: Linear, second: Linear) -> None:
         second.input_scale = a
 
 
+def one_input_scale(first: _PackedModule, second: _PackedModule) -> None:
+    """Of gate and up, which quantise one x: the larger of both, which neither saturates at, should a checkpoint's differ."""
+    a, b = first.weight.input_scale, second.weight.input_scale
+    if a is not None and b is not None:
+        first.input_scale = second.input_scale = torch.maximum(a, b)
+
+
 class GroupedLinear(Linear):
     """One matrix a group, rows of a group contiguous: the low-rank half of the output projection."""
 

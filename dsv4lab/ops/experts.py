@@ -49,7 +49,7 @@ def swiglu_nvfp4(
     return codes, block_scale, used.clone() if used is global_scale else used
 
 
-@operator(fake=lambda x, *_, **__: torch.empty_like(x, dtype=torch.float32))
+@operator(fake=lambda x, *_, **__: x.new_empty(x.shape, dtype=torch.float32))
 def _moe_experts(
     x: Tensor,
     weights: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dsv4lab.arguments import check_limit, check_routing, check_shape, check_top_k
+from dsv4lab.arguments import check_experts, check_limit, check_routing, check_shape, check_top_k
 from dsv4lab.formats import PackedWeight
 from dsv4lab.paging import check_range
 from dsv4lab.reference.gemm import linear, matmul_rows
@@ -68,7 +68,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, row_weight: torch.Tensor | None
     if row_weight is not None:
         check_shape("row_weight", row_weight, gate.shape[:-1])
     h = clamped_swiglu(gate, up, limit=limit)
-    return (h if row_weight is None else h * row_weight[..., None]).to(gate.dtype)
+    return (h if row_weight is None else h * row_weight[..., None]).to(gate.dtype).contiguous()
 
 
 def swiglu_fp8(
@@ -111,6 +111,7 @@ def expert(
     x (M, D); w1, w3 (I, D); w2 (D, I); row_weight (M,) f32, applied before w2 as the model's reference does
     -> (M, D) of x.dtype.  Raises as `swiglu` and `linear`.  Source: spec 5.2, 5.4.
     """
+    check_experts(x, w1, w3, w2, stacked=False)
     h = swiglu(linear(x, w1, act=act), linear(x, w3, act=act), row_weight, limit=limit)
     return linear(h, w2, act=act)
 
@@ -135,6 +136,7 @@ def moe(
     check_limit(limit)
     for weight in (w1, w3, w2):
         weight.check()
+    check_experts(x, w1, w3, w2, stacked=True)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in expert_idx[(expert_idx >= 0) & (expert_idx < w1.shape[0])].unique().tolist():
         rows, slot = (expert_idx == e).nonzero(as_tuple=True)
@@ -174,4 +176,4 @@ def moe_combine(routed: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     Raises ValueError on shapes.
     """
     check_shape("routed", routed, shared.shape)
-    return (routed + shared.float()).to(shared.dtype)
+    return (routed + shared.float()).to(shared.dtype).contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -312,6 +313,36 @@ def test_choices_fit() -> None:
     alone = choose_grouped("nvfp4", "bf16", 6, 256, 384, 7168, paired=True, slotted=True, gather=True, scaled="no", single=True)
     alone.check()
     assert alone.room == 1 and alone.token_bytes == alone.token_pitch  # a tile is one row
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_grouped_choices_fit_every_load(fmt: str) -> None:
+    """The second product of BF16 experts at 33 to 64 rows each did not."""
+    for rows, slotted, k in product((6, 60, 6150, 9000, 49152), (True, False), (256, 640, 2048, 7168)):
+        config = choose_grouped(
+            fmt, "bf16", rows, 256, 256, k, paired=slotted, slotted=slotted, gather=False, scaled="no", single=False
+        )
+        config.check()
+        assert k // 64 % config.chunks == 0 and not (config.alternates and k // 64 % 2)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sim"])
+def test_matrices_that_are_no_experts_are_refused(backend: str) -> None:
+    x, (weights, ids) = torch.zeros(1, 64, dtype=torch.bfloat16), routing(1, 4, 2, seed=1)
+    w1, w3, w2 = matrices("nvfp4", 4, 64, 64)
+    one = replace(w1, input_scale=torch.ones(4))
+    how: dict[str, Any] = dict(limit=LIMIT, act="none")
+    with dsv4lab.backend(backend, **dict(arch=ARCH) if backend == "sim" else {}):
+        for wrong, message in (
+            ((w1, w3, matrices("nvfp4", 2, 64, 64)[2]), r"w2 must be \(4, 64, 64\) for w1 \(4, 64, 64\), got \(2, 64, 64\)"),
+            ((w1, matrices("nvfp4", 4, 64, 128)[1], w2), r"w3 must be \(4, 64, 64\)"),
+            ((w1[0], w3[0], w2[0]), r"w1 must be \(E, I, D\) for x \(M, D\)"),
+            ((one, w3, w2), "w1 and w3 must have both an input_scale or none, got one"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                ops.moe(x, weights, ids, *wrong, **how)
+        with pytest.raises(ValueError, match=r"w2 must be \(64, 64\)"):
+            ops.shared_expert(x, w1[0], w3[0], matrices("nvfp4", 4, 64, 128)[2][0], **how)
 
 
 def test_bad_input_is_refused() -> None:

@@ -32,6 +32,23 @@ def test_a_linear_in_float32_is_the_reference_s(fmt: str, act: str) -> None:
     assert simulated.launches and worst(y, gemm.linear(x, weight, act=act)) < F32_BOUND
 
 
+@pytest.mark.parametrize("value", [3.4e38, torch.inf, -torch.inf, torch.nan])
+def test_numbers_beyond_bf16_are_the_reference_s(value: float) -> None:
+    x, weight = torch.zeros(2, 64), torch.eye(64)[:8].bfloat16()
+    x[0, 0], x[1, 1] = value, 1.0
+    with ops.backend("sim", arch="sm_90a"):
+        assert torch.equal(ops.lm_head(x, weight).nan_to_num(7.0, 8.0, 9.0), gemm.lm_head(x, weight).nan_to_num(7.0, 8.0, 9.0))
+
+
+def test_rows_may_lie_anywhere() -> None:
+    """At addresses that are no multiples of 16, with strides that one row does not use."""
+    big, weight = torch.randn(1025).bfloat16(), torch.randn(16, 64).bfloat16()
+    for x in (big[1:].view(16, 64), big[1:1025].as_strided((1, 64), (7, 1))):
+        with ops.backend("sim", arch="sm_90a"):
+            y, (w, _) = ops.lm_head(x, weight), ops.router_topk(x, weight, torch.zeros(16), top_k=2, route_scale=1.0)
+        assert worst(y, gemm.lm_head(x, weight)) < F32_BOUND and torch.allclose(w.sum(-1), torch.ones(len(x)))
+
+
 def test_groups_and_the_head_are_the_reference_s() -> None:
     g = torch.Generator().manual_seed(3)
     x, weight = torch.randn(6, 2, 256, generator=g), trained_weight("fp8_block", 128, 256, seed=4)

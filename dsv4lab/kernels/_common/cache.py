@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -59,7 +60,7 @@ _loaded: dict[tuple[str, Any, str, tuple[str, ...]], Callable[..., Any]] = {}
 def kernel(module: str, config: Any, build: Build, runtime: Runtime) -> Callable[..., Any]:
     """The compiled host function of a kernel, ready for `runtime`: from memory, from disk, or compiled now.
 
-    module: the name of the module that builds the kernel; its source, and that of what it imports from this package, is part
+    module: the name of the kernel's module; its source, and that of `build`'s, with what they import from this package, is part
     of the key. config: a frozen dataclass, whose repr is, too. build: gives the `@cute.jit` callable and its example
     arguments; called only when there is no entry.
     """
@@ -70,7 +71,7 @@ def kernel(module: str, config: Any, build: Build, runtime: Runtime) -> Callable
             "config": repr(config),
             "arch": runtime.arch,
             "machine": platform.machine(),
-            "sources": fingerprint(module),
+            "sources": [fingerprint(module), fingerprint(build.__module__)],
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
             "format": FORMAT,
         }
@@ -186,15 +187,15 @@ def write(path: Path, source: dict[str, Any], compiled: Compiled) -> None:
         with suppress(FileNotFoundError):  # another process's, which is done with it
             if time.time() - litter.stat().st_mtime > _STALE_S:
                 litter.unlink()
-    handle, scratch = tempfile.mkstemp(suffix=".part", dir=path.parent)
+    scratch = path.with_name(f"{path.stem}-{os.getpid()}-{threading.get_ident()}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with scratch.open("wb") as file:  # whoever may read the folder may read the entry
             file.write(json.dumps(header).encode() + b"\n" + payload)
             file.flush()
             os.fsync(file.fileno())
-        Path(scratch).replace(path)
+        scratch.replace(path)
     finally:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -13,3 +13,9 @@ FLOATS = tuple(ELEMENT)
 def contiguous(tensors: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
     """Copies where a tensor is not contiguous; None stays."""
     return tuple(t if t is None else t.contiguous() for t in tensors)
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous, with the strides of its shape, from an address that is a multiple of 16; a copy, where x is not."""
+    x = x.contiguous().flatten().view(x.shape)
+    return x.clone() if x.data_ptr() % 16 else x

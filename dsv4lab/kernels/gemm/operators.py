@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dsv4lab.formats import BF16, FP8_BLOCK, NVFP4, PackedWeight, get_format, to_atom128x4, weights_of
-from dsv4lab.kernels._common.elements import FLOATS
+from dsv4lab.kernels._common.elements import FLOATS, dense
 from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.gemm.mixed.api import linear
 from dsv4lab.kernels.gemm.mixed.layout import GROUP_ROWS, K_PAD, PLANES
@@ -25,8 +25,8 @@ def activations(x: torch.Tensor, act: str, input_scale: torch.Tensor | None) -> 
     An act of "none" takes bf16 alone. The factor is (M,), or (1,) where one input_scale is given: `factor_of`.
     """
     if act == "none":
-        return x.contiguous(), None
-    values, factor = activation_values(x.contiguous(), act, input_scale)
+        return dense(x), None
+    values, factor = activation_values(dense(x), act, input_scale)
     if factor is not None and input_scale is not None and input_scale.numel() == 1:
         return values, input_scale.reshape(1)
     return values, None if factor is None else factor.contiguous()
@@ -89,9 +89,11 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 def _exact(x: torch.Tensor, weight: Any) -> torch.Tensor:
     """x W^T in float32 for float32 x, whose three parts are rows of one product."""
-    high = x.bfloat16()
-    middle = (x - high).bfloat16()
-    parts = torch.cat([high, middle, (x - high - middle).bfloat16()])
+    most = torch.finfo(torch.bfloat16).max
+    high = torch.where(x.isfinite(), x.clamp(-most, most), x).bfloat16()
+    rest = torch.where(high.isfinite(), x - high, 0.0)
+    middle = rest.bfloat16()
+    parts = torch.cat([high, middle, (rest - middle).bfloat16()])
     return linear(parts, weight, out_dtype=torch.float32).unflatten(0, (_PARTS, -1)).flip(0).sum(0)
 
 
@@ -115,7 +117,7 @@ def grouped_linear_sm90(
 def lm_head_sm90(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`lm_head` on Hopper."""
     ready = prepared(PackedWeight(BF16, weight))
-    return _exact(x, ready) if x.dtype == torch.float32 else linear(x.contiguous(), ready, out_dtype=torch.float32)
+    return _exact(x, ready) if x.dtype == torch.float32 else linear(dense(x), ready, out_dtype=torch.float32)
 
 
 def two_linears_sm100(
@@ -148,7 +150,7 @@ def linear_sm100(
     scales of the weight are brought into atom128x4 order by torch, at every call.
     """
     _weight(fmt, codes, scale, global_scale, input_scale).check()
-    rows = x.contiguous()
+    rows = dense(x)
     if input_scale is None:
         x_codes, x_scale, row_scale = quantize_nvfp4(rows, layout="atom128x4", per_row=True)
     else:
@@ -192,8 +194,9 @@ def _linear_sm90_refuses(
     act: str,
     out_dtype: torch.dtype | None,
 ) -> str | None:
-    if x.ndim != 2 or out_dtype not in (None, *FLOATS):
-        return f"x must be (M, K) and the output bfloat16 or float32, got {tuple(x.shape)} and {out_dtype}"
+    if x.ndim != 2 or codes.ndim != 2 or out_dtype not in (None, *FLOATS):
+        shapes = f"{tuple(x.shape)}, {tuple(codes.shape)}"
+        return f"x must be (M, K), weight (N, K) and the output bfloat16 or float32, got {shapes} and {out_dtype}"
     return why_not_mixed(x, fmt, codes, scale, act)
 
 
@@ -206,6 +209,8 @@ def _grouped_sm90_refuses(
     input_scale: torch.Tensor | None,
     act: str,
 ) -> str | None:
+    if x.ndim != 3 or not x.shape[1]:
+        return f"x must be (M, G, K) with a group at least, got {tuple(x.shape)}"
     groups = x.shape[1]
     if x.shape[2] % K_PAD or codes.shape[0] % (groups * GROUP_ROWS):
         return (
@@ -217,8 +222,8 @@ def _grouped_sm90_refuses(
 
 def why_not_head(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     """Why the mixed kernel is no head for such operands; None where it is."""
-    if weight.dtype != torch.bfloat16:
-        return f"weight must be bfloat16, got {weight.dtype}"
+    if weight.dtype != torch.bfloat16 or x.ndim != 2:
+        return f"weight must be bfloat16 and x (M, K), got {weight.dtype} and {tuple(x.shape)}"
     return why_not_mixed(x, BF16.name, weight, None, "none")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv4lab.formats import BF16, PackedWeight, weights_of
-from dsv4lab.kernels._common.elements import FLOATS, contiguous
+from dsv4lab.kernels._common.elements import FLOATS, contiguous, dense
 from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.gemm.mixed.api import Draws, linear_peaks, partial_argmax, partial_sample
 from dsv4lab.kernels.gemm.mixed.config import FEW
@@ -28,12 +28,12 @@ def lm_head_greedy(x: Tensor, weight: Tensor) -> Tensor:
     """`ops.lm_head_greedy`: no logits in memory, but for float32 x, whose logits are sums of three products."""
     if x.dtype == torch.float32:
         return lm_head_sm90(x, weight).argmax(-1)
-    return pick_largest(partial_argmax(x.contiguous(), prepared(PackedWeight(BF16, weight))))
+    return pick_largest(partial_argmax(dense(x), prepared(PackedWeight(BF16, weight))))
 
 
 def lm_head_peaks(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """`ops.lm_head_peaks`."""
-    return linear_peaks(x.contiguous(), prepared(PackedWeight(BF16, weight)))
+    return linear_peaks(dense(x), prepared(PackedWeight(BF16, weight)))
 
 
 def lm_head_sample(x: Tensor, weight: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def lm_head_sample(x: Tensor, weight: Tensor, temperature: Tensor, seed: Tensor,
     temperature, seed, position = temperature.contiguous(), seed.contiguous(), position.contiguous()
     if x.dtype == torch.bfloat16 and x.shape[0] <= FEW:
         draws = Draws(temperature, seed, position)
-        return pick_largest(partial_sample(x.contiguous(), prepared(PackedWeight(BF16, weight)), draws))
+        return pick_largest(partial_sample(dense(x), prepared(PackedWeight(BF16, weight)), draws))
     off = torch.zeros_like(seed), torch.ones_like(temperature)
     return api.sample(lm_head_sm90(x, weight), temperature, *off, seed, position)
 

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import torch
 
-from dsv4lab.arguments import check_routing
+from dsv4lab.arguments import check_experts, check_limit, check_routing
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels._common.aside import Aside
+from dsv4lab.kernels._common.elements import dense
 from dsv4lab.kernels.gemm.mixed.api import Slots, Tiles, grouped, linear
 from dsv4lab.kernels.gemm.mixed.config import FEW, grouped_tokens, requantises
 from dsv4lab.kernels.gemm.mixed.prepared import prepared
@@ -45,7 +46,8 @@ def experts(
     """Routed experts.
 
     x (M, D) bf16, or f32 with an act; weights (M, k) f32, expert_idx (M, k) i64; w1, w3 (E, I, D), w2 (E, D, I) stacked, w1
-    and w3 in one format -> (M, D) f32. Tokens are not checked: ids outside 0 .. E-1 contribute nothing.
+    and w3 in one format and of one input_scale, w1's being taken -> (M, D) f32. Tokens are not checked: ids outside 0 .. E-1
+    contribute nothing.
     Raises ValueError on shapes, TypeError on dtypes. Source: `reference.moe.moe`.
     """
     y, order = _rows(x, weights, expert_idx, w1, w3, w2, None, limit=limit, act=act)
@@ -118,6 +120,10 @@ def _rows(
     is no order, and the shared expert's row, if it is given, comes last.
     """
     check_routing(x, weights, expert_idx)
+    check_limit(limit)
+    check_experts(x, w1, w3, w2, stacked=True)
+    if shared is not None:
+        check_experts(x, *shared, stacked=False)
     pair, down = prepared(w1, w3), prepared(w2)
     more = (None, None) if shared is None else (prepared(shared[0], shared[1]), prepared(shared[2]))
     num_experts, top_k, rows = pair.shape[0], expert_idx.shape[1], expert_idx.numel()
@@ -131,7 +137,7 @@ def _rows(
     tiles = Tiles.of_rows(ids.view(-1), tokens) if order is None else Tiles(order.tiles, order.num_tiles, tokens)
     slots = Slots(None if order is None else order.slots, weights.contiguous(), top_k)
     gather = tokens <= FEW and not static
-    values, factor = (x.contiguous(), None) if static else activations(x, act, None)
+    values, factor = (dense(x), None) if static else activations(x, act, None)
     if not gather and order is not None:
         values = gather_rows(values, order.slots, top_k=top_k)
     if static:
@@ -190,6 +196,8 @@ def shared_expert(
 
     Raises ValueError on shapes, TypeError on dtypes.
     """
+    check_limit(limit)
+    check_experts(x, w1, w3, w2, stacked=False)
     values, factor = activations(x, act, w1.input_scale)
     requant = _requant(x, act, w2.input_scale, x.shape[0])
     of = factor_of(w1.input_scale)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dsv4lab.formats import weights_of
-from dsv4lab.kernels._common.elements import FLOATS
+from dsv4lab.kernels._common.elements import FLOATS, dense
 from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.gemm.operators import why_not_mixed
 from dsv4lab.kernels.moe.combine.api import moe_combine
@@ -24,7 +24,7 @@ def route_by_score(
     x: torch.Tensor, gate_weight: torch.Tensor, bias: torch.Tensor, *, top_k: int, route_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator `router_topk`."""
-    args = (x.contiguous(), gate_weight.contiguous(), bias.float().contiguous())
+    args = (dense(x), dense(gate_weight), bias.float().contiguous())
     return router_topk(*args, top_k=top_k, route_scale=route_scale)
 
 
@@ -32,13 +32,13 @@ def route_by_hash(
     x: torch.Tensor, gate_weight: torch.Tensor, tid2eid: torch.Tensor, token_ids: torch.Tensor, *, route_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator `router_hash`."""
-    args = (x.contiguous(), gate_weight.contiguous(), tid2eid.contiguous(), token_ids.contiguous())
+    args = (dense(x), dense(gate_weight), tid2eid.contiguous(), token_ids.contiguous())
     return router_hash(*args, route_scale=route_scale)
 
 
 def combine_two(routed: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     """The operator `moe_combine`."""
-    return moe_combine(routed.contiguous(), shared.contiguous())
+    return moe_combine(dense(routed), dense(shared))
 
 
 Parts = list[torch.Tensor]  # of w1, w3 and w2, routed, then shared; a part that a format lacks is empty

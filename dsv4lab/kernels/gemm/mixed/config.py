@@ -457,27 +457,27 @@ def choose_grouped(
         places = _MULTIPROCESSORS * 16 // warps
         of_tile = min((8, 4), key=lambda s: -(-(-(-slabs // s) * (rows + beside)) // places) * s)
         chunks = chunks_for(k, warps // 2) if of_tile == 8 else chunks
-    return with_stages(
-        MixedConfig(
-            fmt,
-            out,
-            tokens,
-            of_tile,
-            chunks,
-            2,
-            narrow,
-            splits=min(warps // of_tile, chunks) if few else 1,
-            grouped=True,
-            single=single,
-            beside=beside,
-            slotted=slotted,
-            gather=gather,
-            paired=paired,
-            scaled=scaled,
-            early=not slotted,
-        ),
-        HALF_SHARED_BYTES if tokens in (8, 32) and not wide else SHARED_BYTES,
+    config = MixedConfig(
+        fmt,
+        out,
+        tokens,
+        of_tile,
+        chunks,
+        2,
+        narrow,
+        splits=min(warps // of_tile, chunks) if few else 1,
+        grouped=True,
+        single=single,
+        beside=beside,
+        slotted=slotted,
+        gather=gather,
+        paired=paired,
+        scaled=scaled,
+        early=not slotted,
     )
+    while config.shared_bytes > SHARED_BYTES and config.chunks % 2 == 0:  # two stages of BF16
+        config = replace(config, chunks=config.chunks // 2)
+    return with_stages(config, HALF_SHARED_BYTES if tokens in (8, 32) and not wide else SHARED_BYTES)
 
 
 def requantises(act: str, *, tokens: int, given: bool) -> bool:
