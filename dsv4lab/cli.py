@@ -272,13 +272,13 @@ def _stats(prompt_len: int, completion: Completion, seconds: float) -> str:
 
 def _quantize(options: argparse.Namespace) -> int:
     from dsv4lab.model.checkpoint import quantize_checkpoint
+    from dsv4lab.model.checkpoint.writer import check_destination
 
     input_amax = None
     if options.calibrate is not None:
         if options.layout != "nvfp4":
             raise CommandError(f"--calibrate is for --layout nvfp4, got {options.layout}")
-        if options.dst.exists() and any(options.dst.iterdir()):
-            raise CommandError(f"DST must not exist or be empty, got {options.dst}")  # before the minutes of calibration
+        check_destination(options.dst)  # before the minutes of calibration
         input_amax = _calibrate(options.src, options.calibrate, options.layout)
     quantize_checkpoint(options.src, options.dst, layout=options.layout, progress=True, input_amax=input_amax)
     print(f"wrote {options.dst} ({options.layout})")

@@ -1,7 +1,8 @@
 """The checkpoint that comes with the package: one compressed archive, unpacked into the user's cache at its first use.
 
 The repository's size is limited, and the archive is 36 % smaller than the files. What is unpacked is a checkpoint directory
-like any other, named after the archive's digest; it appears whole or not at all.
+like any other, named after the archive's digest; it appears whole or not at all. A list of sizes beside it tells of files that
+were lost or cut since, which are put back.
 
 Weights are noise but for their exponents. So eight bits of each value, the exponent's lower five and the mantissa's first three
 where it has more, are bytes of their own; the others lie bit by bit, so that LZMA finds those that are always 0.
@@ -17,6 +18,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -53,8 +55,10 @@ def unpacked(archive: Path) -> Path:
     """The archive's folder in the cache, made there first if need be. Raises OSError, naming the file, on a damaged archive."""
     packed = archive.read_bytes()
     target = kernels_folder().parent / f"{archive.name.partition('.')[0]}-{hashlib.sha256(packed).hexdigest()[:16]}"
-    if target.is_dir():
-        return target
+    listed = target.with_name(f"{target.name}.json")
+    with suppress(OSError, ValueError):  # the first time there is no list
+        if json.loads(listed.read_bytes()).items() <= _sizes(target).items():
+            return target
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -65,16 +69,23 @@ def unpacked(archive: Path) -> Path:
                 data = file.read()
                 whole = _joined(data) if entry.name.endswith(_SPLIT) else data
                 (scratch / entry.name.removesuffix(_SPLIT)).write_bytes(whole)
+        sizes = _sizes(scratch)
         scratch.chmod(0o755)
-        scratch.rename(target)
+        try:
+            scratch.rename(target)
+        except OSError:  # it is there, from another process or damaged
+            for path in scratch.iterdir():
+                path.replace(target / path.name)
+        listed.write_text(json.dumps(sizes))
     except (lzma.LZMAError, tarfile.TarError, EOFError) as error:
         raise OSError(f"{archive} must be a whole xz archive, got: {error}") from error
-    except OSError:
-        if not target.is_dir():  # otherwise another process was quicker
-            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir()}
 
 
 def _split(file: bytes) -> bytes:

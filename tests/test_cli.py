@@ -69,6 +69,7 @@ def test_bad_requests_get_one_line_and_status_2(
     text.write_text("x")
     extra = ["--layout", "bf16", "--calibrate", str(text)]
     assert "--layout nvfp4" in failure(capsys, "quantize", str(tiny_checkpoint), str(tmp_path / "q"), *extra)
+    assert "got " + str(text) in failure(capsys, "quantize", str(tiny_checkpoint), str(text), "--calibrate", str(text))
     if not torch.cuda.is_available():
         assert "no CUDA device" in failure(capsys, "run", "--device", "cuda")
 

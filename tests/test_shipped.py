@@ -47,6 +47,10 @@ def test_what_goes_in_comes_out(source: Path, tmp_path: Path) -> None:
     stamp = (found / "config.json").stat().st_mtime_ns
     shipped.unpacked.cache_clear()
     assert shipped.unpacked(archive) == found and (found / "config.json").stat().st_mtime_ns == stamp
+    (found / "config.json").unlink()
+    (found / "model.safetensors").write_bytes(b"cut")
+    shipped.unpacked.cache_clear()
+    assert shipped.unpacked(archive) == found and contents(found) == contents(source)
     (source / "config.json").write_bytes(b"{1}")
     shipped.pack(source, again)
     assert contents(shipped.unpacked(again))["config.json"] == b"{1}" and contents(found)["config.json"] == b"{}"

@@ -15,6 +15,7 @@ from dsv4lab.config import CSA, HCA, SWA, ModelConfig
 from dsv4lab.model.numerics import Numerics
 from dsv4lab.records import allocate_index_pages, allocate_kv_pages
 
+DEFAULT_STEP = 512  # tokens of a sequence in one prefill step: bounds activations, not results
 WINDOW_PAGE = 64  # records a window page holds (spec 12.2)
 
 

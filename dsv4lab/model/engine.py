@@ -8,13 +8,14 @@ is fed every pair (streams of position i, token i + 1) that has become certain, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from ctypes import c_int64  # wraps
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from dsv4lab.model.cache import Batch, Cache
-from dsv4lab.model.round import Round, Sampling, draw
+from dsv4lab.model.cache import DEFAULT_STEP, Batch, Cache
+from dsv4lab.model.round import Round, Sampling, as_integer, draw
 
 if TYPE_CHECKING:
     from dsv4lab.model.model import Model
@@ -80,11 +81,9 @@ def generate(
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
-    if num_drafts < 0 or (num_drafts and not len(model.mtp)):
-        have = "has a prediction block" if len(model.mtp) else "has no prediction (MTP) block"
-        raise ValueError(
-            f"num_drafts must be >= 0, and 0 where the checkpoint has no MTP block; got {num_drafts}, and it {have}"
-        )
+    num_drafts = as_integer("num_drafts", num_drafts, 0, DEFAULT_STEP)  # a step has one token more
+    if num_drafts and not len(model.mtp):
+        raise ValueError(f"num_drafts must be 0 where the checkpoint has no prediction (MTP) block, got {num_drafts}")
     limit = model.config.max_position_embeddings
     longest = max(len(p) for p in prompts) + max_new_tokens
     if longest > limit:
@@ -112,7 +111,7 @@ class _Engine:
         tokens = sum(len(p) + max_new_tokens + num_drafts for p in prompts)
         self.cache: Cache = model.new_cache(max_seqs=len(prompts), max_tokens=tokens, max_rewind=num_drafts)
         self.requests = [
-            _Request(list(p), row, sampling.seed + row, self.cache.open(), Completion.of(num_drafts))
+            _Request(list(p), row, c_int64(sampling.seed + row).value, self.cache.open(), Completion.of(num_drafts))
             for row, p in enumerate(prompts)
         ]
 

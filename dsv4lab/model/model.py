@@ -12,15 +12,13 @@ from dsv4lab import ops
 from dsv4lab.config import ModelConfig
 from dsv4lab.formats import PackedWeight
 from dsv4lab.model.block import Block
-from dsv4lab.model.cache import Batch, Cache
+from dsv4lab.model.cache import DEFAULT_STEP, Batch, Cache
 from dsv4lab.model.engine import Completion, generate
 from dsv4lab.model.layers import HyperConnection, Weight
 from dsv4lab.model.mtp import MTPBlock
 from dsv4lab.model.numerics import Numerics
-from dsv4lab.model.round import Sampling
+from dsv4lab.model.round import Sampling, as_integer
 from dsv4lab.model.tokenizer import Tokenizer
-
-DEFAULT_STEP = 512  # tokens of a sequence in one prefill step: bounds activations, not results
 
 _HC_SITE = re.compile(r"(?P<site>hc_(?:attn|ffn|head))_(?P<part>fn|base|scale)$")
 _EXPERT = re.compile(r"(?P<module>.*\.experts)\.(?P<leaf>\d+\.w[123]\.weight)$")
@@ -157,12 +155,15 @@ class Model(nn.Module):
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         """Continue several prompts of any lengths together; see `engine.generate`. stop_ids: the config's EOS where None."""
-        rows = [self.check_ids(p)[0] for p in prompts]
-        stops = frozenset(self.config.eos_token_ids if stop_ids is None else stop_ids)
+        rows = [self.check_ids(p) for p in prompts]
+        if not rows or max(map(len, rows)) > 1:
+            raise ValueError(f"prompts must be one or more of (S,), got {[len(r) for r in rows]} rows")
+        given = self.config.eos_token_ids if stop_ids is None else stop_ids
+        stops = frozenset(as_integer("stop_ids", i, 0, self.config.vocab_size) for i in given)
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         return generate(
             self,
-            rows,
+            [r for (r,) in rows],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop_ids=stops,
@@ -210,7 +211,10 @@ class Model(nn.Module):
 
     def check_ids(self, ids: torch.Tensor | Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
         """Token ids as lists, one a sequence. Raises ValueError or TypeError naming what is wrong."""
-        tensor = torch.as_tensor(ids)
+        try:
+            tensor = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"ids must be integers in rows of one length: {error}") from error
         if tensor.dim() not in (1, 2) or tensor.numel() == 0:
             raise ValueError(f"ids must be (S,) or (B, S) with at least one token, got shape {tuple(tensor.shape)}")
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:

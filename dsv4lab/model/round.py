@@ -10,8 +10,9 @@ those that do not, which is a smaller count of known tokens. The host reads ids,
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 
@@ -20,6 +21,17 @@ from dsv4lab.model.cache import Batch, Cache
 
 if TYPE_CHECKING:
     from dsv4lab.model.model import Model
+
+
+def as_integer(name: str, value: SupportsIndex, low: int, end: int) -> int:
+    """The value. Raises TypeError on what is no integer, ValueError on one out of [low, end)."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if not low <= number < end:
+        raise ValueError(f"{name} must be in [{low}, {end}), got {number}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -32,14 +44,12 @@ class Sampling:
     seed: int
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be >= 0 (0 = off), got {self.top_k}")
+        if not 0 <= self.temperature <= torch.finfo(torch.float32).max:
+            raise ValueError(f"temperature must be >= 0 and finite in float32, got {self.temperature}")
+        for name, low in (("top_k", 0), ("seed", -(1 << 63))):
+            object.__setattr__(self, name, as_integer(name, getattr(self, name), low, 1 << 63))
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not -(1 << 63) <= self.seed < 1 << 63:
-            raise ValueError(f"seed must be a 64-bit integer, got {self.seed}")
 
     @property
     def filtered(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dsv4lab.arguments import check_codes
+from dsv4lab.arguments import check_codes, check_shape
 from dsv4lab.paging import check_range
 from dsv4lab.reference.gemm import matmul_rows
 from dsv4lab.reference.norm import rmsnorm
@@ -62,9 +62,10 @@ def mhc_coefficients(
     """The three coefficient sets of one sub-layer: pre (M, S), post (M, S), comb (M, S, S), all f32.
 
     streams (M, S, D); fn ((2+S)*S, S*D), base ((2+S)*S,), scale (3,) f32. eps in x^2 units; hc_eps is added to pre and inside
-    Sinkhorn. Raises as `sinkhorn`. Source: spec 3.
+    Sinkhorn. Raises ValueError on shapes, and as `sinkhorn`. Source: spec 3.
     """
-    s = streams.shape[1]
+    _, s, d = streams.shape
+    _check(fn=(fn, ((2 + s) * s, s * d)), base=(base, ((2 + s) * s,)), scale=(scale, (3,)))
     mix = mhc_mix(streams, fn, eps=eps)
     # pre = sigmoid(.) + eps; post = 2 sigmoid(.); comb = sinkhorn(.)
     pre = torch.sigmoid(mix[:, :s] * scale[0] + base[:s]) + hc_eps
@@ -112,7 +113,12 @@ def mhc_pre_quantized(
 
 
 def mhc_post(y: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
-    """X'[i] = post[i] y + sum_j comb[j, i] X[j]: y (M, D), streams (M, S, D) -> (M, S, D) of streams.dtype."""
+    """X'[i] = post[i] y + sum_j comb[j, i] X[j]: y (M, D), streams (M, S, D) -> (M, S, D) of streams.dtype.
+
+    Raises ValueError on shapes.
+    """
+    m, s, d = streams.shape
+    _check(y=(y, (m, d)), post=(post, (m, s)), comb=(comb, (m, s, s)))
     mixed = (comb.double()[:, :, :, None] * streams.double()[:, :, None, :]).sum(1)
     return (post.double()[:, :, None] * y.double()[:, None, :] + mixed).to(streams.dtype)
 
@@ -162,5 +168,12 @@ def mhc_head(
 
     streams (M, S, D); fn (S, S*D), base (S,), scale (1,) f32; norm_weight (D,) -> (M, D) of streams.dtype.  Source: spec 3, 6.
     """
+    _, s, d = streams.shape
+    _check(fn=(fn, (s, s * d)), base=(base, (s,)), scale=(scale, (1,)))
     pre = torch.sigmoid(mhc_mix(streams, fn, eps=eps) * scale + base) + hc_eps
     return rmsnorm(mhc_collapse(streams, pre.float()), norm_weight, eps=eps)
+
+
+def _check(**tensors: tuple[torch.Tensor, tuple[int, ...]]) -> None:
+    for name, (value, want) in tensors.items():
+        check_shape(name, value, want)

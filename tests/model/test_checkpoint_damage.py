@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from dsv4lab.config import CSA, HASH, HCA, SCORE, SWA, ConfigError, ModelConfig
-from dsv4lab.model.checkpoint import CheckpointError, open_checkpoint, random_items, write_checkpoint
+from dsv4lab.model.checkpoint import CheckpointError, open_checkpoint, quantize_checkpoint, random_items, write_checkpoint
 from dsv4lab.model.checkpoint.writer import packed_tensors
 
 CONFIG = replace(
@@ -156,7 +156,11 @@ def test_links_may_not_leave_the_checkpoint_except_into_a_hub_cache(tmp_path: Pa
     (tmp_path / "blobs").mkdir()
     shutil.move(outside, tmp_path / "blobs" / "1234")
     (tmp_path / "snapshots" / "revision" / "model.safetensors").symlink_to("../../blobs/1234")
-    read_everything(tmp_path / "snapshots" / "revision")
+    encoding = tmp_path / "snapshots" / "revision" / "encoding"
+    encoding.mkdir()
+    (encoding / "code.py").symlink_to("../../../blobs/1234")
+    quantize_checkpoint(encoding.parent, tmp_path / "copy", layout="bf16", progress=False)
+    assert (tmp_path / "copy" / "encoding" / "code.py").is_file()
 
 
 def test_files_that_are_no_files(tmp_path: Path, sources: list[Path]) -> None:

@@ -336,14 +336,21 @@ def test_writer_names_every_problem(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_existing_destination_is_refused_and_an_empty_one_used(tmp_path: Path) -> None:
+def test_existing_destination_is_refused_and_an_empty_one_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
-    make(tmp_path / "empty", "f32")
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(FileExistsError, match="the current directory"):
+        make(Path(), "f32")
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "link", "f32")
     with pytest.raises(FileExistsError, match="must not exist or be an empty directory"):
         make(tmp_path / "empty", "f32")
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="file"):
         quantize_checkpoint(tmp_path / "empty", tmp_path / "file", layout="bf16", progress=False)
+    with pytest.raises(NotADirectoryError, match="must not be below a file"):
+        quantize_checkpoint(tmp_path / "empty", tmp_path / "file" / "x", layout="bf16", progress=False)
 
 
 def test_an_exception_in_the_middle_leaves_nothing(tmp_path: Path) -> None:

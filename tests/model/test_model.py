@@ -143,6 +143,8 @@ def test_sampling_is_seeded_and_independent_of_the_batch(model: Model) -> None:
     both = model.complete(prompts, seed=3, **options)
     assert [c.ids for c in both] == [c.ids for c in model.complete(prompts, seed=3, **options)]
     assert both[1].ids == model.complete(prompts[1:], seed=4, **options)[0].ids  # request r draws with seed + r
+    drawn = model.complete(prompts, seed=2**63 - 1, **options)[1].ids
+    assert drawn == model.complete(prompts[1:], seed=-(2**63), **options)[0].ids
     assert both[0].ids != model.complete(prompts[:1], seed=5, **options)[0].ids
 
 
@@ -157,7 +159,7 @@ def test_stop_ids_end_a_sequence_and_are_part_of_it(checkpoints: dict[str, Path]
         assert (out.ids, out.finish) == (free[:cut], "stop")
     assert model.complete([ids.tolist()], max_new_tokens=10, stop_ids=())[0].finish == "length"
     seen: list[int] = []
-    assert model.generate(ids, 10, stop_ids=[stop], on_token=seen.append).tolist() == seen == free[:cut]
+    assert model.generate(ids, 10, stop_ids=torch.tensor([stop]), on_token=seen.append).tolist() == seen == free[:cut]
     batch = model.generate(torch.stack([ids, tokens(20, seed=9)]), 10, stop_ids=[stop])
     assert batch.shape[0] == 2 and batch[0].tolist()[:cut] == free[:cut] and set(batch[0].tolist()[cut:]) <= {stop}
 
@@ -199,7 +201,14 @@ def test_packed_weights_are_the_files_bytes(checkpoints: dict[str, Path]) -> Non
         (lambda m: m.generate([1], 2048), ValueError, "max_position_embeddings 2048, got 2049"),
         (lambda m: m.generate([1], 2, temperature=-1.0), ValueError, "temperature must be >= 0"),
         (lambda m: m.generate([1], 2, top_p=0.0), ValueError, r"top_p must be in \(0, 1\], got 0.0"),
-        (lambda m: m.generate([1], 2, num_drafts=-1), ValueError, "num_drafts must be >= 0"),
+        (lambda m: m.generate([1], 2, temperature=1e39), ValueError, "finite in float32"),
+        (lambda m: m.generate([1], 2, top_k=2**63), ValueError, "top_k must be in"),
+        (lambda m: m.generate([1], 2, seed=1.9), TypeError, "seed must be an integer"),
+        (lambda m: m.generate([1], 2, num_drafts=512), ValueError, "num_drafts must .* got 512"),
+        (lambda m: m.generate([1], 2, stop_ids=[300]), ValueError, "stop_ids must be in .* got 300"),
+        (lambda m: m.complete([], max_new_tokens=2), ValueError, "prompts must be"),
+        (lambda m: m.complete([[[1], [2]]], max_new_tokens=2), ValueError, r"got \[2\] rows"),
+        (lambda m: m.logits([[1], [2, 3]]), ValueError, "rows of one length"),
         (lambda m: m.generate([[1], [2]], 2, on_token=print), ValueError, "single sequence, got 2"),
     ],
 )
@@ -220,6 +229,8 @@ def test_unknown_dtype_and_numerics(checkpoints: dict[str, Path]) -> None:
         load(checkpoints["f32"], dtype=torch.float16)
     with pytest.raises(ValueError, match="numerics must be one of"):
         load(checkpoints["f32"], numerics="fp2")
+    with pytest.raises(ValueError, match="w4a4 must have NVFP4"):
+        load(checkpoints["official"], numerics="w4a4")
 
 
 @pytest.mark.gpu

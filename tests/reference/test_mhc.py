@@ -183,6 +183,16 @@ def test_post_pre_is_post_then_pre() -> None:
     assert len(got) == 4 and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("name", ["y", "post", "comb", "fn", "base", "scale"])
+def test_nothing_is_broadcast(name: str) -> None:
+    x, (fn, base, scale) = torch.ones(5, 4, 8), weights(4, 8, seed=1)
+    given = dict(y=x[:, 0], streams=x, post=x[..., 0], comb=x[..., :4], fn=fn, base=base, scale=scale, norm_weight=x[0, 0])
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        mhc.mhc_post_pre(**given | {name: given[name][:1]}, **KNOBS)
+    with pytest.raises(ValueError, match=r"scale must be \(1,\)"):
+        mhc.mhc_head(x, fn[:4], base[:4], scale[:2], x[0, 0], eps=EPS, hc_eps=HC_EPS)
+
+
 def test_embed_copies_the_row_into_every_stream() -> None:
     torch.manual_seed(9)
     table, ids = torch.randn(11, 6).bfloat16(), torch.tensor([3, 0, 10, 3])

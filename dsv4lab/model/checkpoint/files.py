@@ -147,6 +147,12 @@ def parse_json(data: bytes | str) -> Any:
     return json.loads(data, object_pairs_hook=unique)
 
 
+def allowed_roots(directory: Path) -> list[Path]:
+    """The directory itself and, for a hub download (.../snapshots/<revision>), the blobs that its links point to."""
+    root = directory.resolve()
+    return [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+
+
 # ---- private ---------------------------------------------------------------------------------------------------------
 def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
     """The index's weight_map; entries that are not name -> file name are reported and dropped."""
@@ -185,19 +191,13 @@ def _is_usable(directory: Path, name: str, problems: list[str]) -> bool:
     except (OSError, RuntimeError):
         problems.append(f"{name}: missing shard")
         return False
-    if not any(resolved.is_relative_to(root) for root in _allowed_roots(directory)):
+    if not any(resolved.is_relative_to(root) for root in allowed_roots(directory)):
         problems.append(f"{name}: unsafe path: links outside the checkpoint directory, to {resolved}")
         return False
     if not stat.S_ISREG(mode):
         problems.append(f"{name}: not a regular file")
         return False
     return True
-
-
-def _allowed_roots(directory: Path) -> list[Path]:
-    """The directory itself and, for a hub download (.../snapshots/<revision>), the blobs that its links point to."""
-    root = directory.resolve()
-    return [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
 
 
 def _missing_numbers(names: list[str]) -> list[str]:

@@ -49,7 +49,7 @@ def quantize_checkpoint(
 
     input_amax: the largest activation magnitude each matrix sees, by its `.weight` name; an NVFP4 matrix named there gets
     input_scale = amax / 2688, the others keep what `src` has. Tokenizer and generation files come along.
-    Raises CheckpointError or ConfigError on `src`, FileExistsError on a non-empty `dst`, ValueError on the layout or on
+    Raises CheckpointError or ConfigError on `src`, as `writer.check_destination` on `dst`, ValueError on the layout or on
     input_amax. An interruption leaves no `dst`.
     """
     check_layout(layout)

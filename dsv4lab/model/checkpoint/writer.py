@@ -19,7 +19,7 @@ import torch
 
 from dsv4lab.config import ModelConfig
 from dsv4lab.formats import F32, FP8_BLOCK, MXFP4, NVFP4, PackedWeight
-from dsv4lab.model.checkpoint.files import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME, SUFFIX
+from dsv4lab.model.checkpoint.files import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME, SUFFIX, allowed_roots
 from dsv4lab.model.checkpoint.inventory import CheckpointError, TensorSpec, check_layout, inventory, parameters
 
 DEFAULT_SHARD_BYTES = 2 << 30  # one shard is in memory while it fills
@@ -59,15 +59,13 @@ def write_checkpoint(
     directory whose tokenizer, generation and encoding files come along. A parameter larger than max_shard_bytes gets a
     shard of its own.
     Raises CheckpointError naming every wrong, missing or unexpected item, ValueError on the layout, ConfigError where the
-    configuration has no official spelling, FileExistsError on a destination that is not an empty directory. On any error, and
-    on a kill, the destination does not exist.
+    configuration has no official spelling, and as `check_destination`. On any error, and on a kill, the destination does not
+    exist.
     """
-    dst = Path(dst)
+    dst = check_destination(dst)
     check_layout(layout)
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be >= 1, got {max_shard_bytes}")
-    if (dst.exists() or dst.is_symlink()) and not (dst.is_dir() and not any(dst.iterdir())):
-        raise FileExistsError(f"destination must not exist or be an empty directory, got {dst}")
     manifest = config_dict(config, layout)
     expected = inventory(config, layout)
     dst.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +86,18 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def check_destination(dst: str | Path) -> Path:
+    """The path, links resolved, if a folder may be renamed to it. Raises FileExistsError or NotADirectoryError."""
+    path = Path(dst).resolve()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"destination must not exist or be an empty directory, got {dst}")
+    if path == Path.cwd() or path.is_mount():
+        raise FileExistsError(f"destination must not be the current directory or a mount point, got {dst}")
+    if not next(parent for parent in path.parents if parent.exists()).is_dir():
+        raise NotADirectoryError(f"destination must not be below a file, got {dst}")
+    return path
 
 
 def packed_tensors(name: str, weight: PackedWeight) -> dict[str, torch.Tensor]:
@@ -235,14 +245,15 @@ def _raw_bytes(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _copy_companions(src: Path, dst: Path) -> None:
-    """Tokenizer, generation settings and chat encoding. Links inside folders are skipped: they could lead anywhere."""
+    """Tokenizer, generation settings and chat encoding. Links inside folders that lead out of the checkpoint are skipped."""
+    roots = allowed_roots(src)
     for name in _COPIED_FILES:
         if (src / name).is_file():
             shutil.copyfile(src / name, dst / name)
     for folder in _COPIED_FOLDERS:
         if (src / folder).is_dir():
             for path in sorted((src / folder).rglob("*")):
-                if path.is_file() and not path.is_symlink():
+                if path.is_file() and (not path.is_symlink() or any(map(path.resolve().is_relative_to, roots))):
                     target = dst / path.relative_to(src)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)
