@@ -78,12 +78,10 @@ def check_ring(window: int, ring_len: int) -> None:
 
 
 def check_state(state: torch.Tensor, ratio: int, overlap: bool) -> None:
-    """A compressor's ring, (num_seqs, R, 2, o d), holds what an entry pools. Raises ValueError."""
-    if ratio < 1:
-        raise ValueError(f"ratio must be at least 1, got {ratio}")
-    span = ratio * (2 if overlap else 1)
-    if state.dim() != 4 or state.shape[1] < span:
-        raise ValueError(f"state must have R >= {span}, got {tuple(state.shape)}")
+    """A compressor's ring holds what an entry pools. Raises ValueError."""
+    span = ratio * (1 + overlap)
+    if not 0 < span <= state.shape[1]:
+        raise ValueError(f"state must have R >= {span} > 0, got R={state.shape[1]}")
 
 
 def check_eps(eps: float) -> None:

@@ -1,4 +1,4 @@
-"""Indices that kernels follow without looking: slots, block tables, sequences, ids. Here they are looked at.
+"""Indices that kernels follow without looking: slots, block tables, sequences, positions, ids. Here they are looked at.
 
 Values on the CPU always, hence all of the reference's and the simulator's there. Values on a GPU within `checked()`, and
 everywhere with DSV4LAB_CHECK_INDICES=1 in the environment: each such call then waits for the device. While a CUDA graph is
@@ -39,9 +39,18 @@ def check_range(name: str, values: torch.Tensor, end: int, *, start: int | None 
         raise ValueError(f"{name} must be {rule}, got {high if high >= end else low}")
 
 
+def check_positions(positions: torch.Tensor) -> None:
+    """As far as angles are exact. Raises ValueError."""
+    check_range("positions", positions, 2**20 + 1, start=0)
+
+
 def check_slots(slots: torch.Tensor, num_pages: int, page_size: int, *, written: bool = False) -> None:
-    """Slots (N,) must be in a pool of so many pages, or negative; none twice where they are written.  Raises ValueError."""
-    check_range("slots", slots, num_pages * page_size)
+    """Slots (N,) must be in a pool of so many pages, or negative; none twice where they are written. Raises ValueError, as
+    for slots that are read in no page.
+    """
+    if slots.dim() != 1 or (slots.numel() and not (num_pages or written)):
+        raise ValueError(f"slots must be (N,) in at least one page, got {tuple(slots.shape)} in {num_pages}")
+    check_range("slots", slots, num_pages * page_size, start=-(2**31))  # of 32 bits
     if written and _looks(slots):
         used, count = slots[slots >= 0].unique(return_counts=True)
         if (count > 1).any():
@@ -87,6 +96,21 @@ def check_entries(
         )
 
 
+def check_completed(
+    block_table: torch.Tensor, positions: torch.Tensor, seq_idx: torch.Tensor, pages: torch.Tensor, page_size: int, ratio: int
+) -> None:
+    """Entries that tokens complete must be in the block table, no two in one place. Raises ValueError."""
+    check_range("seq_idx", seq_idx, block_table.shape[0], start=0)
+    check_range("block_table", block_table, pages.shape[0])
+    check_positions(positions)
+    if _looks(positions):
+        last = (positions + 1) % ratio == 0
+        entries = positions[last] // ratio
+        check_range("entries of block_table", entries, block_table.shape[1] * page_size)
+        page = block_table[seq_idx[last], entries // page_size].long()
+        check_slots(page * page_size + entries % page_size, pages.shape[0], page_size, written=True)
+
+
 def check_keys(
     block_table: torch.Tensor,
     positions: torch.Tensor,
@@ -94,17 +118,20 @@ def check_keys(
     topk_indices: torch.Tensor | None,
     *,
     rings: int,
-    num_pages: int,
+    num_pages: int | None,
     page_size: int,
     ratio: int,
     max_entries: int | None = None,
 ) -> None:
     """What attention's queries read must be there: one of so many rings, and entries' pages as in `check_entries`.
 
-    max_entries: no query may see more; None: no matter. num_pages: of the entries' pool, 0 without one.  Raises ValueError.
+    max_entries: no query may see more; None: no matter. num_pages: of the entries' pool, None without one.  Raises ValueError.
     """
+    if num_pages is not None and min(ratio, page_size) < 1:
+        raise ValueError(f"ratio and entry_page must be at least 1, got {ratio} and {page_size}")
     check_range("seq_idx", seq_idx, rings, start=0)
-    if num_pages and _looks(positions):
+    check_positions(positions)
+    if num_pages is not None and _looks(positions):
         seen = (positions + 1) // ratio
         if max_entries is not None and seen.numel() and int(seen.max()) > max_entries:
             m = int((seen > max_entries).nonzero()[0])

@@ -62,24 +62,7 @@ def compress(
     rounded: bool,
 ) -> None:
     """See `reference.compressor.compress`."""
-    _compressor.compress(
-        values,
-        scores,
-        ape,
-        state,
-        norm_weight,
-        inv_freq,
-        pages,
-        positions,
-        seq_idx,
-        first_row,
-        last_position,
-        block_table,
-        ratio=ratio,
-        overlap=overlap,
-        eps=eps,
-        record=record,
-        page_size=page_size,
-        key=key,
-        rounded=rounded,
-    )
+    held = (values, scores, ape, state, norm_weight, inv_freq, pages)
+    where = (positions, seq_idx, first_row, last_position, block_table)
+    how: dict[str, Any] = dict(record=record, page_size=page_size, key=key, rounded=rounded)
+    _compressor.compress(*held, *where, ratio=ratio, overlap=overlap, eps=eps, **how)

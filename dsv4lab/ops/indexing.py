@@ -44,7 +44,7 @@ def index_topk(scores: Tensor, num_visible: Tensor, *, k: int) -> Tensor:
     return _indexer.index_topk(scores, num_visible, k=k)
 
 
-@operator(fake=lambda q, *_, **__: torch.empty_like(q))
+@operator(fake=lambda q, *_, **__: q.new_empty(q.shape))
 def attention(
     q: Tensor,
     sinks: Tensor,

@@ -119,11 +119,11 @@ def attention(
     """
     check_ring(window, ring_len)
     check_max_entries(max_entries)
-    rings, count = window_pages.shape[0] * window_page // ring_len, 0 if entry_pages is None else entry_pages.shape[0]
-    paged = dict(rings=rings, num_pages=count, page_size=entry_page, ratio=ratio)
+    rings, count = window_pages.shape[0] * window_page // ring_len, None if entry_pages is None else entry_pages.shape[0]
+    paged: dict[str, Any] = dict(rings=rings, num_pages=count, page_size=entry_page, ratio=ratio)
     check_keys(block_table, positions, seq_idx, topk_indices, max_entries=max_entries, **paged)
     pages: dict[str, Any] = dict(record=record, window_page=window_page, entry_page=entry_page, rope_dim=rope_dim)
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)
     for s in seq_idx.unique().tolist():
         rows = (seq_idx == s).nonzero(as_tuple=True)[0]
         for block in rows.split(_QUERY_BLOCK):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from dsv4lab.arguments import check_eps, check_shape
 from dsv4lab.formats import NVFP4
 from dsv4lab.paging import check_slots
 from dsv4lab.records import NOPE_GROUP, check_pool
@@ -26,11 +27,14 @@ def kv_norm_rope(
     x: torch.Tensor, norm_weight: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, eps: float
 ) -> torch.Tensor:
     """RMSNorm, then rotation of the last dims: x (M, c), norm_weight (c,), positions (M,), inv_freq (rd/2,) -> like x."""
+    check_eps(eps)
     return rope(rmsnorm(x, norm_weight, eps=eps), positions, inv_freq)
 
 
-def addressed(key: torch.Tensor, slots: torch.Tensor, *, page_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def addressed(key: torch.Tensor, slots: torch.Tensor, pages: torch.Tensor, page_size: int) -> tuple[torch.Tensor, ...]:
     """The rows that have a slot, with their page and place: key (M, c), slots (M,), -1 = none -> (N, c), (N,), (N,)."""
+    check_shape("slots", slots, key.shape[:1])
+    check_slots(slots, pages.shape[0], page_size, written=True)
     stored = slots >= 0
     return key[stored], slots[stored] // page_size, slots[stored] % page_size
 
@@ -51,14 +55,13 @@ def cache_write(
 
     x (M, c) float: the kv projection's rows, or pooled entries; positions (M,): a token's own, or an entry's first token's;
     slots (M,) int64, -1 = do not store; pages: a pool of `record` ("plain", "fp8" or "nvfp4").
-    Raises ValueError on the name, the pool, shapes, and slots beyond the pool or named twice (see `paging`), TypeError on the
-    pool's dtype.
+    Raises ValueError on the name, the pool, shapes, eps, positions, and slots beyond the pool or named twice (see `paging`),
+    TypeError on the pool's dtype.
     """
     rope_dim = 2 * inv_freq.shape[0]
     packed = check_pool(pages, "key", record, page_size=page_size, dim=x.shape[1], rope_dim=rope_dim)
-    check_slots(slots, pages.shape[0], page_size, written=True)
     key = kv_norm_rope(x, norm_weight, positions, inv_freq, eps=eps)
-    key, page, place = addressed(key, slots, page_size=page_size)
+    key, page, place = addressed(key, slots, pages, page_size)
     if packed is None:
         pages[page, place] = key.to(pages.dtype)
         return

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from dsv4lab.paging import check_range
+from dsv4lab.arguments import check_shape, check_state
+from dsv4lab.paging import check_completed
 from dsv4lab.reference.cache import cache_write
 from dsv4lab.reference.indexer import index_key_write
 
@@ -44,20 +45,21 @@ def compress(
     norm_weight (d,); inv_freq (rd/2,) f32; pages: a pool of `record`, of keys ("kv") or of index keys ("index"), into which
     block_table (num_seqs, nb) int leads: entry j of sequence s is place j mod page_size of page block_table[s, j / page_size],
     -1: not stored. rounded: to BF16, the pooled sum and all that comes after it. The others as in `compressor_pool` and
-    `compressor_state_update`. Writes pages and state, in place. Raises ValueError on key, on pages and sequences that are not
-    there, and as `cache_write`.
+    `compressor_state_update`. Writes pages and state, in place. Raises ValueError on key, a short ring, as `cache_write`
+    and `paging.check_completed`.
     """
     if key not in KEYS:
         raise ValueError(f"key must be one of {KEYS}, got {key!r}")
-    check_range("seq_idx", seq_idx, state.shape[0], start=0)
-    check_range("block_table", block_table, pages.shape[0])
+    check_state(state, ratio, overlap)
+    check_shape("block_table", block_table, (state.shape[0], *block_table.shape[1:]))
+    check_completed(block_table, positions, seq_idx, pages, page_size, ratio)
     last_row = ((positions + 1) % ratio == 0).nonzero(as_tuple=True)[0]
     pooled = compressor_pool(
         values, scores, ape, state, positions, seq_idx, first_row, last_row, ratio=ratio, overlap=overlap
     ).to(torch.bfloat16 if rounded else torch.float32)
     entry = positions[last_row] // ratio
     page = block_table[seq_idx[last_row], entry // page_size].long()
-    slots = torch.where(page >= 0, page * page_size + entry % page_size, -1)
+    slots = page * page_size + entry % page_size  # below 0 without a page
     write = cache_write if key == "kv" else index_key_write
     write(pooled, norm_weight, entry * ratio, inv_freq, pages, slots, eps=eps, record=record, page_size=page_size)
     compressor_state_update(values, scores, ape, state, positions, seq_idx, last_position)

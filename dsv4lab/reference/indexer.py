@@ -72,9 +72,8 @@ def index_key_write(
     Raises as `cache_write`.
     """
     packed = check_pool(pages, "index", record, page_size=page_size, dim=x.shape[1])
-    check_slots(slots, pages.shape[0], page_size, written=True)
     key = kv_norm_rope(x, norm_weight, positions, inv_freq, eps=eps)
-    key, page, place = addressed(key, slots, page_size=page_size)
+    key, page, place = addressed(key, slots, pages, page_size)
     if packed is None:
         pages[page, place] = key.to(pages.dtype)
         return

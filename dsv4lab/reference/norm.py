@@ -17,7 +17,7 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tenso
     """
     check_shape("weight", weight, x.shape[-1:])
     xd = x.double()
-    return (xd * torch.rsqrt(xd.square().mean(-1, keepdim=True) + eps) * weight.double()).to(x.dtype)
+    return (xd * torch.rsqrt(xd.square().mean(-1, keepdim=True) + eps) * weight.double()).to(x.dtype).contiguous()
 
 
 def rmsnorm_fp8(x: torch.Tensor, weight: torch.Tensor, *, eps: float, group: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ import torch
 
 from dsv4lab.arguments import check_shape
 from dsv4lab.config import RopeScaling
+from dsv4lab.paging import check_positions
 from dsv4lab.reference.quant import quantize_fp8_rows, quantize_nvfp4
 
 
@@ -33,17 +34,18 @@ def rope_frequencies(*, rope_dim: int, theta: float, scaling: RopeScaling | None
     return freq * keep + freq / scaling.factor * (1.0 - keep)
 
 
-def rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs (2i, 2i+1) of the last dims by positions * inv_freq[i]; the leading dims pass through.
+def rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, sign: int = 1) -> torch.Tensor:
+    """Rotate pairs (2i, 2i+1) of the last dims by sign * positions * inv_freq[i]; the leading dims pass through.
 
-    x (M, ..., c) float, c >= rd; positions (M,) int; inv_freq (rd/2,) f32 -> like x.
+    x (M, ..., c) float, c >= rd; positions (M,) int, 0 to 2^20; inv_freq (rd/2,) f32 -> like x.
     The angle is a float32 product, as the model's reference has it, also near position one million; its sine and cosine and the
     rotation are exact to the last bit.  Raises ValueError on shapes.
     """
     check_shape("positions", positions, x.shape[:1])
     if 2 * inv_freq.shape[0] > x.shape[-1]:
         raise ValueError(f"inv_freq must have at most c / 2 frequencies for c={x.shape[-1]}, got {inv_freq.shape[0]}")
-    angle = positions.float()[:, None] * inv_freq.float()
+    check_positions(positions)
+    angle = sign * positions.float()[:, None] * inv_freq.float()
     angle = angle.view(positions.shape[0], *[1] * (x.dim() - 2), inv_freq.shape[0])
     cos, sin = angle.double().cos(), angle.double().sin()
     split = x.shape[-1] - 2 * inv_freq.shape[0]
@@ -56,7 +58,7 @@ def rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> to
 
 def inverse_rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
     """Rotate by the negative angle: undoes `rope`, raises as it does. For attention's output, which carries the keys' turns."""
-    return rope(x, -positions, inv_freq)
+    return rope(x, positions, inv_freq, sign=-1)
 
 
 def inverse_rope_fp8(

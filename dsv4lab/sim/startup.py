@@ -39,6 +39,8 @@ def check_launch(launch: Launch) -> None:
     kernel, threads = launch.kernel, int(np.prod(launch.block))
     if not 0 < threads <= 1024:
         raise ResourceError(f"{kernel.name}: a block must have 1 to 1024 threads, got {launch.block}")
+    if min(launch.grid) < 1:
+        raise ResourceError(f"{kernel.name}: grid {launch.grid} has no CTA")
     if launch.shared_bytes > _SHARED_LIMIT:
         raise ResourceError(f"{kernel.name}: {launch.shared_bytes} bytes of shared memory, the limit is {_SHARED_LIMIT}")
     if any(g % c for g, c in zip(launch.grid, launch.cluster, strict=True)):

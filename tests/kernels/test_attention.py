@@ -11,7 +11,6 @@ import torch
 
 import dsv4lab
 from dsv4lab import ops, paging, sim
-from dsv4lab.dispatch import register_kernel
 from dsv4lab.kernels._common.launch import running_on
 from dsv4lab.kernels.attention.core import api as attention_api
 from dsv4lab.kernels.attention.core.config import (
@@ -145,6 +144,16 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             simulated(given(at, value))
+    for at, value, knobs, message in (
+        (4, table[:, :0].contiguous(), {}, "got none for entry 0"),
+        (5, positions - 300, {}, "positions must be 0 to"),
+        (0, q, dict(max_entries=0), "max_entries must be at least"),
+        (0, q, dict(ratio=0), "ratio and entry_page must be at least 1"),
+    ):
+        bad = Case((*given(at, value).args[:7], None), case.how | knobs)
+        for run in (Case.run, lambda bad: reference(*bad.args, **bad.how)):
+            with pytest.raises(ValueError, match=message):
+                run(bad)
     with pytest.raises(ValueError, match="scale must be positive, got -1"):
         simulated(replace(case, how=case.how | dict(scale=-1.0)))
     with pytest.raises(ValueError, match="parts must be at least 1, got 0"):
@@ -264,11 +273,12 @@ def test_pages_of_a_common_prefix_in_the_simulator() -> None:
 
 
 def test_the_operator_in_the_simulator() -> None:
-    entry = ENTRIES[0]
-    register_kernel(entry.operation, entry.arch, entry.function, refuses=entry.refuses)
     case = make_case("fp8", "chosen", [(300, 1)], 64)
     with dsv4lab.backend("sim", arch="sm_90a"):
         found = ops.attention(*case.args, **case.how)
+        q, name = case.args[0].mT.contiguous().mT, torch.ops.dsv4lab
+        for op, args, how in ((name.attention, (q, *case.args[1:]), case.how), (name.rmsnorm, (q, q[0, 0]), dict(eps=1.0))):
+            torch.library.opcheck(op.default, args, how, test_utils="test_faketensor")
     judge(case, found)
 
 
@@ -310,19 +320,7 @@ def test_a_cuda_graph_replays_with_new_inputs(kind: str, heads: int) -> None:
     """Positions grow after capture: keys are found from what is on the device."""
     lengths = (9000, 400, 5000, 8999)
     cases = [make_case("fp8", kind, [(n, 2), (n // 2, 1)], heads, k=512, seed=n, device="cuda") for n in lengths]
-    first = cases[0]
-    first.run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = first.run()
-    for case in cases:
-        first.take(case)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert found.dtype == BF16
-        error = (found.double() - reference(*case.args, **case.how).double()).norm() / found.double().norm()
-        assert error < 0.004
+    check_replays(lambda case: case.run(), cases)
 
 
 @pytest.mark.gpu

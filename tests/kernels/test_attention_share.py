@@ -82,6 +82,10 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
         with running_on(runtime):  # type: ignore[arg-type]
             run(make_case(record, "visible", [(9000, queries)], heads), 1, **(dict(share=None) | more))  # type: ignore[arg-type]
         assert (compiled[-1].share, runtime.calls[-1][-3:]) == (wanted, sizes), (record, heads, queries, more)
+    runtime.multiprocessors = 1
+    with running_on(runtime):  # type: ignore[arg-type]
+        run(make_case("fp8", "window", [(9, 2)], 64), 1, share=True)
+    assert runtime.calls[-1][-1] == 2
 
 
 # ---- in the simulator --------------------------------------------------------------------------------------------------

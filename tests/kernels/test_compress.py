@@ -299,7 +299,6 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
         (dict(values=values[:, ::2]), {}, "like values|columns together"),
         (dict(values=torch.zeros(5, 258)[:, :256]), {}, r"rows 4 floats apart, got strides \(258, 1\)"),
         (dict(ape=scene.ape[:3]), {}, r"ape must be contiguous \(4, 256\)"),
-        (dict(state=scene.state[0][:, :7].contiguous()), {}, "state must have R >= 8"),
         (dict(norm_weight=scene.weight.half()), {}, "norm_weight must be bfloat16 or float32"),
         (dict(inv_freq=scene.freq[:16]), {}, r"inv_freq must be contiguous \(32,\)"),
         (dict(pages=scene.pages[0].half()), {}, "plain pages must be bfloat16 or float32"),
@@ -312,6 +311,16 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             compress(*(good | change).values(), **(scene.knobs | knobs))
+    at = torch.tensor([50, 51, 1, 2, 3])
+    for change, message in (
+        (dict(state=scene.state[0][:, :7].contiguous()), "state must have R >= 8"),
+        (dict(positions=at - 51), "positions must be 0 to"),
+        (dict(positions=at), "entries of block_table must be below 12"),
+        (dict(positions=at % 48, block_table=scene.table * 0), "slots must name no place twice"),
+    ):
+        for function in (compress, oracle):
+            with pytest.raises(ValueError, match=message):
+                function(*(good | change).values(), **scene.knobs)
     for change, knobs, message in (
         (dict(state=scene.state[0].double()), {}, "state must be float32"),
         (dict(first_row=where[2].int()), {}, "first_row and last_position must be int64"),

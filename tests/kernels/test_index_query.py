@@ -8,23 +8,18 @@ import pytest
 import torch
 
 from dsv4lab import sim
-from dsv4lab.config import ModelConfig
 from dsv4lab.kernels.indexer.query.api import ARCHITECTURES, index_query
 from dsv4lab.kernels.indexer.query.config import HEAD_DIM, RECORDS, QueryConfig
 from dsv4lab.kernels.indexer.query.operators import ENTRIES
-from dsv4lab.reference import indexer, rope
+from dsv4lab.reference import indexer
 from tests.kernels.simulated import simulating
+from tests.kernels.test_rope_heads import TABLES
 
 BF16, F32 = torch.bfloat16, torch.float32
 FAR = 2.0**-22  # of a pair's length: what rotated values may be off before they are rounded
 # Heads with a rotated BF16 whose last bit differs: 64 values with a chance of 3e-5 each. Values after quantisation differ in
 # fewer places, but by a step of their format.
 HEADS_SHARE = 1e-2
-FLASH = ModelConfig.flash()
-TABLES = {
-    "window": rope.rope_frequencies(rope_dim=64, theta=FLASH.rope_theta, scaling=None),
-    "entries": rope.rope_frequencies(rope_dim=64, theta=FLASH.compress_rope_theta, scaling=FLASH.rope_scaling),
-}
 
 
 def simulated(arch: str, *args: torch.Tensor, how: dict[str, Any] | None = None, **kwargs: Any) -> torch.Tensor:
@@ -159,6 +154,8 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
         with pytest.raises(kind) as caught:
             index_query(*args, record=record)
         assert str(caught.value) == message
+    with pytest.raises(ValueError, match="positions must be 0 to"):
+        index_query(q, positions - 2**30, inv_freq, record="fp4")
     with pytest.raises(ValueError, match="q must be contiguous, got strides"):
         index_query(q.transpose(0, 1), positions.new_zeros(8), inv_freq, record="fp4")
     with pytest.raises(ValueError, match="config must be for record fp4 of bf16"):

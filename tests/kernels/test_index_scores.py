@@ -284,7 +284,9 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
         index_scores(*args, **how, config=replace(good, heads=16))
     assert index_scores(q[:0], weights[:0], pages, table, seq[:0], visible[:0], **how).shape == (0, 70)
     assert index_scores(*args, **(how | dict(max_entries=0))).shape == (3, 0)
-    assert bool(torch.isneginf(index_scores(q, weights, pages[:0], table, seq, visible, **how)).all())
+    with pytest.raises(ValueError, match="must have a page"):
+        index_scores(q, weights, pages, table[:, :0].contiguous(), seq, visible, **how)
+    assert bool(torch.isneginf(index_scores(q, weights, pages[:0], table * 0 - 1, seq, visible * 0, **how)).all())
     refuses = next(entry.refuses for entry in ENTRIES if entry.operation == "index_scores")
     assert refuses(*args, **how) is None and "got torch.float32" in str(refuses(q.float(), *args[1:], **how))
 

@@ -20,31 +20,44 @@ PAGES, SIZE, DIM = 3, 4, 128
 HOW = dict(eps=1e-6, record="plain", page_size=SIZE)
 
 
-def keys(slots: list[int]) -> tuple[torch.Tensor, ...]:
+def keys(slots: list[int], first: int = 0) -> tuple[torch.Tensor, ...]:
     """Arguments of `cache_write` for these slots."""
     x = torch.randn(len(slots), DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     pool = torch.zeros(PAGES, SIZE, DIM)
-    return x, torch.ones(DIM), torch.arange(len(slots)), torch.linspace(1, 0.1, 32), pool, torch.tensor(slots)
+    return x, torch.ones(DIM), torch.arange(first, first + len(x)), torch.linspace(1, 0.1, 32), pool, torch.tensor(slots)
 
 
 @pytest.mark.parametrize(
-    ("slots", "message"),
+    ("slots", "first", "eps", "message"),
     [
-        ([0, PAGES * SIZE], "slots must be below 12, got 12"),
-        ([5, -1, 5, 9, 9, 9], "slots must name no place twice, got 5 2 times"),
+        ([0, PAGES * SIZE], 0, 1e-6, "slots must be -2147483648 to 11, got 12"),
+        ([0, 3 - 2**32], 0, 1e-6, "slots must be .*, got -4294967293"),
+        ([5, -1, 5, 9, 9, 9], 0, 1e-6, "slots must name no place twice, got 5 2 times"),
+        ([0, -1], -1, 1e-6, "positions must be 0 to 1048576, got -1"),
+        ([0, -1], 2**20, 1e-6, "positions must be .*, got 1048577"),
+        ([0, -1], 0, torch.nan, "eps must be finite"),
     ],
 )
-def test_slots_are_looked_at(slots: list[int], message: str) -> None:
-    arguments = keys(slots)
+def test_slots_are_looked_at(slots: list[int], first: int, eps: float, message: str) -> None:
+    arguments, how = keys(slots, first), HOW | dict(eps=eps)
     with pytest.raises(ValueError, match=message):
-        cache_write(*arguments, **HOW)
+        cache_write(*arguments, **how)
     assert not arguments[4].any(), "nothing was written"
     with pytest.raises(ValueError, match=message):
-        write_keys(*arguments, kind="kv", **HOW)
-    if slots[1] > 0:
+        write_keys(*arguments, kind="kv", **how)
+    if slots[1] != -1:
         for read in (cache_read, read_keys):
             with pytest.raises(ValueError, match=message):
                 read(arguments[4], arguments[5], record="plain", page_size=SIZE, dim=DIM, rope_dim=64)
+
+
+@pytest.mark.parametrize(("pages", "slots"), [(1, [[0, 1]]), (0, [-1])])
+def test_slots_are_a_row(pages: int, slots: list) -> None:
+    with pytest.raises(ValueError, match=r"slots must be \(2,\), got"):
+        cache_write(*keys([0, 1])[:5], torch.tensor(slots), **HOW)
+    for read in (cache_read, read_keys):
+        with pytest.raises(ValueError, match=r"slots must be .*\(N,\)"):
+            read(torch.zeros(pages, SIZE, DIM), torch.tensor(slots), record="plain", page_size=SIZE, dim=DIM, rope_dim=64)
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])

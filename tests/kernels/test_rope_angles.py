@@ -9,19 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from dsv4lab.config import ModelConfig
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.launch import runtime_of
-from dsv4lab.reference.rope import rope, rope_frequencies
+from dsv4lab.reference.rope import rope
 from tests.kernels.simulated import simulating
+from tests.kernels.test_rope_heads import TABLES
 
 ULPS = 1.25  # largest error met over 9 million angles: 1.187; on a GPU, where ptxas fuses differently, over 4 million 1.206
 THREADS = 256
-FLASH = ModelConfig.flash()
-TABLES = {
-    "window": rope_frequencies(rope_dim=64, theta=FLASH.rope_theta, scaling=None),
-    "entries": rope_frequencies(rope_dim=64, theta=FLASH.compress_rope_theta, scaling=FLASH.rope_scaling),
-}
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,7 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
         ((x[..., :256], positions, inv_freq), ValueError, r"x must be \(M, H, 512\), got \(3, 4, 256\)"),
         ((x[0], positions, inv_freq), ValueError, r"x must be \(M, H, 512\), got \(4, 512\)"),
         ((x, positions.float(), inv_freq), TypeError, "positions must be int32 or int64, got torch.float32"),
+        ((x, positions - 2**30, inv_freq), ValueError, "positions must be 0 to"),
         ((x, positions[:2], inv_freq), ValueError, r"positions must be \(3,\), got \(2,\)"),
         ((x, positions, inv_freq.double()), TypeError, "inv_freq must be float32, got torch.float64"),
         ((x, positions, inv_freq[:16]), ValueError, r"inv_freq must be \(32,\), got \(16,\)"),

@@ -12,15 +12,13 @@ from dsv4lab.config import ModelConfig
 from dsv4lab.records import allocate_kv_pages, kv_record
 from dsv4lab.reference.cache import _from_nvfp4, _to_nvfp4, cache_read, cache_write, kv_norm_rope
 from dsv4lab.reference.rope import rope_frequencies
+from tests.reference.test_quant import E2M1_GRID, E4M3_GRID
 
 EPS = 1e-6
 FILL = 0xAB  # what a pool holds before a test writes into it
-_NORMAL = [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)]
-E2M1_GRID = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-E4M3_GRID = np.array([m / 8 * 2.0**-6 for m in range(8)] + _NORMAL[:-1])  # the last code is NaN
 
 
-def table(rope_dim: int) -> torch.Tensor:
+def table(rope_dim: int = 64) -> torch.Tensor:
     c = ModelConfig.flash()
     return rope_frequencies(rope_dim=rope_dim, theta=c.compress_rope_theta, scaling=c.rope_scaling)
 

@@ -13,16 +13,12 @@ from dsv4lab.records import allocate_index_pages
 from dsv4lab.reference import indexer, quant
 from dsv4lab.reference.compressor import compressor_pool
 from dsv4lab.reference.norm import rmsnorm
-from dsv4lab.reference.rope import rope, rope_frequencies
+from dsv4lab.reference.rope import rope
+from tests.reference.test_cache import table
 
 EPS = 1e-6
 FILL = 0xAB
 RECORDS = ["plain", "fp8", "fp4"]
-
-
-def table(rope_dim: int = 64) -> torch.Tensor:
-    c = ModelConfig.flash()
-    return rope_frequencies(rope_dim=rope_dim, theta=c.compress_rope_theta, scaling=c.rope_scaling)
 
 
 def pool(record: str, num_pages: int, page_size: int, dim: int) -> torch.Tensor:

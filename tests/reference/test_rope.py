@@ -12,13 +12,9 @@ import torch
 from dsv4lab.config import ModelConfig, RopeScaling
 from dsv4lab.reference import quant
 from dsv4lab.reference.rope import inverse_rope, inverse_rope_fp8, inverse_rope_nvfp4, rope, rope_frequencies
+from tests.reference.test_cache import table as compress_table
 
 MILLION = 1_000_000
-
-
-def compress_table() -> torch.Tensor:
-    c = ModelConfig.flash()
-    return rope_frequencies(rope_dim=c.qk_rope_head_dim, theta=c.compress_rope_theta, scaling=c.rope_scaling)
 
 
 def rotate(x: np.ndarray, positions: list[int], freq: torch.Tensor, sign: int = 1) -> np.ndarray:

@@ -122,8 +122,9 @@ def test_cooperative_launches_must_fit():
     made = assembly.kernel(GRID_BARRIER.format(expected=1), 2)
     launch = launch_of(made, count, seen, grid=148 * 32 + 1)
     launch.attributes["cooperative"] = True
-    with pytest.raises(ResourceError, match="cooperative launch must fit"):
-        Machine(memory_of(count=count, seen=seen)).run(launch)
+    for bad, message in ((launch, "cooperative launch must fit"), (replace(launch, grid=(3, 0, 1)), "has no CTA")):
+        with pytest.raises(ResourceError, match=message):
+            Machine(memory_of(count=count, seen=seen)).run(bad)
 
 
 PRINTING = """

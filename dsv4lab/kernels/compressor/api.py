@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from dsv4lab.arguments import check_dense
+from dsv4lab.arguments import check_dense, check_eps, check_state
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.cache.plan import ROPE_DIM
 from dsv4lab.kernels.cache.pool import bytes_of, plan_of
 from dsv4lab.kernels.compressor.config import LANE, MAX_ELEMENTS, CompressConfig
-from dsv4lab.paging import check_range
+from dsv4lab.paging import check_completed
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 
@@ -70,14 +70,14 @@ def compress(
     config.check()
     if (config.ratio, config.overlap, config.keys) != (ratio, overlap, keys):
         raise ValueError(f"config must be for ratio {ratio}, overlap {overlap} and {keys}, got {config}")
+    check_eps(eps)
     _check(config, ape, state, norm_weight, inv_freq, block_table)
     plans = dict(positions=positions, seq_idx=seq_idx, first_row=first_row, last_position=last_position)
     for name, plan in plans.items():
         check_dense(name, plan, (tokens,), torch.int64)
     if not tokens:
         return
-    check_range("seq_idx", seq_idx, state.shape[0], start=0)
-    check_range("block_table", block_table, pages.shape[0])
+    check_completed(block_table, positions, seq_idx, pages, page_size, ratio)
     runtime = runtime_of(values)
     runtime.call(
         _compiled(config, runtime),
@@ -131,8 +131,9 @@ def _check(
         check_dense(name, value, shape, dtype)
         if value.data_ptr() % 16:
             raise ValueError(f"{name} must begin at a multiple of 16 bytes, got {value.data_ptr():#x}")
-    if ring < config.span or seqs * ring >= MAX_ELEMENTS:
-        raise ValueError(f"state must have R >= {config.span}, and fewer than 2^31 places, got {seqs} sequences, R={ring}")
+    check_state(state, config.ratio, config.overlap)
+    if seqs * ring >= MAX_ELEMENTS:
+        raise ValueError(f"state must have fewer than 2^31 places, got {seqs} sequences, R={ring}")
     if not block_table.numel():
         raise ValueError(f"block_table must have a column, got {tuple(block_table.shape)}")
 

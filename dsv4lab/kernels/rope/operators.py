@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4lab.arguments import LEAST_EPS
 from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.rope.heads import api
 
@@ -34,8 +35,8 @@ def inverse_rope_nvfp4(
 
 # ---- refusals ----------------------------------------------------------------------------------------------------------
 def _norm_refuses(q: Tensor, positions: Tensor, inv_freq: Tensor, *, eps: float) -> str | Exception | None:
-    if not api.LEAST_EPS <= eps < float("inf"):
-        return f"eps must be finite and at least {api.LEAST_EPS}, got {eps}"
+    if not LEAST_EPS <= eps < float("inf"):
+        return f"eps must be finite and at least {LEAST_EPS}, got {eps}"
     return api.refuses(q, positions, inv_freq)
 
 

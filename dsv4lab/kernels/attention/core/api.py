@@ -92,13 +92,22 @@ def attention(
     out = torch.empty_like(q)
     if not out.numel():
         return out
-    runtime = runtime_of(q)
     reach = block_table.shape[1] * entry_page if entry_pages is not None else 0  # entries of a sequence, at most
     if max_entries is not None:
         reach = min(reach, max_entries)
     entries = topk_indices.shape[1] if topk_indices is not None else reach
+    config = AttentionConfig(record, kind, window, window_page, entry_page if kind != "window" else 1)
+    config.check()
+    near = _bytes("window_pages", window_pages, config, window_page)
+    far = None if entry_pages is None or not entries else _bytes("entry_pages", entry_pages, config, entry_page)
+    tokens, held = near.shape[0] * window_page, 0 if far is None else far.shape[0] * entry_page
+    rings, pages = tokens // ring_len, None if entry_pages is None else entry_pages.shape[0]
+    paged: dict[str, Any] = dict(rings=rings, num_pages=pages, page_size=entry_page, ratio=ratio)
+    check_keys(block_table, positions, seq_idx, topk_indices, max_entries=max_entries, **paged)
     if kind != "window" and not entries:
         kind, entry_pages, topk_indices, reach = "window", None, None, 0
+        config = replace(config, kind=kind, entry_page=1)
+    runtime = runtime_of(q)
     multiprocessors = runtime.multiprocessors
     keys = capacity(kind, window, entries)
     decoding = pairs(heads, record, multiprocessors) if pair is None else pair
@@ -106,14 +115,6 @@ def attention(
     count = division.parts if parts is None else parts
     if count < 1:
         raise ValueError(f"parts must be at least 1, got {parts}")
-    config = AttentionConfig(record, kind, window, window_page, entry_page if kind != "window" else 1)
-    config.check()
-    near = _bytes("window_pages", window_pages, config, window_page)
-    far = None if entry_pages is None else _bytes("entry_pages", entry_pages, config, entry_page)
-    tokens, held = near.shape[0] * window_page, 0 if far is None else far.shape[0] * entry_page
-    rings, pages = tokens // ring_len, 0 if far is None else far.shape[0]
-    paged = dict(rings=rings, num_pages=pages, page_size=entry_page, ratio=ratio)
-    check_keys(block_table, positions, seq_idx, topk_indices, max_entries=max_entries, **paged)
     free = unpack is None and pair is None and merge is None and count == 1
     if unpack is None:
         most = min(held, min(m, block_table.shape[0]) * reach)
@@ -192,7 +193,7 @@ def attention(
         count,
         division.head_tiles,
         items,
-        items if merge else min(items, multiprocessors // config.ctas * config.ctas),
+        items if merge else min(items, max(multiprocessors // config.ctas, 1) * config.ctas),
     )
     if apart:
         runtime.call(_compiled_combine(runtime), partial, lse, sinks, flat)

@@ -45,8 +45,6 @@ def read_keys(
     out = torch.empty(rows, dim, dtype=torch.float32, device=pages.device)
     if not rows:
         return out
-    if not pages.shape[0]:
-        raise ValueError(f"pages must be at least one, got none for {rows} slots")
     check_slots(slots, pages.shape[0], page_size)
     config = config or ReadConfig.for_shape(rows, key)
     config.check()

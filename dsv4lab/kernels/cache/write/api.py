@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from dsv4lab.arguments import check_dense
+from dsv4lab.arguments import check_dense, check_eps
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.cache.plan import ROPE_DIM, WARP
 from dsv4lab.kernels.cache.pool import PAGE_ALIGN, bytes_of, plan_of
 from dsv4lab.kernels.cache.write.config import WriteConfig
-from dsv4lab.paging import check_slots
+from dsv4lab.paging import check_positions, check_slots
 
 MAX_ELEMENTS = 2**31  # of x: indices are 32 bits wide
 _ALIGN = 16  # bytes: of the first row, for vectors
@@ -50,6 +50,8 @@ def write_keys(
     _check_rows(x, norm_weight, positions, inv_freq, slots)
     elements = dict(element=ELEMENT[x.dtype], weight=ELEMENT[norm_weight.dtype])
     key = plan_of(pages, kind=kind, record=record, page_size=page_size, dim=x.shape[1], **elements)
+    check_eps(eps)
+    check_positions(positions)
     check_slots(slots, pages.shape[0], page_size, written=True)
     rows = x.shape[0]
     if x.numel() >= MAX_ELEMENTS:

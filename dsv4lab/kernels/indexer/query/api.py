@@ -13,6 +13,7 @@ from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.indexer.query.config import HEAD_DIM, RECORDS, ROPE_DIM, QueryConfig
 from dsv4lab.kernels.rope.heads import api as heads_api
+from dsv4lab.paging import check_positions
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 _ALIGN = 16  # bytes of a vector
@@ -30,6 +31,7 @@ def index_query(
     if why is not None:
         raise why
     check_contiguous(q=q, positions=positions, inv_freq=inv_freq)
+    check_positions(positions)
     out = torch.empty_like(q)
     if not q.numel():
         return out

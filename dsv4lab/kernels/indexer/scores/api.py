@@ -55,12 +55,12 @@ def index_scores(
     check_contiguous(
         q=q, head_weights=head_weights, pages=pages, block_table=block_table, seq_idx=seq_idx, num_visible=num_visible
     )
+    check_entries(block_table, seq_idx, pages.shape[0], page_size, visible=num_visible, most=max_entries)
     out = torch.empty(q.shape[0], max_entries, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out
     if not pages.shape[0] or not block_table.numel():
         return out.fill_(-torch.inf)  # there are no entries to see
-    check_entries(block_table, seq_idx, pages.shape[0], page_size, visible=num_visible, most=max_entries)
     given = (record, q.shape[1], page_size, INTEGERS[num_visible.dtype], INTEGERS[seq_idx.dtype])
     if config is None:
         size = (q.shape[0], max_entries, block_table.shape[0], runtime_of(q).multiprocessors)

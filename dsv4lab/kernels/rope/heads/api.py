@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from dsv4lab.arguments import check_contiguous
+from dsv4lab.arguments import check_contiguous, check_eps
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.quant.rows.api import scale_counters
 from dsv4lab.kernels.quant.rows.config import CHUNK
 from dsv4lab.kernels.rope.heads.config import HEAD_DIM, ROPE_DIM, HeadsConfig
+from dsv4lab.paging import check_positions
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 GROUPS = (64, 128)
-LEAST_EPS = 1e-30  # keeps 1 / rms a float32
 MAX_WORDS = 2**31  # of x; indices are 32 bits wide
 _ALIGN = 16  # bytes of a vector
 # CTAs that fit a multiprocessor, of launches whose CTAs go on from one run of heads to the next: "amax", which leaves few
@@ -34,8 +34,7 @@ def q_norm_rope(
     units, at least 1e-30 -> like q.  Raises ValueError on shapes, TypeError on dtypes.  Source: `reference.norm.q_norm_rope`.
     """
     _check(q, positions, inv_freq)
-    if not LEAST_EPS <= eps < float("inf"):
-        raise ValueError(f"eps must be finite and at least {LEAST_EPS}, got {eps}")
+    check_eps(eps)
     out = torch.empty_like(q)
     _launch(q, positions, inv_freq, out, eps=eps, config=config, out_as="same", norm=True)
     return out
@@ -129,6 +128,7 @@ def _check(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> 
     if why is not None:
         raise why
     check_contiguous(x=x, positions=positions, inv_freq=inv_freq)
+    check_positions(positions)
 
 
 # ---- launches ----------------------------------------------------------------------------------------------------------
