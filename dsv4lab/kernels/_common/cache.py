@@ -71,7 +71,8 @@ def kernel(module: str, config: Any, build: Build, runtime: Runtime) -> Callable
             "config": repr(config),
             "arch": runtime.arch,
             "machine": platform.machine(),
-            "sources": [fingerprint(module), fingerprint(build.__module__)],
+            "sources": fingerprint(module),
+            "builder": fingerprint(build.__module__),
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
             "format": FORMAT,
         }
