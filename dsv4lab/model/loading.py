@@ -8,6 +8,7 @@ import torch
 
 from dsv4lab.model.attention import Attention
 from dsv4lab.model.checkpoint import open_checkpoint
+from dsv4lab.model.layers import one_input_scale
 from dsv4lab.model.model import Model
 from dsv4lab.model.moe import Experts, SharedExpert
 from dsv4lab.model.numerics import EXACT, OFFICIAL, Numerics, get_numerics
@@ -53,6 +54,8 @@ def load(
     for name, value in checkpoint.items(progress=progress):
         model.assign(name, value.to(model.device))
     for module in model.modules():
-        if isinstance(module, (Attention, Experts, SharedExpert)):
+        if isinstance(module, Attention):
             module.share()
+        elif isinstance(module, (Experts, SharedExpert)):
+            one_input_scale(module.w1, module.w3)
     return model.eval()

@@ -8,7 +8,7 @@ from torch import nn
 from dsv4lab import ops
 from dsv4lab.config import HASH, ModelConfig
 from dsv4lab.formats import PackedWeight
-from dsv4lab.model.layers import ExpertStack, Linear, one_input_scale
+from dsv4lab.model.layers import ExpertStack, Linear
 from dsv4lab.model.numerics import Numerics
 
 
@@ -47,10 +47,6 @@ class Experts(nn.Module):
         expert, matrix, _ = leaf.split(".")
         getattr(self, matrix).assign(int(expert), value)
 
-    def share(self) -> None:
-        """See `one_input_scale`."""
-        one_input_scale(self.w1, self.w3)
-
     def forward(self, x: torch.Tensor, weights: torch.Tensor, expert_idx: torch.Tensor, shared: SharedExpert) -> torch.Tensor:
         """x (M, D), weights and expert_idx (M, top_k) -> (M, D): the shared expert's result included, rounded once."""
         act, shared_act = (self.numerics.act(of.w1.weight.format) for of in (self, shared))
@@ -66,10 +62,6 @@ class SharedExpert(nn.Module):
         self.w1 = Linear(config.moe_intermediate_size, config.hidden_size, numerics)
         self.w3 = Linear(config.moe_intermediate_size, config.hidden_size, numerics)
         self.w2 = Linear(config.hidden_size, config.moe_intermediate_size, numerics)
-
-    def share(self) -> None:
-        """See `one_input_scale`."""
-        one_input_scale(self.w1, self.w3)
 
 
 class MoE(nn.Module):

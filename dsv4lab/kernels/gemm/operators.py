@@ -26,7 +26,7 @@ def activations(x: torch.Tensor, act: str, input_scale: torch.Tensor | None) -> 
     """
     if act == "none":
         return dense(x), None
-    values, factor = activation_values(dense(x), act, input_scale)
+    values, factor = activation_values(x.contiguous(), act, input_scale)
     if factor is not None and input_scale is not None and input_scale.numel() == 1:
         return values, input_scale.reshape(1)
     return values, None if factor is None else factor.contiguous()
@@ -150,7 +150,7 @@ def linear_sm100(
     scales of the weight are brought into atom128x4 order by torch, at every call.
     """
     _weight(fmt, codes, scale, global_scale, input_scale).check()
-    rows = dense(x)
+    rows = x.contiguous()
     if input_scale is None:
         x_codes, x_scale, row_scale = quantize_nvfp4(rows, layout="atom128x4", per_row=True)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4lab.arguments import LEAST_EPS
+from dsv4lab.arguments import check_eps
 from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.rope.heads import api
 
@@ -35,8 +35,10 @@ def inverse_rope_nvfp4(
 
 # ---- refusals ----------------------------------------------------------------------------------------------------------
 def _norm_refuses(q: Tensor, positions: Tensor, inv_freq: Tensor, *, eps: float) -> str | Exception | None:
-    if not LEAST_EPS <= eps < float("inf"):
-        return f"eps must be finite and at least {LEAST_EPS}, got {eps}"
+    try:
+        check_eps(eps)
+    except ValueError as why:
+        return str(why)
     return api.refuses(q, positions, inv_freq)
 
 

@@ -9,14 +9,13 @@ import torch
 
 from dsv4lab.arguments import check_contiguous
 from dsv4lab.kernels._common import cache
-from dsv4lab.kernels._common.elements import ELEMENT
+from dsv4lab.kernels._common.elements import ELEMENT, dense
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.indexer.query.config import HEAD_DIM, RECORDS, ROPE_DIM, QueryConfig
 from dsv4lab.kernels.rope.heads import api as heads_api
 from dsv4lab.paging import check_positions
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
-_ALIGN = 16  # bytes of a vector
 
 
 def index_query(
@@ -42,7 +41,7 @@ def index_query(
     if (config.record, config.element) != (record, element):
         raise ValueError(f"config must be for record {record} of {element}, got {config}")
     runtime = runtime_of(q)
-    rows = (q.clone() if q.data_ptr() % _ALIGN else q).view(m * heads, HEAD_DIM).view(torch.uint32)
+    rows = dense(q).view(m * heads, HEAD_DIM).view(torch.uint32)
     words = positions.view(torch.int32)
     stride = positions.element_size() // words.element_size()
     target = out.view(m * heads, HEAD_DIM).view(torch.uint32)

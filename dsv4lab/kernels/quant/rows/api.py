@@ -15,14 +15,13 @@ from dsv4lab.arguments import check_dense, check_limit
 from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.counters import counters
-from dsv4lab.kernels._common.elements import ELEMENT
+from dsv4lab.kernels._common.elements import ELEMENT, dense
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.quant.rows.config import CHUNK, RowsConfig, for_shape
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 LAYOUTS = ("linear", "atom128x4")
 FP8_GROUP = 128  # of `activation_values`, as in `reference.gemm`
-_ALIGN = 16  # bytes of a vector
 _AMAX_CTAS = 4  # of an "amax" launch, a multiprocessor
 _nothing: dict[torch.device, torch.Tensor] = {}
 
@@ -369,7 +368,7 @@ def _as_words(x: torch.Tensor, config: RowsConfig) -> torch.Tensor:
     """Bits of x, from an address that vectors can be loaded from."""
     if config.ragged:
         return x.view(torch.uint16 if x.dtype == torch.bfloat16 else torch.uint32)
-    return (x.clone() if x.data_ptr() % _ALIGN else x).view(torch.uint32)
+    return dense(x).view(torch.uint32)
 
 
 def _compiled(config: RowsConfig, runtime: Runtime) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import torch
 
 from dsv4lab.arguments import check_contiguous, check_eps
 from dsv4lab.kernels._common import cache
-from dsv4lab.kernels._common.elements import ELEMENT
+from dsv4lab.kernels._common.elements import ELEMENT, dense
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.quant.rows.api import scale_counters
 from dsv4lab.kernels.quant.rows.config import CHUNK
@@ -19,7 +19,6 @@ from dsv4lab.paging import check_positions
 ARCHITECTURES = ("sm_90a", "sm_100a")
 GROUPS = (64, 128)
 MAX_WORDS = 2**31  # of x; indices are 32 bits wide
-_ALIGN = 16  # bytes of a vector
 # CTAs that fit a multiprocessor, of launches whose CTAs go on from one run of heads to the next: "amax", which leaves few
 # maxima that way, and NVFP4, where what a CTA prepares from the global scale serves all its tokens.
 _RESIDENT = {"sm_90a": 3, "sm_100a": 2}
@@ -192,7 +191,7 @@ def _run(
 ) -> None:
     runtime = runtime_of(x)
     m, heads, _ = x.shape
-    words = (x.clone() if x.data_ptr() % _ALIGN else x).view(m * heads, HEAD_DIM).view(torch.uint32)
+    words = dense(x).view(m * heads, HEAD_DIM).view(torch.uint32)
     runtime.call(
         _compiled(config, runtime),
         words,
