@@ -258,11 +258,15 @@ def test_ctas_go_on_from_rows_to_rows(schedule: str, monkeypatch: pytest.MonkeyP
     assert torch.equal(got[0].float().nan_to_num(500.0), want[0].float().nan_to_num(500.0))  # a product's NaN has any sign
     if schedule == "random":
         return
-    x, up, factor = wild(9, 512, BF16), wild(9, 512, BF16, seed=1), torch.rand(9)
-    h = simulated("sm_90a", api.swiglu, x, up, factor, limit=LIMIT)
-    got = simulated("sm_90a", api.swiglu_nvfp4, x, up, factor, None, limit=LIMIT, layout="atom128x4", how=how)
-    codes, blocks, used = quant.quantize_nvfp4(h)
-    assert same(got, (codes, to_atom128x4(blocks), used))
+    for m, k in ((9, 512), (19, 1024)):  # by the ring, a warp a row: the second
+        x, up, factor = wild(m, k, BF16), wild(m, k, BF16, seed=1), torch.rand(m)
+        h = simulated("sm_90a", api.swiglu, x, up, factor, limit=LIMIT)
+        for layout in ("linear", "atom128x4"):
+            got = simulated("sm_90a", api.swiglu_nvfp4, x, up, factor, None, limit=LIMIT, layout=layout, how=how)
+            codes, blocks, used = quant.quantize_nvfp4(h)
+            assert same(got, (codes, blocks if layout == "linear" else to_atom128x4(blocks), used))
+    streams = (for_shape(19, k, source="swiglu", element="bf16", out="nvfp4", scale="one").streams for k in (512, 1024))
+    assert tuple(streams) == (False, True)
     given = torch.tensor(0.013)
     assert same(simulated("sm_90a", api.quantize_nvfp4, x, given, how=how), quant.quantize_nvfp4(x, global_scale=given))
 

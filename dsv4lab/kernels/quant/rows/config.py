@@ -103,9 +103,11 @@ class RowsConfig:
         if self.tiles and (self.out not in ("nvfp4", "mxfp4") or self.decoded):
             raise ValueError(f"tiles are for codes of nvfp4 and mxfp4, got {self.out}")
         simple = self.scale == "one" or (self.out == "fp8" and self.source == "norm")
-        if self.streams and not (simple and self.full and self.element == "bf16" and not self.decoded):
+        warps = self.source == "norm" or self.threads % WARP == 0  # each has chunks of one row
+        if self.streams and not (simple and self.full and self.element == "bf16" and not self.decoded and warps):
             raise ValueError(
-                "streams must be False but for codes of nvfp4, one global scale, or fp8 of norms, full rows of bf16"
+                "streams must be False but for codes of nvfp4, one global scale, or fp8 of norms, full rows of bf16, "
+                "of SwiGLU by whole warps"
             )
         if self.resident < 1:
             raise ValueError(f"resident must be at least 1, got {self.resident}")
@@ -146,7 +148,8 @@ def _choose(few: bool, k: int, source: str, element: str, out: str, fields: tupl
     fill = next(r for r in (1, 2, 4) if threads * r % WARP == 0)  # rows that fill warps
     rows = fill if few else max(_CTA_THREADS // threads // fill * fill, fill)
     full = waste == 0 and total * CHUNK == k
-    streams = simple and full and source != "x"  # x itself: registers of the next row were spilled, and waited for
+    # x itself: registers of the next row were spilled, and waited for
+    streams = simple and full and (source == "norm" or (source == "swiglu" and threads % WARP == 0))
     if streams and normed:
         rest |= dict(resident=_NORM_RESIDENT[out] // (threads * rows) * threads * rows)
     config = RowsConfig(source, element, out, threads, chunks, rows, full=full, ragged=k % CHUNK != 0, streams=streams, **rest)

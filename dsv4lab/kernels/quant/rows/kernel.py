@@ -34,14 +34,14 @@ from dsv4lab.formats import ATOM_ROWS, E2M1_MAX, E4M3_MAX
 from dsv4lab.kernels._common.ptx import prefetch_bulk, store_global
 from dsv4lab.kernels.quant.rows import blocks as blk
 from dsv4lab.kernels.quant.rows import encode as enc
-from dsv4lab.kernels.quant.rows import table
+from dsv4lab.kernels.quant.rows import ring, table
 from dsv4lab.kernels.quant.rows.config import CHUNK, WARP, RowsConfig
 from dsv4lab.kernels.quant.rows.sources import RowSources, halves
 
 RANGE = E2M1_MAX * E4M3_MAX  # largest code times largest block scale
 _AHEAD = 528  # CTAs, four for each multiprocessor of an H200: rows with a scale each come to L2 before their own CTA
 _CARVEOUT = 8  # percent of the L1 for shared memory; named, or compiling with a minimum of CTAs would ask for a device
-_SHARED, _SHARED_CTA = 228 * 1024, 2048  # bytes of a multiprocessor; a CTA's beside the norm's weights, 1 KiB reserved
+_SHARED, _SHARED_CTA = 228 * 1024, 2048  # bytes of a multiprocessor; a CTA's beside what it keeps, 1 KiB reserved
 F32_TINY = 2.0**-126
 _VAST_BITS = 0x7E000000  # 2^125: half of a block's 1 / scale is a normal BF16 below
 _E2M1_MAX_BITS = 0x40C00000
@@ -60,6 +60,9 @@ class QuantizeRows(RowSources):
         fp4 = config.out in ("nvfp4", "mxfp4") and not config.decoded
         self.quick = fp4 and config.element == "bf16" and arch == "sm_90a" and alike
         self.streams = config.streams and alike and arch == "sm_90a"
+        self.rings = self.streams and config.source == "swiglu"
+        self.kept = 4 * CHUNK * config.threads * config.chunks if self.streams and config.keeps else 0
+        self.kept += ring.STAGES * ring.stage_bytes(config) if self.rings else 0
 
     @cute.jit
     def __call__(
@@ -90,8 +93,8 @@ class QuantizeRows(RowSources):
         how = dict(block=[threads, 1, 1], stream=stream, use_pdl=True)
         if cutlass.const_expr(self.quick or self.streams):
             ctas_each = max(config.resident // threads, 1)
-            kept = 4 * CHUNK * config.threads * config.chunks if config.keeps else 0
-            carveout = max(_CARVEOUT, -(-100 * ctas_each * (kept + _SHARED_CTA) // _SHARED)) if kept else _CARVEOUT
+            wanted = -(-100 * ctas_each * (self.kept + _SHARED_CTA) // _SHARED)
+            carveout = max(_CARVEOUT, wanted) if self.kept else _CARVEOUT
             how |= dict(min_blocks_per_mp=ctas_each, preferred_smem_carveout=carveout)
         self.kernel(x, other, row_weight, given, codes, scale, used, rows_per_scale, per_column, eps, limit).launch(
             grid=[ctas, 1, 1], **how
@@ -122,6 +125,8 @@ class QuantizeRows(RowSources):
         if cutlass.const_expr(self.streams and config.keeps):
             quads = cute.make_layout((4, config.threads * config.chunks * CHUNK // 4))
             self.factors = allocator.allocate_tensor(Float32, quads, byte_alignment=16)
+        if cutlass.const_expr(self.rings):
+            self.ahead = allocator.allocate_tensor(Uint32, cute.make_layout(self.kept // 4), byte_alignment=128)
         rows, width = x.shape
         self.columns = width * (CHUNK // config.words) if cutlass.const_expr(not config.ragged) else width
         padded = rows
@@ -205,22 +210,26 @@ class QuantizeRows(RowSources):
         grid: Any,
         steps: Any,
     ) -> None:
-        """The same, of one global scale: the registers of a chunk that is done take the next row's, which is under way while
-        the others are done.
+        """The same, of one global scale. Norms: the registers of a chunk that is done take the next row's, which is under way
+        while the others are done. SwiGLU: rows come by `ring`.
         """
         config, rows = self.config, x.shape[0]
-        swiglu = cutlass.const_expr(config.source == "swiglu")
         if cutlass.const_expr(self.quick):
             factor = given[0]  # on its way before the rows
         own, blocks = thread // config.threads, self.columns // CHUNK
         held = cute.make_rmem_tensor((config.chunks * config.words,), Uint32)
-        second = cute.make_rmem_tensor((config.chunks * config.words if swiglu else 1,), Uint32)
+        second = cute.make_rmem_tensor((config.chunks * config.words if self.rings else 1,), Uint32)
         row = block * config.rows + own
         mine = cutlass.min(row, rows - 1)  # threads past the last row repeat it, and store nothing
         at = Uint32(mine * blocks + thread % config.threads)  # of a thread's first block; others lie at constant distances
         further = Uint32(grid * config.rows * blocks)
-        for c in cutlass.range_constexpr(config.chunks):
-            self._take(held, second, c, x, other, at)
+        place, stage = Int32(0), Int32(0)  # of the ring: a warp's, where its chunks are
+        if cutlass.const_expr(self.rings):
+            place = self.ahead.iterator.toint() + thread // WARP * ring.warp_stage(config)
+            ring.ask(config, (x, other), mine, blocks, place + stage)
+        else:
+            for c in cutlass.range_constexpr(config.chunks):
+                self._take(held, c, x, at)
         if cutlass.const_expr(config.keeps):
             if own == 0:
                 for c in cutlass.range_constexpr(config.chunks):
@@ -232,9 +241,17 @@ class QuantizeRows(RowSources):
         entry, terms = Uint32(0), ()
         if cutlass.const_expr(self.quick):
             entry, terms = table.prepare(factor, thread), enc.global_terms(factor)
-        for _ in cutlass.range(block, steps, grid, unroll=1):
+        for step in cutlass.range(block, steps, grid, unroll=1):
             following, beyond = at + further, row + grid * config.rows
             more = beyond < rows
+            if cutlass.const_expr(self.rings):
+                cute.arch.cp_async_wait_group(0)
+                cute.arch.sync_warp()  # what the others asked for has come, and they have read what was there before
+                next_stage = ring.stage_bytes(config) - stage
+                if step + grid < steps:
+                    ring.ask(config, (x, other), cutlass.min(beyond, rows - 1), blocks, place + next_stage)
+                ring.take(config, (held, second), place + stage)
+                stage = next_stage
             next_share = share
             if cutlass.const_expr(config.weighted):
                 next_share = row_weight[cutlass.min(beyond, rows - 1)]
@@ -246,7 +263,7 @@ class QuantizeRows(RowSources):
             for c in cutlass.range_constexpr(config.chunks):
                 part = cute.make_rmem_tensor((config.words,), Uint32)
                 words = self._words(held, c)
-                if swiglu:
+                if cutlass.const_expr(self.rings):
                     words = self._gated(words, self._words(second, c), share, limit)
                 elif cutlass.const_expr(config.source == "norm"):
                     if cutlass.const_expr(config.keeps):
@@ -258,8 +275,8 @@ class QuantizeRows(RowSources):
                     part[i] = words[i]
                 if cutlass.const_expr(config.source == "norm" and config.out == "nvfp4"):
                     self._far(part, x, other, cutlass.min(row, rows - 1), c, thread, square, near)
-                if more:
-                    self._take(held, second, c, x, other, following)
+                if cutlass.const_expr(not self.rings) and more:
+                    self._take(held, c, x, following)
                 distance = c * config.threads
                 if cutlass.const_expr(config.out == "fp8"):
                     lanes = config.group // CHUNK
@@ -303,13 +320,12 @@ class QuantizeRows(RowSources):
                 self._store_e4m3([out[i] for i in range(CHUNK // 4)], byte, codes, row, rows, chunk, thread)
 
     @cute.jit
-    def _take(self, held: Any, second: Any, c: cutlass.Constexpr, x: Any, other: Any, at: Any) -> None:
-        """Load a thread's c-th chunk, and that of SwiGLU's second input."""
+    def _take(self, held: Any, c: cutlass.Constexpr, x: Any, at: Any) -> None:
+        """Load a thread's c-th chunk."""
         words, distance = self.config.words, c * self.config.threads * 2 * CHUNK
-        for target, source in ((held, x), (second, other))[: 2 if self.config.source == "swiglu" else 1]:
-            found = enc.load_chunk(source.iterator.toint() + Int64(at) * (2 * CHUNK), distance)
-            for i in cutlass.range_constexpr(words):
-                target[c * words + i] = found[i]
+        found = enc.load_chunk(x.iterator.toint() + Int64(at) * (2 * CHUNK), distance)
+        for i in cutlass.range_constexpr(words):
+            held[c * words + i] = found[i]
 
     # ---- global scales ---------------------------------------------------------------------------------------------------
     @cute.jit
@@ -371,8 +387,12 @@ class QuantizeRows(RowSources):
         lanes, fp8 = config.group // CHUNK, cutlass.const_expr(config.out == "fp8")
         for c in cutlass.range_constexpr(config.chunks):
             words = self._words(held, c)
-            magnitudes = enc.absolute(words, config.element)
-            bits, byte, inverse = self._group_scale(enc.amax_bits(magnitudes, config.element))
+            if cutlass.const_expr(fp8 and config.element == "bf16"):
+                magnitudes, largest = words, enc.amax_bits_of_bf16(words)
+            else:
+                magnitudes = enc.absolute(words, config.element)
+                largest = enc.amax_bits(magnitudes, config.element)
+            bits, byte, inverse = self._group_scale(largest)
             signs = cute.make_rmem_tensor((config.words,), Uint32)
             if cutlass.const_expr(not fp8):
                 for i in cutlass.range_constexpr(config.words):
