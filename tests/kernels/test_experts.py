@@ -245,12 +245,12 @@ def test_a_matrix_beside_has_its_place() -> None:
             one, plan = (
                 choose_grouped(fmt, "bf16", 6, 256, 256, k, paired=p, slotted=p, gather=p, **how) for p in (True, False)
             )
-            for config, warps in ((one, 16), (plan, 8)):
+            for config, warps in ((one, 8 if fmt == "nvfp4" else 16), (plan, 8)):
                 config.check()
                 assert config.beside and config.warps == warps and config.early == (config is plan)
             if fmt == "nvfp4":
-                assert (one.resident, plan.resident) == (1, 2)
-                assert (one.slabs, one.splits, plan.slabs, plan.splits) == (8, 2, 8, 1)
+                assert (one.resident, plan.resident) == (2, 2)
+                assert (one.slabs, one.splits, plan.slabs, plan.splits) == (4, 2, 8, 1)
     assert choose_grouped("nvfp4", "bf16", 6, 384, 448, 3072, paired=False, slotted=False, gather=False, **how).slabs == 4
     for changed in (dict(requant=True), dict(single=False), dict(scaled="matrix")):
         with pytest.raises(ValueError, match="beside needs a single configuration"):

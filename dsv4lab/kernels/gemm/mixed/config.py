@@ -332,7 +332,7 @@ def _time(config: MixedConfig, m: int, n: int, k: int, groups: int) -> float:
 
 
 def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, groups: int) -> MixedConfig:
-    """Weights at memory speed: eight warps a CTA, and CTAs for all multiprocessors.
+    """Weights at memory speed: eight warps a CTA, and CTAs for all multiprocessors. NVFP4 first as measured (`_one_wave`).
 
     Two CTAs share a multiprocessor where there are tiles enough for both (on an H200 a tenth faster than one with twice the
     ring), or next to none: the next kernel's start then overlaps with this one's end. Otherwise two could come to lie on one
@@ -340,6 +340,9 @@ def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, 
     cost as much of the L2 cache's bandwidth as weights, so tiles rather have 64 rows, and CTAs share K where those are few.
     """
     tokens = 8 if m <= 8 else 16
+    found = _one_wave(out, m, n, k, paired, scaled, groups) if fmt == "nvfp4" and out != "peaks" else None
+    if found is not None:
+        return found
     fits = [PART // SLAB] if out == "peaks" else [s for s in (8, 4, 2, 1) if groups == 1 or n % (s * SLAB) == 0]
     most = 4 if n > 3 * SLAB else -(-n // SLAB)  # slabs that a small matrix has
 
@@ -355,17 +358,8 @@ def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, 
     if thrifty and slabs >= 4 and _ENOUGH // 2 <= tiles(slabs) < _FOR_TWO and k >= 32 * TILE:
         cluster = 2
     small = n * groups * k // SLAB // TILE * record_words(fmt) * 4 < _SMALL_BYTES
-    if groups > 1 and thrifty and fmt == "nvfp4" and slabs == 4 and _ENOUGH <= tiles(4) <= _MULTIPROCESSORS:
-        # a tile a CTA, without clusters: a tenth less time (Flash wo_a)
-        wide = MixedConfig(fmt, out, tokens, 4, chunks_for(k, 8), 2, per_warp=2, scaled=scaled)
-        return with_stages(replace(wide, splits=min(4, wide.chunks)), SHARED_BYTES)
-    measured = None if small or paired or groups > 1 or fmt != "nvfp4" else _measured(fmt, out, m, n, k, scaled)
-    if measured is not None:
-        return measured
     short = small or cluster > 1
-    half = short or ((tokens == 8 or fmt == "nvfp4") and tiles(slabs) >= _FOR_TWO)
-    if fmt == "nvfp4" and tokens == 16 and cluster > 1 and groups == 1 and not small and k >= 128 * TILE:
-        half = False  # where tokens take half of a stage, two stages are too few (Flash wo_b: a sixth less time)
+    half = short or (tokens == 8 and tiles(slabs) >= _FOR_TWO)
     per_warp = 2 if tokens == 16 and slabs > 1 and not (short and tiles(slabs) >= _ENOUGH) else 1
 
     def shape(chunks: int, limit: int) -> MixedConfig:
@@ -382,24 +376,50 @@ def _few(fmt: str, out: str, m: int, n: int, k: int, paired: bool, scaled: str, 
     return next((t for t in tries if t.shared_bytes <= SHARED_BYTES), shape(1, SHARED_BYTES))
 
 
-def _measured(fmt: str, out: str, m: int, n: int, k: int, scaled: str) -> MixedConfig | None:
-    """For one NVFP4 matrix of 6 MB or more, what a sweep on an H200 found better than the rules of `_few`; None elsewhere.
+def _one_wave(out: str, m: int, n: int, k: int, paired: bool, scaled: str, groups: int) -> MixedConfig | None:
+    """For NVFP4, what a sweep of 260 configurations on an H200 found: a CTA a multiprocessor, whose ring has all of its memory,
+    with tiles as small as that allows, shared by clusters where they are few. None where there are more tiles.
 
-    From 5 tokens on two of 16 slabs a warp, so that tokens are read and sums added up least: with few tiles and a long K (Pro
-    wo_b) four CTAs share them. Fewer tokens, and a tile a CTA: stages as short as still hold all of it (Flash wq_b).
+    Up to 4 tokens, and 8 of some: two CTAs a multiprocessor, where their tiles have two slabs, or four, and fit. Where tokens
+    are as many bytes as weights, tiles twice as large, and two CTAs for each. Flash's and Pro's wq_b, short and with many rows:
+    stages as short as still hold all of K, or slabs in pairs from 5 tokens on.
     """
-    tokens = 8 if m <= 8 else 16
-    tiles = -(-n // (16 * SLAB))
-    wide = MixedConfig(fmt, out, tokens, 16, chunks_for(k, 4), 2, per_warp=2, scaled=scaled)
-    if m > 4 and _ENOUGH <= 4 * tiles <= _MULTIPROCESSORS and k >= 128 * TILE:
-        return with_stages(replace(wide, cluster=4), SHARED_BYTES)
-    if tiles < _ENOUGH or k > 24 * TILE:
+    tokens, steps = 8 if m <= 8 else 16, k // TILE
+
+    def tiles(slabs: int) -> int:
+        return -(-n // (slabs * SLAB)) * groups
+
+    def plan(slabs: int, cluster: int, per_warp: int, limit: int, most: tuple[int, ...] = (8, 4, 2, 1)) -> MixedConfig:
+        shapes = [
+            MixedConfig("nvfp4", out, tokens, slabs, c, 2, (), min(8 * per_warp // slabs, c), per_warp, cluster, paired=paired)
+            for c in (chunks_for(k, chunks) for chunks in most)
+        ]
+        configs = [with_stages(replace(shape, scaled=scaled), limit) for shape in shapes]
+        least = 3 if limit == SHARED_BYTES else 4
+        return next((c for c in configs if c.stages >= least and c.shared_bytes <= limit), configs[-1])
+
+    sizes = [s for s in (2, 4, 8, 16) if (groups == 1 or n % (s * SLAB) == 0) and tiles(s) <= 2 * _MULTIPROCESSORS]
+    if groups == 1 and tiles(16) >= _ENOUGH and steps <= 24:
+        if m > 4:
+            return plan(16, 1, 2, SHARED_BYTES, (4, 2, 1))
+        return plan(8, 1, 1, HALF_SHARED_BYTES, (2, 1)) if tiles(16) <= _MULTIPROCESSORS else None
+    if not sizes:
         return None
-    if m > 4:
-        return with_stages(wide, SHARED_BYTES)
-    if tiles <= _MULTIPROCESSORS:
-        return with_stages(replace(wide, slabs=8, chunks=chunks_for(k, 2), per_warp=1), HALF_SHARED_BYTES)
-    return None
+    slabs = sizes[0]
+    pairs = slabs <= 4 if m <= 4 else m <= 8 and slabs == 2 and 64 <= steps < 128
+    if tiles(slabs) > _MULTIPROCESSORS and pairs:
+        return plan(slabs, 1, 2 if steps <= 64 else 1, HALF_SHARED_BYTES)
+    sizes = [s for s in sizes if tiles(s) <= _MULTIPROCESSORS]
+    if not sizes:
+        return None
+    slabs = sizes[0]
+    if slabs == 2 and m > 4 and 4 in sizes and tiles(2) < 60 <= 4 * tiles(4):
+        slabs = 4
+    most = steps // chunks_for(k, 8) // 2 if groups == 1 else 1
+    cluster = next(c for c in (4, 2, 1) if c <= max(most, 1) and tiles(slabs) <= _CLUSTERS[c])
+    if groups == 1 and cluster == 1 and 2 * slabs in sizes and (steps > 64 if m > 8 else m > 4 and steps >= 128):
+        slabs, cluster = 2 * slabs, 2
+    return plan(slabs, cluster, 2 if slabs >= 8 or (slabs == 4 and cluster < 4) else 1, SHARED_BYTES)
 
 
 def _cluster(tiles: int, steps: int, most: int) -> int:
@@ -443,17 +463,17 @@ def choose_grouped(
     """The configuration of a grouped product of so many rows with as many matrices of so many slabs.
 
     slotted: the first product of an expert, which comes right after the list of its tiles. single: tiles are one token's rows;
-    few as they are, one CTA of 16 warps on a multiprocessor is then a fifteenth faster for the layer than two of eight. With
-    a matrix beside, the second product has tiles enough for two of eight: the layer takes a twentieth less (H200). Tiles of
-    eight slabs have sums over half as many warps; they are taken where no CTA has more slabs then than in tiles of four. Of 10
-    to 64 rows a matrix, two CTAs a multiprocessor, or stages of four tiles of K, take a sixth less (Flash, 1,024 tokens).
+    few as they are, one CTA of 16 warps on a multiprocessor is then a fifteenth faster for the layer than two of eight. NVFP4's
+    first product in tiles of four slabs, and the second with a matrix beside, have tiles enough for two of eight (H200). Tiles
+    of eight slabs have sums over half as many warps; they are taken where no CTA has more slabs then than in tiles of four. Of
+    10 to 64 rows a matrix, two CTAs a multiprocessor, or stages of four tiles of K, take a sixth less (Flash, 1,024 tokens).
     """
     tokens, narrow = grouped_tokens(rows, experts)
     few = tokens <= FEW
     chunks = chunks_for(k, 8 if few else 4 if tokens == 64 else _chunks(tokens))
-    wide = single and (slotted or not beside)
+    wide = single and (fmt != "nvfp4" if slotted else not beside)
     of_tile, warps = 4 if few else 8, 16 if wide else 8
-    if single and fmt == "nvfp4":
+    if single and fmt == "nvfp4" and not slotted:
         places = _MULTIPROCESSORS * 16 // warps
         of_tile = min((8, 4), key=lambda s: -(-(-(-slabs // s) * (rows + beside)) // places) * s)
         chunks = chunks_for(k, warps // 2) if of_tile == 8 else chunks
