@@ -279,6 +279,9 @@ def test_the_operator_in_the_simulator() -> None:
         q, name = case.args[0].mT.contiguous().mT, torch.ops.dsv4lab
         for op, args, how in ((name.attention, (q, *case.args[1:]), case.how), (name.rmsnorm, (q, q[0, 0]), dict(eps=1.0))):
             torch.library.opcheck(op.default, args, how, test_utils="test_faketensor")
+        far = case.args[4].long() + 2**32  # as int32 the same page
+        with pytest.raises(ValueError, match="block_table"):
+            ops.attention(*case.args[:4], far, *case.args[5:], **case.how)
     judge(case, found)
 
 

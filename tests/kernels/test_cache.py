@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -196,6 +197,20 @@ def test_a_folder_that_cannot_be_written_costs_only_a_warning(
     with pytest.warns(UserWarning, match="compiled kernels cannot be kept in"):
         assert get() == ENTRY.object
     with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get()
+    assert len(done) == 1
+
+
+def test_what_the_compiler_cannot_write_is_not_the_cache_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+
+    def full(*_: object) -> Compiled:
+        done.append(1)
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(cache, "_compile", full)
+    with warnings.catch_warnings(), pytest.raises(OSError, match="no space left"):
         warnings.simplefilter("error")
         get()
     assert len(done) == 1

@@ -133,15 +133,20 @@ def _imported(text: bytes) -> set[str]:
 def _from_disk(path: Path, source: dict[str, Any], build: Callable[[], Compiled]) -> Compiled:
     """The entry at `path`, made if it is not there or damaged. A folder that cannot be written costs only the next compile."""
     found: Compiled | None = None
+    building = False
     try:
         found = _read_or_warn(path)
         if found is None:
             with _lock(path.with_suffix(".lock")):
                 found = _read_or_warn(path)  # another process may have been first
                 if found is None:
+                    building = True
                     found = build()
+                    building = False
                     write(path, source, found)
     except OSError as error:
+        if building:  # the compiler's own, such as a full disk where it works
+            raise
         warnings.warn(f"compiled kernels cannot be kept in {path.parent}: {error}", stacklevel=2)
     return found or build()
 

@@ -31,12 +31,18 @@ def attention(
         sinks.contiguous(),
         window_pages,
         entry_pages,
-        block_table.int().contiguous(),
+        _narrow(block_table),
         positions.contiguous(),
         seq_idx.contiguous(),
-        None if topk_indices is None else topk_indices.int().contiguous(),
+        None if topk_indices is None else _narrow(topk_indices),
         **how,
     )
+
+
+def _narrow(numbers: torch.Tensor) -> torch.Tensor:
+    """As int32; what does not fit stays out of every range."""
+    fitting = numbers if numbers.dtype == torch.int32 else numbers.clamp(-(2**31), 2**31 - 1).int()
+    return fitting.contiguous()
 
 
 def _refuses(
