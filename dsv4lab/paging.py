@@ -111,6 +111,24 @@ def check_completed(
         check_slots(page * page_size + entries % page_size, pages.shape[0], page_size, written=True)
 
 
+def check_steps(positions: torch.Tensor, seq_idx: torch.Tensor, first_row: torch.Tensor, last_position: torch.Tensor) -> None:
+    """A step's tokens of a sequence must lie in rows and positions in a row, from first_row on up to last_position; all (M,).
+    Raises ValueError naming the first token that does not.
+    """
+    if not _looks(positions) or not positions.numel():
+        return
+    rows = torch.arange(len(positions), device=positions.device)
+    first = first_row.clamp(min=0).minimum(rows)
+    inside = (first == first_row) & (seq_idx[first] == seq_idx) & (positions[first] + rows - first == positions)
+    for name, values, right in (("first_row", first_row, inside), ("last_position", last_position, last_position >= positions)):
+        if not right.all():
+            m = int((~right).nonzero()[0])
+            at = int(positions[m])
+            raise ValueError(
+                f"{name} must agree with positions and seq_idx, got {int(values[m])} for position {at} (token {m})"
+            )
+
+
 def check_keys(
     block_table: torch.Tensor,
     positions: torch.Tensor,

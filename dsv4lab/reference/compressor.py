@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from dsv4lab.arguments import check_shape, check_state
-from dsv4lab.paging import check_completed
+from dsv4lab.paging import check_completed, check_steps
 from dsv4lab.reference.cache import cache_write
 from dsv4lab.reference.indexer import index_key_write
 
@@ -46,13 +46,14 @@ def compress(
     block_table (num_seqs, nb) int leads: entry j of sequence s is place j mod page_size of page block_table[s, j / page_size],
     -1: not stored. rounded: to BF16, the pooled sum and all that comes after it. The others as in `compressor_pool` and
     `compressor_state_update`. Writes pages and state, in place. Raises ValueError on key, a short ring, as `cache_write`
-    and `paging.check_completed`.
+    and `paging.check_completed` and `check_steps`.
     """
     if key not in KEYS:
         raise ValueError(f"key must be one of {KEYS}, got {key!r}")
     check_state(state, ratio, overlap)
     check_shape("block_table", block_table, (state.shape[0], *block_table.shape[1:]))
     check_completed(block_table, positions, seq_idx, pages, page_size, ratio)
+    check_steps(positions, seq_idx, first_row, last_position)
     last_row = ((positions + 1) % ratio == 0).nonzero(as_tuple=True)[0]
     pooled = compressor_pool(
         values, scores, ape, state, positions, seq_idx, first_row, last_row, ratio=ratio, overlap=overlap

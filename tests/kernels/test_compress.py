@@ -317,6 +317,9 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
         (dict(positions=at - 51), "positions must be 0 to"),
         (dict(positions=at), "entries of block_table must be below 12"),
         (dict(positions=at % 48, block_table=scene.table * 0), "slots must name no place twice"),
+        (dict(first_row=where[2] - 1), r"first_row must agree with .*, got -1 for position \d+ \(token 0\)"),
+        (dict(first_row=torch.arange(5) * 0), r"first_row must agree with .*, got 0"),
+        (dict(last_position=where[0] - 1), "last_position must agree with"),
     ):
         for function in (compress, oracle):
             with pytest.raises(ValueError, match=message):

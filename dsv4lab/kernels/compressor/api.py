@@ -15,7 +15,7 @@ from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.cache.plan import ROPE_DIM
 from dsv4lab.kernels.cache.pool import bytes_of, plan_of
 from dsv4lab.kernels.compressor.config import LANE, MAX_ELEMENTS, CompressConfig
-from dsv4lab.paging import check_completed
+from dsv4lab.paging import check_completed, check_steps
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 
@@ -78,6 +78,7 @@ def compress(
     if not tokens:
         return
     check_completed(block_table, positions, seq_idx, pages, page_size, ratio)
+    check_steps(positions, seq_idx, first_row, last_position)
     runtime = runtime_of(values)
     runtime.call(
         _compiled(config, runtime),
