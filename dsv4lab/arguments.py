@@ -90,6 +90,14 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps must be finite and at least {LEAST_EPS}, got {eps}")
 
 
+def check_sinkhorn(iters: int, eps: float) -> None:
+    """Of hyper-connections. From 1 on what is added outgrows the sums, and nothing converges. Raises ValueError."""
+    if iters < 1:
+        raise ValueError(f"sinkhorn_iters must be at least 1, got {iters}")
+    if not 0 <= eps < 1:
+        raise ValueError(f"hc_eps must be at least 0 and below 1, got {eps}")
+
+
 def check_max_entries(most: int | None) -> None:
     """What queries see at most, if that is told. Raises ValueError."""
     if most is not None and most < 0:

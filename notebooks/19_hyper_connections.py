@@ -121,7 +121,8 @@ for site in sites:
 #
 # **Side by side** (`project.py`, `finish.py`): any other width, nano's 128 too, and few tokens of Pro, whose $W$ a cluster takes
 # longer to read than all multiprocessors. Two launches: one multiplies with $W$ and leaves sums, the other has a token's streams
-# in shared memory already, waits for its sums, makes coefficients, collapses and applies the norm.
+# in shared memory already, waits for its sums, makes coefficients, collapses and applies the norm. Up to 8 tokens of Pro, one
+# launch of both: 8 CTAs, a cluster, share the columns of a token.
 #
 # Nano's sites, then, are the second's. Bars: coefficients within $10^{-5}$ of the exact ones, sums of rows and columns within
 # $10^{-4}$ on matrices that 20 iterations finish.

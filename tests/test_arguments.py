@@ -99,6 +99,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: moe.router_topk(F32, F32, TURNS[:3], top_k=4, route_scale=1.0), "top_k must be 1 to E = 3, got 4"),
     (lambda: moe.router_topk(F32, F32, TURNS[:1], top_k=1, route_scale=1.0), r"bias must be \(3,\), got \(1,\)"),
     (lambda: mhc.sinkhorn(F32, iters=0, eps=0.0), "sinkhorn_iters must be at least 1, got 0"),
+    (lambda: mhc.sinkhorn(F32, iters=1, eps=1.0), "hc_eps must be at least 0 and below 1, got 1.0"),
     (lambda: indexer.index_topk(F32, IDS, k=-1), "k must be at least 1, got -1"),
     (lambda: indexer.index_topk(F32, IDS[:1], k=1), r"num_visible must be \(3,\), got \(1,\)"),
     (lambda: indexer.index_query(HEADS, IDS, TURNS, record="fp6"), "index record must be one of"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dsv4lab.arguments import check_codes, check_shape
+from dsv4lab.arguments import check_codes, check_shape, check_sinkhorn
 from dsv4lab.paging import check_range
 from dsv4lab.reference.gemm import matmul_rows
 from dsv4lab.reference.norm import rmsnorm
@@ -30,10 +30,9 @@ def sinkhorn(logits: torch.Tensor, *, iters: int, eps: float) -> torch.Tensor:
     """Turn a (..., S, S) matrix of logits into a nearly doubly stochastic one, in float64.
 
     Softmax over the last index and a first column step count as iteration one; each further one is a row then a column step.
-    Raises ValueError on iters.
+    Raises ValueError on iters and eps.
     """
-    if iters < 1:
-        raise ValueError(f"sinkhorn_iters must be at least 1, got {iters}")
+    check_sinkhorn(iters, eps)
     a = torch.softmax(logits.double(), dim=-1) + eps
     a = a / (a.sum(-2, keepdim=True) + eps)
     for _ in range(iters - 1):
@@ -170,6 +169,7 @@ def mhc_head(
     """
     _, s, d = streams.shape
     _check(fn=(fn, (s, s * d)), base=(base, (s,)), scale=(scale, (1,)))
+    check_sinkhorn(1, hc_eps)
     pre = torch.sigmoid(mhc_mix(streams, fn, eps=eps) * scale + base) + hc_eps
     return rmsnorm(mhc_collapse(streams, pre.float()), norm_weight, eps=eps)
 

@@ -26,6 +26,8 @@ ROUNDED_APART = 0.005  # share of results whose exact value lies next to a bound
 PRE = MixConfig(128, 24, False, "bf16", warps=4, ahead=3, finish=2, ring=2)
 POST_PRE = MixConfig(64, 24, True, "f32", warps=2, ahead=2, finish=1, ring=3)
 HEAD = MixConfig(80, 4, False, "bf16", warps=1, ahead=2, finish=1, ring=2)  # five slices, chunks that leave lanes idle
+# Clusters of two CTAs finish, in one kernel with four slices.
+ONE = MixConfig(256, 24, False, "bf16", warps=4, ahead=1, finish=4, ring=1, split=2)
 
 # Clusters of 16 CTAs: two stages, so that every place is used again; blocks of `fn` in registers and in shared memory.
 TOGETHER = TogetherConfig(2048, 24, False, "bf16", warps=4, held=72, collapse=8, stages=2)
@@ -146,6 +148,28 @@ def test_post_pre_is_post_then_pre(arch: str, tokens: int, how: dict) -> None:
     check_mix((new, *args[1:]), *found)
 
 
+@pytest.mark.parametrize("post", [False, True])
+@pytest.mark.parametrize(
+    ("columns", "split", "tokens", "how"),
+    [
+        (256, 2, 1, dict(schedule="lazy", **RACES)),
+        (1024, 8, 3, dict(schedule="random", seed=1, **RACES)),
+        (512, 4, 16, dict(schedule="eager", **RACES)),
+    ],
+)
+def test_one_kernel_projects_and_finishes(columns: int, split: int, tokens: int, post: bool, how: dict) -> None:
+    args, before = material(tokens, columns, weight=F32), written(tokens, columns)
+    config = replace(ONE, columns=columns, post=post, weight="f32", split=split)
+    if not post:
+        check_mix(args, *simulate("sm_90a", api.mhc_pre, *args, config=config, how=how, **HOW))
+        return
+    y, old_post, old_comb = before
+    given = (y, args[0], old_post, old_comb)
+    new, *found = simulate("sm_90a", api.mhc_post_pre, *given, *args[1:], config=config, how=how, **HOW)
+    assert torch.equal(new, simulate("sm_90a", api.mhc_post, *given))  # in every bit
+    check_mix((new, *args[1:]), *found)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_slice_is_waited_for_by_one_warp_only(seed: int) -> None:
     """Three slices for two warps: a sum that another warp has cleared must not be waited for again, as it was on an H200."""
@@ -155,11 +179,11 @@ def test_a_slice_is_waited_for_by_one_warp_only(seed: int) -> None:
     assert check_mix(args, *simulate("sm_90a", api.mhc_pre, *args, config=plan, how=how, **HOW)) < BOUND
 
 
-@pytest.mark.parametrize("tokens", [1, 37])
-def test_head(tokens: int) -> None:
-    args = material(tokens, 80, 4)
+@pytest.mark.parametrize(("config", "tokens"), [(HEAD, 1), (HEAD, 37), (replace(ONE, outputs=4), 3)])
+def test_head(config: MixConfig, tokens: int) -> None:
+    args = material(tokens, config.columns, 4)
     how = dict(schedule="lazy", **RACES)
-    x = simulate("sm_90a", api.mhc_head, *args, config=HEAD, multiprocessors=2, how=how, **HEAD_HOW)
+    x = simulate("sm_90a", api.mhc_head, *args, config=config, multiprocessors=2, how=how, **HEAD_HOW)
     check_input(x, args[0], exact(*args[:4])[0], args[4])
 
 
@@ -280,6 +304,14 @@ def test_saturated_coefficients(size: float) -> None:
     check_input(x, streams, want[0], weight)
 
 
+@pytest.mark.parametrize("hc_eps", [0.0, 0.5])
+def test_what_is_added_to_sums(hc_eps: float) -> None:
+    streams, fn, base, scale, weight = material(9, 128)
+    _, _, comb = simulate("sm_90a", api.mhc_pre, streams, fn, base, scale, weight, config=PRE, **HOW | dict(hc_eps=hc_eps))
+    logits = (mhc.mhc_mix(streams, fn, eps=1e-6)[:, 8:] * scale[2] + base[8:]).view(-1, 4, 4)
+    assert relative(comb, mhc.sinkhorn(logits, iters=20, eps=hc_eps)) < BOUND
+
+
 def test_steep_logits_lose_what_float32_products_lose() -> None:
     """Steep: an error of 2^-22 of a logit of a hundred is one of 2^-15 of e^z, where another is near."""
     streams, fn, base, scale, weight = material(37, 128)
@@ -288,15 +320,16 @@ def test_steep_logits_lose_what_float32_products_lose() -> None:
     assert relative(comb, exact(*args[:4])[2]) < 3e-4
 
 
-def test_numbers_that_are_none_stay_with_their_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams, fn, base, scale, weight = material(20, 128)
-    streams[3, 1, 5], streams[18, 0, 0] = torch.nan, torch.inf
+@pytest.mark.parametrize(("config", "tokens"), [(PRE, 20), (ONE, 16)])
+def test_numbers_that_are_none_stay_with_their_token(config: MixConfig, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams, fn, base, scale, weight = material(tokens, config.columns)
+    streams[3, 1, 5], streams[14, 0, 0] = torch.nan, torch.inf
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     original = api._sums
     monkeypatch.setattr(api, "_sums", lambda *a: kept.append(original(*a)) or kept[-1])
-    x, _, comb = simulate("sm_90a", api.mhc_pre, streams, fn, base, scale, weight, config=PRE, **HOW)
-    assert bool(comb[[3, 18]].isnan().all()) and bool(x[3].isnan().all())
-    rest = [i for i in range(20) if i not in (3, 18)]
+    x, _, comb = simulate("sm_90a", api.mhc_pre, streams, fn, base, scale, weight, config=config, **HOW)
+    assert bool(comb[[3, 14]].isnan().all()) and bool(x[3].isnan().all())
+    rest = [i for i in range(tokens) if i not in (3, 14)]
     check_mix((streams[rest], fn, base, scale, weight), x[rest], simulate_post(streams[rest], fn, base, scale), comb[rest])
     assert len(kept) == 1 and bool((kept[0][0] == -1).all())  # cleared for the next launch, NaN or not
 
@@ -377,6 +410,14 @@ def test_choices_fit_and_fill_the_gpu(columns: int, multiprocessors: int) -> Non
                 assert plan.slot_bytes * plan.ring + plan.fixed_bytes + 32 * 1024 <= 228 * 1024
     assert MixConfig.for_shape(1, 4096, 24, False, "bf16", 132).slices == 128
     assert MixConfig.for_shape(8192, 4096, 24, False, "bf16", 132).slices == 32
+    for tokens, columns, many, split in (
+        (8, 7168, 132, 8),
+        (9, 7168, 132, 1),
+        (4, 4096, 78, 8),
+        (5, 4096, 78, 1),
+        (1, 512, 132, 1),
+    ):
+        assert MixConfig.for_shape(tokens, columns, 24, True, "bf16", many).split == split
 
 
 @pytest.mark.parametrize("columns", [1024, 2048, 4096, 7168])
@@ -424,8 +465,16 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             api.mhc_pre(*bad, **HOW)
-    with pytest.raises(ValueError, match="sinkhorn_iters 1, and finite, got 1e-06, 1e-06 and 0"):
-        api.mhc_pre(*args, eps=1e-6, hc_eps=1e-6, sinkhorn_iters=0)
+    for wrong, message in (
+        (dict(sinkhorn_iters=0), "sinkhorn_iters must be at least 1, got 0"),
+        (dict(hc_eps=1.0), "hc_eps must be at least 0 and below 1, got 1.0"),
+        (dict(eps=0.0), "eps must be finite and at least 1e-30, got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            api.mhc_pre(*args, **HOW | wrong)
+    many = material(17, 256)
+    with pytest.raises(ValueError, match="config with split must be for up to 16 tokens, got 17"):
+        simulate("sm_90a", api.mhc_pre, *many, config=ONE, **HOW)
     with pytest.raises(ValueError, match=r"post must be contiguous \(4, 4\), got \(3, 4\)"):
         api.mhc_post(y, streams, post[:3], comb)
     with pytest.raises(TypeError, match=r"y must be bfloat16, got torch\.float32"):
@@ -438,6 +487,8 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
         (replace(HEAD, post=True), "post must be false for the head"),
         (replace(PRE, ring=300), "ring must be >= 1 and fit"),
         (replace(PRE, ahead=1), "ahead must be 2, 3 or 4, got 1"),
+        (replace(ONE, split=3), "split must be 1, 2, 4 or 8, in whole groups of 256 columns, got 3"),
+        (replace(ONE, ring=2), "one kernel must have ahead 1, ring 1 and finish from warps to 7, got"),
         (PostConfig(3), "units must be 1, 2 or 4"),
         (EmbedConfig(0, 4, "i32"), "streams, words and warps must be positive"),
     ):
@@ -472,7 +523,7 @@ def on_gpu(values: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("tokens", [1, 3, 8, 17, 37, 129, 133, 1000, 4001, 8192, 8200])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16, 17, 37, 129, 133, 1000, 4001, 8192, 8200])
 def test_on_the_gpu(tokens: int, seed: int) -> None:
     for columns in (128, 4096, 7168):
         args = on_gpu(material(tokens, columns, seed=seed))
@@ -496,18 +547,20 @@ def test_on_the_gpu(tokens: int, seed: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 8, 200, 1000])
-def test_a_cuda_graph_replays_with_new_inputs(tokens: int) -> None:
-    """A chain of sub-layers, which start before the one ahead has ended."""
-    args = on_gpu(material(tokens, 4096))
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16, 200, 1000])
+@pytest.mark.parametrize("columns", [4096, 7168])
+def test_a_cuda_graph_replays_with_new_inputs(columns: int, tokens: int) -> None:
+    """A chain of sub-layers, which start before the one ahead has ended; one of fewer tokens has the same room for sums."""
+    args = on_gpu(material(tokens, columns))
     streams = args[0]
 
     def chain() -> tuple[torch.Tensor, ...]:
+        fewer = api.mhc_pre(streams[: -(-5 * tokens // 8)], *args[1:], **HOW)
         x, post, comb = api.mhc_pre(*args, **HOW)
         new = streams
         for _ in range(4):
             new, x, post, comb = api.mhc_post_pre(x, new, post, comb, *args[1:], **HOW)
-        return api.mhc_post(x, new, post, comb), x, post, comb
+        return api.mhc_post(x, new, post, comb), x, post, comb, *fewer
 
     chain()
     torch.cuda.synchronize()
@@ -515,7 +568,7 @@ def test_a_cuda_graph_replays_with_new_inputs(tokens: int) -> None:
     with torch.cuda.graph(graph):
         found = chain()
     for seed in range(3):
-        streams.copy_(material(tokens, 4096, seed=seed + 1)[0])
+        streams.copy_(material(tokens, columns, seed=seed + 1)[0])
         want = chain()
         for _ in range(3):
             graph.replay()

@@ -15,7 +15,7 @@ from dsv4lab.formats import to_atom128x4
 from dsv4lab.kernels.mhc.config import MixConfig
 from dsv4lab.kernels.mhc.operators import ENTRIES
 from dsv4lab.reference import mhc, quant
-from tests.kernels.test_mhc import BF16, F32, HOW, RACES, TOGETHER, ULP, exact, material, on_gpu, simulate, written
+from tests.kernels.test_mhc import BF16, F32, HOW, ONE, RACES, TOGETHER, ULP, exact, material, on_gpu, simulate, written
 
 KINDS = ("fp8", "nvfp4", "nvfp4_tiles")
 GLOBAL = 4.0 / 2688
@@ -80,7 +80,7 @@ def check_values(found: Any, args: Any, given: torch.Tensor | None) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", [PRE, POST_PRE])
+@pytest.mark.parametrize("config", [PRE, POST_PRE, replace(ONE, post=True)])
 def test_codes_are_those_of_the_row(arch: str, kind: str, config: MixConfig) -> None:
     """A token with a NaN, one with an infinity, one of zeros; other scales: of a power of two, and that make blocks rare."""
     for given in (GLOBAL,) if kind != "nvfp4" else (GLOBAL, 2.0**-9, 2.0**-70, 1e30):
@@ -146,7 +146,7 @@ def test_what_is_refused_and_none_is_nothing() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("post", [False, True])
-@pytest.mark.parametrize("tokens", [1, 3, 129, 1025])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16, 129, 1025])
 @pytest.mark.parametrize("columns", [4096, 7168])
 def test_on_the_gpu(columns: int, tokens: int, post: bool, kind: str) -> None:
     """Of three seeds, and again by a graph, with the configuration that is chosen."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dsv4lab.arguments import check_codes, check_dense
+from dsv4lab.arguments import check_codes, check_dense, check_eps, check_sinkhorn
 from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.elements import ELEMENT
@@ -55,8 +55,9 @@ def mhc_pre(
     """Coefficients, collapse and the following RMSNorm.
 
     streams (M, 4, D) bf16, D % 16 == 0, values below 1e18; fn (24, 4 D), base (24,), scale (3,) f32; norm_weight (D,) bf16 or
-    f32; all contiguous; eps in x^2 units, at least 1e-30; sinkhorn_iters >= 1 -> normalised input (M, D) bf16, post (M, 4) f32,
-    comb (M, 4, 4) f32. pre, post and comb are within 1e-5 of the exact ones, relative, x within one unit of the last place.
+    f32; all contiguous; eps in x^2 units, at least 1e-30; 0 <= hc_eps < 1; sinkhorn_iters >= 1 -> normalised input (M, D) bf16,
+    post (M, 4) f32, comb (M, 4, 4) f32. pre, post and comb are within 1e-5 of the exact ones, relative, x within one unit of
+    the last place.
     Raises ValueError on shapes, TypeError on dtypes.  Source: `reference.mhc.mhc_pre`.
     """
     _check_streams(streams)
@@ -283,10 +284,8 @@ def _mix(
     """New streams (the old, without `given`: y, post and comb), x or codes, scales (None of x), post, comb; the last two empty
     for the head.
     """
-    if not 1e-30 <= eps < float("inf") or not 0 <= hc_eps < float("inf") or iters < 1:
-        raise ValueError(
-            f"eps must be at least 1e-30, hc_eps 0 and sinkhorn_iters 1, and finite, got {eps}, {hc_eps} and {iters}"
-        )
+    check_eps(eps)
+    check_sinkhorn(iters, hc_eps)
     m, _, columns = streams.shape
     f32 = dict(dtype=torch.float32, device=streams.device)
     outputs = fn.shape[0]
@@ -315,9 +314,11 @@ def _mix(
             fragments = prepared_fragments(fn, scaled=plan.scaled)
             runtime.call(_compiled_together(plan, runtime), *rows, *fragments, *shared, *results, ctas)
             continue
+        if plan.split > 1 and tokens > TILE:
+            raise ValueError(f"config with split must be for up to {TILE} tokens, got {tokens}")
         sums = _sums(tokens, plan.slices * plan.row, streams.device).view(-1, plan.slices, plan.row)[:tokens]
         groups = min(max(runtime.multiprocessors // plan.slices, 1), -(-tokens // TILE))
-        ctas = min(tokens, runtime.multiprocessors)
+        ctas = tokens if plan.split > 1 else min(tokens, runtime.multiprocessors)
         place = slice(part.start // ATOM_ROWS, None) if quant == "nvfp4_tiles" else part
         codes = (
             (out if scales is None else scales).view(torch.uint8)[place],

@@ -21,6 +21,8 @@ BOX = 64  # columns of a TMA box
 MAX_TOKENS = 8192  # of a launch, which bounds the scratch for sums
 MAX_WARPS = 8  # of a projecting CTA; each has 72 registers a thread of `fn`
 FEW_FINISH, MANY_FINISH = 11, 7  # warps of a finishing CTA, with one more that fills its last quarter
+_ONE_FINISH, _ONE_SPLIT = 4, 8  # warps of a finishing CTA and finishing CTAs of a token, in one kernel
+_ONE_TOKENS = 8  # up to which one kernel is faster: 16 are slower (H200)
 SHARED_BYTES = 227 * 1024  # that a CTA may have
 _FINISH_BYTES = 192 * 1024  # of a finishing CTA, so that a projecting one, of 30 kB, fits beside it
 _HELD_REGISTERS, _HELD_WITH_POST = 144, 128  # of a thread of `together` that projects, for `fn`
@@ -39,6 +41,8 @@ class MixConfig:
     columns: D. outputs: rows of fn, 24 or 4 (head). post: the sub-layer's output is written back first. weight: "bf16" or
     "f32", of the norm. Projecting CTAs have `warps` warps, of 16 columns each, and `ahead` tiles of 16 tokens in flight;
     `slices` of them cover D. Finishing CTAs have `finish` warps, one more for Sinkhorn, and `ring` tokens in shared memory.
+    split: 1, and both kinds of CTAs are kernels of their own; or more, and they are of one kernel, of up to 16 tokens: then so
+    many finishing CTAs, a cluster, share the columns of a token, their only one.
     quant: "" for a BF16 row, "fp8" or "nvfp4" for its codes and scales, "nvfp4_tiles" for scales in atom128x4.
     """
 
@@ -51,6 +55,17 @@ class MixConfig:
     finish: int
     ring: int
     quant: str = ""
+    split: int = 1
+
+    @property
+    def leading(self) -> int:
+        """CTAs of one kernel before those that finish, in whole clusters."""
+        return -(-self.slices // self.split) * self.split if self.split > 1 else 0
+
+    @property
+    def share(self) -> int:
+        """Columns of a finishing CTA."""
+        return self.columns // self.split
 
     @property
     def blocks(self) -> int:
@@ -87,12 +102,12 @@ class MixConfig:
     @property
     def slot_bytes(self) -> int:
         """Of a token in the finishing kernel's shared memory: its streams; with `post` also y, post and comb."""
-        return self.columns * 2 * (STREAMS + self.post) + self.post * COEFFICIENTS * 4
+        return self.share * 2 * (STREAMS + self.post) + self.post * COEFFICIENTS * 4
 
     @property
     def fixed_bytes(self) -> int:
         """Of the finishing kernel's shared memory beside its slots, at most: a collapsed token, sums, logits, barriers."""
-        return self.columns * 2 + 2 * self.finish * (WARP * 8 + 4) + 2 * BATCH * STREAMS * STREAMS * 8 + 1024
+        return self.share * 2 + 2 * self.finish * (WARP * 8 + 4 * self.split) + 2 * BATCH * STREAMS * STREAMS * 8 + 1024
 
     @property
     def finish_threads(self) -> int:
@@ -101,15 +116,17 @@ class MixConfig:
     @property
     def chunks(self) -> int:
         """Runs of 8 columns of a finishing thread."""
-        return -(-self.columns // (CHUNK * WARP * self.finish))
+        return -(-self.share // (CHUNK * WARP * self.finish))
 
     @property
     def finish_bound(self) -> int:
         """Threads that the compiler is to think of, for it has no other way to be told of registers. It rounds warps to fours.
 
         A quarter of a multiprocessor has 16,384 registers. Few tokens: 96 for each of its three warps of a finishing CTA, and
-        224 for one of a projecting CTA. Many: 80 for each of two, and 168 for each of two.
+        224 for one of a projecting CTA. Many: 80 for each of two, and 168 for each of two. One kernel: what it takes.
         """
+        if self.split > 1:
+            return 256
         return max(self.finish_threads, 640 if self.finish > MANY_FINISH else 768)
 
     @property
@@ -126,10 +143,14 @@ class MixConfig:
             raise ValueError(f"warps must be 1 to {MAX_WARPS} and divide {self.columns // BLOCK}, got {self.warps}")
         if self.quant not in ("", *GROUPS):
             raise ValueError(f"quant must be empty or one of {', '.join(GROUPS)}, got {self.quant!r}")
-        if self.ahead not in (2, 3, 4):
+        if self.split == 1 and self.ahead not in (2, 3, 4):
             raise ValueError(f"ahead must be 2, 3 or 4, got {self.ahead}")
+        if self.split > 1 and not (self.ahead == self.ring == 1 and self.warps <= self.finish < 8):
+            raise ValueError(f"one kernel must have ahead 1, ring 1 and finish from warps to 7, got {self}")
         if not 1 <= self.finish <= 16:
             raise ValueError(f"finish must be 1 to 16, got {self.finish}")
+        if self.split not in (1, 2, 4, 8) or (self.split > 1 and self.columns % (self.split * FP8_ROW.group)):
+            raise ValueError(f"split must be 1, 2, 4 or 8, in whole groups of {self.columns} columns, got {self.split}")
         if self.ring < 1 or self.ring * self.slot_bytes > SHARED_BYTES - 16 * 1024:
             raise ValueError(
                 f"ring must be >= 1 and fit {SHARED_BYTES - 16 * 1024} bytes, got {self.ring} of {self.slot_bytes}"
@@ -139,8 +160,9 @@ class MixConfig:
     def for_shape(
         cls, tokens: int, columns: int, outputs: int, post: bool, weight: str, multiprocessors: int, quant: str = ""
     ) -> MixConfig:
-        """Few tokens: as many projecting CTAs as there are multiprocessors, and a wide finishing CTA for every token. Many: 8
-        warps share a slice's sums, which bounds the bytes of partial sums, and both kernels fit one multiprocessor together.
+        """Few tokens: as many projecting CTAs as there are multiprocessors, and a wide finishing CTA for every token; up to 8:
+        one kernel. Many: 8 warps share a slice's sums, which bounds the bytes of partial sums, and both kernels fit one
+        multiprocessor together.
         """
         tiles = -(-tokens // TILE)
         blocks = max(columns // BLOCK, 1)
@@ -159,6 +181,10 @@ class MixConfig:
         config = cls(columns, outputs, post, weight, warps, 2, finish, 1)
         ring = 1 if few else max(min((_FINISH_BYTES - config.fixed_bytes) // config.slot_bytes, 4), 1)
         ahead = 2 if few or post else 3  # as far as registers go
+        # in whatever order CTAs start, those that wait leave half of the multiprocessors to those that project
+        most = min(_ONE_TOKENS, multiprocessors // (2 * _ONE_SPLIT))
+        if tokens <= most and warps <= _ONE_FINISH and columns % (_ONE_SPLIT * FP8_ROW.group) == 0:
+            return cls(columns, outputs, post, weight, warps, 1, _ONE_FINISH, 1, quant, _ONE_SPLIT)
         return cls(columns, outputs, post, weight, warps, ahead, finish, ring, quant)
 
 

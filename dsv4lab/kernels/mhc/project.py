@@ -28,6 +28,7 @@ from dsv4lab.kernels.mhc import values as val
 from dsv4lab.kernels.mhc.config import BLOCK, COEFFICIENTS, PARTS, STREAMS, TILE, WARP, MixConfig
 from dsv4lab.kernels.quant.rows import encode as enc
 
+_TEAM = 1  # barrier of the warps that project
 _WORDS = 2  # of a lane's four columns
 _ROWS = 2  # of a tile that a lane has: g and g + 8
 
@@ -41,13 +42,16 @@ class Project:
 
     @cute.kernel
     def kernel(self, streams: Any, y: Any, post: Any, comb: Any, fn: Any, partial: Any) -> None:
+        self.run(SmemAllocator(), streams, y, post, comb, fn, partial)
+
+    @cute.jit
+    def run(self, memory: Any, streams: Any, y: Any, post: Any, comb: Any, fn: Any, partial: Any) -> None:
         plan = self.plan
         ahead = plan.ahead
         thread, _, _ = cute.arch.thread_idx()
         piece, group, _ = cute.arch.block_idx()
         _, groups, _ = cute.arch.grid_dim()
         warp, lane = cute.arch.make_warp_uniform(thread // WARP), thread % WARP
-        memory = SmemAllocator()
         sums = memory.allocate_tensor(
             Float32,
             cute.make_layout((self.pitch, TILE, plan.warps, 2)),
@@ -63,8 +67,9 @@ class Project:
             for i in cutlass.range_constexpr(4):
                 held[4 * v + i] = words[i]
         cute.arch.griddepcontrol_wait()
-        # Only now: what this lets start may then read what this kernel reads.
-        cute.arch.griddepcontrol_launch_dependents()
+        if cutlass.const_expr(plan.split == 1):
+            # Only now: what this lets start may then read what this kernel reads.
+            cute.arch.griddepcontrol_launch_dependents()
 
         tiles = cute.ceil_div(streams.shape[0], TILE)
         x = cute.make_rmem_tensor((_WORDS, STREAMS, _ROWS, ahead), Uint32)
@@ -75,15 +80,21 @@ class Project:
                 self._load_coefficients(post, comb, coefficients, b, group + b * groups, thread)
         if cutlass.const_expr(plan.post):
             cute.arch.cp_async_wait_group(ahead - 1)
-            cute.arch.barrier()
-        for tile in cutlass.range(group, tiles, groups * ahead, unroll=1):
-            for b in cutlass.range_constexpr(ahead):
-                current = tile + b * groups
-                if current < tiles:
-                    self._tile(coefficients, held, x, added, sums, partial, b, current, piece, warp, lane, thread)
-                    self._load(streams, y, x, added, b, current + ahead * groups, block, lane)
-                    if cutlass.const_expr(plan.post):
-                        self._load_coefficients(post, comb, coefficients, b, current + ahead * groups, thread)
+            self._meet()
+        if cutlass.const_expr(plan.split > 1):  # a tile is all
+            self._tile(coefficients, held, x, added, sums, partial, 0, Int32(0), piece, warp, lane, thread)
+        else:
+            for tile in cutlass.range(group, tiles, groups * ahead, unroll=1):
+                for b in cutlass.range_constexpr(ahead):
+                    current = tile + b * groups
+                    if current < tiles:
+                        self._tile(coefficients, held, x, added, sums, partial, b, current, piece, warp, lane, thread)
+                        self._load(streams, y, x, added, b, current + ahead * groups, block, lane)
+                        if cutlass.const_expr(plan.post):
+                            self._load_coefficients(post, comb, coefficients, b, current + ahead * groups, thread)
+
+    def _meet(self) -> None:
+        cute.arch.barrier(barrier_id=_TEAM, number_of_threads=self.plan.warps * WARP)
 
     @cute.jit
     def _load(self, streams: Any, y: Any, x: Any, added: Any, b: cutlass.Constexpr, tile: Any, block: Any, lane: Any) -> None:
@@ -170,9 +181,9 @@ class Project:
                     sums[8 * n + 2 * quad + e, row, warp, turn] = total[4 * n + 2 * r + e]
             if quad == 0:
                 sums[plan.tiles * 8, row, warp, turn] = whole
-        if cutlass.const_expr(plan.post):  # the next tile's coefficients, too, are there for all after the barrier
+        if cutlass.const_expr(plan.post and plan.ahead > 1):  # the next tile's coefficients are there for all after the barrier
             cute.arch.cp_async_wait_group(plan.ahead - 2)
-        cute.arch.barrier()
+        self._meet()
         kept = plan.outputs + 1
         tokens = cutlass.min(partial.shape[0] - tile * TILE, TILE)
         for index in cutlass.range(thread, tokens * kept, plan.warps * WARP, unroll=1):

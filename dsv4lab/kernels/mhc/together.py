@@ -315,7 +315,8 @@ class Together:
                 val.send_four(mail.gates[None, place.rank, mail.turn(i)].iterator.toint(), barrier, lane, pre)
                 val.send_one(mail.inverses.iterator.toint() + (mail.turn(i) * TILE + place.rank) * 4, barrier, lane, inverse)
             if cutlass.const_expr(self.whole) and i < mine:
-                self.coefficients.hand_over(z.to(Float64), gate, logits, new_post, first + i * step, i, mine, lane)
+                self.coefficients.hand_over(z.to(Float64), logits, i, mine, lane)
+                self.coefficients.store_post(gate, new_post, first + i * step, lane)
         if cutlass.const_expr(self.whole):
             self.coefficients.leave(mixer, mine)
 
