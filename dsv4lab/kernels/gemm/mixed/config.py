@@ -463,17 +463,17 @@ def choose_grouped(
     """The configuration of a grouped product of so many rows with as many matrices of so many slabs.
 
     slotted: the first product of an expert, which comes right after the list of its tiles. single: tiles are one token's rows;
-    few as they are, one CTA of 16 warps on a multiprocessor is then a fifteenth faster for the layer than two of eight. NVFP4's
-    first product in tiles of four slabs, and the second with a matrix beside, have tiles enough for two of eight (H200). Tiles
-    of eight slabs have sums over half as many warps; they are taken where no CTA has more slabs then than in tiles of four. Of
-    10 to 64 rows a matrix, two CTAs a multiprocessor, or stages of four tiles of K, take a sixth less (Flash, 1,024 tokens).
+    few as they are, one CTA of 16 warps on a multiprocessor is then a fifteenth faster for the layer than two of eight. With a
+    matrix beside there are tiles enough for two of eight, of NVFP4's first product those of four slabs (H200). Tiles of eight
+    slabs have sums over half as many warps; they are taken where no CTA has more slabs then than in tiles of four. Of 10 to 64
+    rows a matrix, two CTAs a multiprocessor, or stages of four tiles of K, take a sixth less (Flash, 1,024 tokens).
     """
     tokens, narrow = grouped_tokens(rows, experts)
     few = tokens <= FEW
     chunks = chunks_for(k, 8 if few else 4 if tokens == 64 else _chunks(tokens))
-    wide = single and (fmt != "nvfp4" if slotted else not beside)
+    wide = single and not (beside and (fmt == "nvfp4" or not slotted))
     of_tile, warps = 4 if few else 8, 16 if wide else 8
-    if single and fmt == "nvfp4" and not slotted:
+    if single and fmt == "nvfp4" and not (slotted and beside):
         places = _MULTIPROCESSORS * 16 // warps
         of_tile = min((8, 4), key=lambda s: -(-(-(-slabs // s) * (rows + beside)) // places) * s)
         chunks = chunks_for(k, warps // 2) if of_tile == 8 else chunks
