@@ -37,6 +37,7 @@ MODELS = (experts.FLASH, experts.PRO)
 FEW = (1, 16)  # tokens that the second format is tested with
 SECOND = [shape for shape in LINEARS if shape.name.startswith("flash")]
 MOE_TOKENS = (1, 3, 16, 64, 129, 8192)
+pytestmark = pytest.mark.timeout(900)  # all wait for all kernels, which other tests may be compiled beside
 
 
 def chosen(shape: Shape, fmt: str, m: int) -> tuple[int, ...]:
