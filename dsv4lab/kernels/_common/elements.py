@@ -16,6 +16,8 @@ def contiguous(tensors: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous, with the strides of its shape, from an address that is a multiple of 16; a copy, where x is not."""
-    x = x.contiguous().flatten().view(x.shape)
-    return x.clone() if x.data_ptr() % 16 else x
+    """Contiguous, with the strides of its shape, from an address that is a multiple of 16: x itself, where it is so."""
+    plain = x.contiguous().flatten().view(x.shape)
+    if plain.data_ptr() % 16:
+        return plain.clone()
+    return x if plain.data_ptr() == x.data_ptr() and plain.stride() == x.stride() else plain

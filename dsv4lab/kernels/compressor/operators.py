@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4lab.kernels._common.elements import FLOATS
+from dsv4lab.kernels._common.elements import FLOATS, dense
 from dsv4lab.kernels.cache.plan import INDEX_DIM, ROPE_DIM
 from dsv4lab.kernels.compressor import api
 from dsv4lab.kernels.compressor.config import LANE
@@ -35,7 +35,7 @@ def compress(
 ) -> None:
     """`ops.compress`; what it only reads may lie anyhow."""
     given = (ape, norm_weight, inv_freq)
-    ape, norm_weight, inv_freq = constants = tuple(_vectors(x) for x in given)
+    ape, norm_weight, inv_freq = constants = tuple(dense(x) for x in given)
     api.compress(
         _rows(values),
         _rows(scores),
@@ -54,10 +54,6 @@ def _rows(x: Tensor) -> Tensor:
     """Rows that vectors can be read from: the halves of one matrix already are."""
     plain = x.stride(1) == 1 and x.stride(0) % LANE == 0 and x.data_ptr() % _ALIGN == 0
     return x if plain else x.clone(memory_format=torch.contiguous_format)
-
-
-def _vectors(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() and x.data_ptr() % _ALIGN == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _refuses(

@@ -10,7 +10,7 @@ import torch
 from dsv4lab.arguments import check_codes, check_dense, check_eps, check_sinkhorn
 from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS
 from dsv4lab.kernels._common import cache
-from dsv4lab.kernels._common.elements import ELEMENT
+from dsv4lab.kernels._common.elements import ELEMENT, dense
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.mhc.config import (
     BLOCK,
@@ -101,7 +101,7 @@ def mhc_post(
     runtime = runtime_of(streams)
     compiled = _compiled_post(config, runtime)
     for part in _parts(m, max(_MAX_ELEMENTS // (STREAMS * columns), 1)):
-        rows = (_words(streams[part]), _words(y[part]), _aligned(post[part]), _aligned(comb[part].flatten(1)))
+        rows = (_words(streams[part]), _words(y[part]), dense(post[part]), dense(comb[part].flatten(1)))
         runtime.call(compiled, *rows, _words(new[part]))
     return new
 
@@ -306,8 +306,8 @@ def _mix(
         if any(getattr(plan, name, "") != value for name, value in wanted.items()):
             raise ValueError(f"config must have {wanted}, got {plan}")
         y, old_post, old_comb = (t[part] for t in given or (streams.view(-1, columns), post, comb))
-        rows = (_words(streams[part]), _words(y), _aligned(old_post), _aligned(old_comb.flatten(1)))
-        shared = (base, scale, _aligned(norm_weight))
+        rows = (_words(streams[part]), _words(y), dense(old_post), dense(old_comb.flatten(1)))
+        shared = (base, scale, dense(norm_weight))
         results = (_words(new[part]), _words(out[part]), post[part], comb[part].flatten(1), eps, hc_eps, iters)
         if isinstance(plan, TogetherConfig):
             ctas = RANKS * max(min(runtime.clusters(RANKS), -(-tokens // TILE)), 1)
@@ -357,11 +357,7 @@ def _parts(tokens: int, most: int) -> list[slice]:
 
 def _words(value: torch.Tensor) -> torch.Tensor:
     """As 32-bit words, at an address that vectors may have."""
-    return _aligned(value).view(torch.int32)
-
-
-def _aligned(value: torch.Tensor) -> torch.Tensor:
-    return value.clone() if value.data_ptr() % _ALIGN else value
+    return dense(value).view(torch.int32)
 
 
 def _sums(tokens: int, words: int, device: torch.device) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from dsv4lab.arguments import check_dense, check_eps
 from dsv4lab.kernels._common import cache
-from dsv4lab.kernels._common.elements import ELEMENT
+from dsv4lab.kernels._common.elements import ELEMENT, dense
 from dsv4lab.kernels._common.launch import Runtime, runtime_of
 from dsv4lab.kernels.cache.plan import ROPE_DIM, WARP
 from dsv4lab.kernels.cache.pool import PAGE_ALIGN, bytes_of, plan_of
@@ -18,7 +18,6 @@ from dsv4lab.kernels.cache.write.config import WriteConfig
 from dsv4lab.paging import check_positions, check_slots
 
 MAX_ELEMENTS = 2**31  # of x: indices are 32 bits wide
-_ALIGN = 16  # bytes: of the first row, for vectors
 
 
 def write_keys(
@@ -62,11 +61,11 @@ def write_keys(
     config.check()
     if config.key != key:
         raise ValueError(f"config must be for {key}, got {config.key}")
-    runtime, weight = runtime_of(x), _aligned(norm_weight)
+    runtime, weight = runtime_of(x), dense(norm_weight)
     config = replace(config, settled=settled and weight is norm_weight)
     runtime.call(
         _compiled(config, runtime),
-        _aligned(x).view(torch.uint32),
+        dense(x).view(torch.uint32),
         weight.view(torch.uint32),
         positions,
         inv_freq,
@@ -87,10 +86,6 @@ def _check_rows(
     check_dense("positions", positions, x.shape[:1], torch.int64)
     check_dense("slots", slots, x.shape[:1], torch.int64)
     check_dense("inv_freq", inv_freq, (ROPE_DIM // 2,), torch.float32)
-
-
-def _aligned(rows: torch.Tensor) -> torch.Tensor:
-    return rows.clone() if rows.data_ptr() % _ALIGN else rows
 
 
 def _compiled(config: WriteConfig, runtime: Runtime) -> Callable[..., Any]:
