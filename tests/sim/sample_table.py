@@ -86,8 +86,8 @@ def _quiet(facts: Facts) -> bool:
 def _families(samples: list[Sample], results: Results) -> Iterator[str]:
     for family, group in groupby(samples, lambda sample: sample.family):
         every = list(group)
-        twice = {sample.path for sample in every if sample.skip}
-        some = [s for s in every if s.path in twice or not _whole(results[s.name])]
+        twice = {(sample.path, sample.arguments) for sample in every if sample.skip}
+        some = [s for s in every if (s.path, s.arguments) in twice or not _whole(results[s.name])]
         if not some:
             continue
         yield ""

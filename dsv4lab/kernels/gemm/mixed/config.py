@@ -390,25 +390,24 @@ def _one_wave(out: str, m: int, n: int, k: int, paired: bool, scaled: str, group
         return -(-n // (slabs * SLAB)) * groups
 
     def plan(slabs: int, cluster: int, per_warp: int, limit: int, most: tuple[int, ...] = (8, 4, 2, 1)) -> MixedConfig:
-        shapes = [
-            MixedConfig("nvfp4", out, tokens, slabs, c, 2, (), min(8 * per_warp // slabs, c), per_warp, cluster, paired=paired)
+        """With the longest stages of which there are enough."""
+        how = dict(per_warp=per_warp, cluster=cluster, paired=paired, scaled=scaled)
+        tries = [
+            with_stages(MixedConfig("nvfp4", out, tokens, slabs, c, 2, splits=min(8 * per_warp // slabs, c), **how), limit)  # type: ignore[arg-type]
             for c in (chunks_for(k, chunks) for chunks in most)
         ]
-        configs = [with_stages(replace(shape, scaled=scaled), limit) for shape in shapes]
         least = 3 if limit == SHARED_BYTES else 4
-        return next((c for c in configs if c.stages >= least and c.shared_bytes <= limit), configs[-1])
+        return next((c for c in tries if c.stages >= least and c.shared_bytes <= limit), tries[-1])
 
-    sizes = [s for s in (2, 4, 8, 16) if (groups == 1 or n % (s * SLAB) == 0) and tiles(s) <= 2 * _MULTIPROCESSORS]
     if groups == 1 and tiles(16) >= _ENOUGH and steps <= 24:
         if m > 4:
             return plan(16, 1, 2, SHARED_BYTES, (4, 2, 1))
         return plan(8, 1, 1, HALF_SHARED_BYTES, (2, 1)) if tiles(16) <= _MULTIPROCESSORS else None
-    if not sizes:
-        return None
-    slabs = sizes[0]
-    pairs = slabs <= 4 if m <= 4 else m <= 8 and slabs == 2 and 64 <= steps < 128
-    if tiles(slabs) > _MULTIPROCESSORS and pairs:
-        return plan(slabs, 1, 2 if steps <= 64 else 1, HALF_SHARED_BYTES)
+    sizes = [s for s in (2, 4, 8, 16) if groups == 1 or n % (s * SLAB) == 0]
+    largest = 4 if m <= 4 else 2 if m <= 8 and 64 <= steps < 128 else 0
+    pairs = [s for s in sizes if s <= largest and _MULTIPROCESSORS < tiles(s) <= 2 * _MULTIPROCESSORS]
+    if pairs:
+        return plan(pairs[0], 1, 2 if steps <= 64 else 1, HALF_SHARED_BYTES)
     sizes = [s for s in sizes if tiles(s) <= _MULTIPROCESSORS]
     if not sizes:
         return None

@@ -387,10 +387,10 @@ class QuantizeRows(RowSources):
         lanes, fp8 = config.group // CHUNK, cutlass.const_expr(config.out == "fp8")
         for c in cutlass.range_constexpr(config.chunks):
             words = self._words(held, c)
+            magnitudes = enc.absolute(words, config.element)  # which FP8 of BF16 does not take
             if cutlass.const_expr(fp8 and config.element == "bf16"):
-                magnitudes, largest = words, enc.amax_bits_of_bf16(words)
+                largest = enc.amax_bits_of_bf16(words)
             else:
-                magnitudes = enc.absolute(words, config.element)
                 largest = enc.amax_bits(magnitudes, config.element)
             bits, byte, inverse = self._group_scale(largest)
             signs = cute.make_rmem_tensor((config.words,), Uint32)
