@@ -25,6 +25,9 @@ from dsv4lab.reference.head import peaks_of
 from tests.kernels.test_decoding import check
 from tests.kernels.test_lm_head_greedy import FEW
 from tests.kernels.test_lm_head_sample import CONFIGS, both, drawn, operands
+from tests.kernels.test_mhc import ONE, on_gpu
+from tests.kernels.test_mhc_quant import arguments, check_values, how_of
+from tests.kernels.test_mhc_quant import check as check_codes
 from tests.kernels.test_sampler import check_probabilities, check_sample, rows, settings
 
 
@@ -45,6 +48,16 @@ def hyper_connections() -> None:
         assert (head - want).abs().max() < 0.05
         ids = torch.arange(tokens, device="cuda")
         assert torch.equal(mhc.embed_streams(ids, streams[:, 0].contiguous(), num_streams=4)[:, 3], streams[:, 0])
+
+
+def codes() -> None:
+    """Hyper-connections by one kernel, whose clusters finish tokens; their rows as BF16, as codes."""
+    for split in (2, 8):
+        config = replace(ONE, columns=split * 128, split=split)
+        args = on_gpu(arguments(config, 3))
+        for named in (how_of(kind, device="cuda") for kind in ("fp8", "nvfp4")):
+            found = check_codes(config, named["act"], args, named)
+            check_values(found[:2], args, named.get("global_scale"))
 
 
 def sampling_and_drafts() -> None:
@@ -91,6 +104,7 @@ def streams() -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     hyper_connections()
+    codes()
     sampling_and_drafts()
     greedy_head()
     drawing_head()
