@@ -8,7 +8,7 @@ from torch import nn
 from dsv4lab import ops
 from dsv4lab.config import CSA, SWA, ModelConfig
 from dsv4lab.model.cache import WINDOW_PAGE, Batch, LayerCache
-from dsv4lab.model.layers import GroupedLinear, Linear, Weight, both, share_input_scale
+from dsv4lab.model.layers import GroupedLinear, Linear, Weight, both
 from dsv4lab.model.numerics import Numerics
 from dsv4lab.reference.rope import rope_frequencies
 
@@ -122,10 +122,6 @@ class Attention(nn.Module):
     def assign(self, leaf: str, value: torch.Tensor) -> None:
         """Take `attn_sink` (H,), kept in float32."""
         setattr(self, leaf, value.float())
-
-    def share(self) -> None:
-        """Once all weights are there: what projections of one input have in common."""
-        share_input_scale(self.wq_a, self.wkv)
 
     def forward(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
         """x (M, D) normalised -> (M, D). Writes the step's keys, entries and state before it attends."""

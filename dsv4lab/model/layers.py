@@ -60,15 +60,11 @@ def both(first: Linear, second: Linear, x: torch.Tensor) -> tuple[torch.Tensor, 
     return ops.two_linears(x, first.weight, second.weight, act=act)
 
 
-def share_input_scale(first: Linear, second: Linear) -> None:
-    """Keep equal calibrated scales as one tensor, by which kernels see that both quantise alike. Waits for the device."""
-    a, b = first.weight.input_scale, second.weight.input_scale
-    if a is not None and b is not None and torch.equal(a, b):
-        second.input_scale = a
+def share_input_scale(first: _PackedModule, second: _PackedModule) -> None:
+    """Of two that quantise one x: the larger calibrated scale of both, as one tensor, by which kernels see that it is one.
 
-
-def one_input_scale(first: _PackedModule, second: _PackedModule) -> None:
-    """Of gate and up, which quantise one x: the larger of both, which neither saturates at, should a checkpoint's differ."""
+    Neither saturates at it. What was not calibrated, in either, stays.
+    """
     a, b = first.weight.input_scale, second.weight.input_scale
     if a is not None and b is not None:
         first.input_scale = second.input_scale = torch.maximum(a, b)

@@ -8,7 +8,7 @@ import torch
 
 from dsv4lab.model.attention import Attention
 from dsv4lab.model.checkpoint import open_checkpoint
-from dsv4lab.model.layers import one_input_scale
+from dsv4lab.model.layers import share_input_scale
 from dsv4lab.model.model import Model
 from dsv4lab.model.moe import Experts, SharedExpert
 from dsv4lab.model.numerics import EXACT, OFFICIAL, Numerics, get_numerics
@@ -55,7 +55,7 @@ def load(
         model.assign(name, value.to(model.device))
     for module in model.modules():
         if isinstance(module, Attention):
-            module.share()
+            share_input_scale(module.wq_a, module.wkv)
         elif isinstance(module, (Experts, SharedExpert)):
-            one_input_scale(module.w1, module.w3)
+            share_input_scale(module.w1, module.w3)
     return model.eval()

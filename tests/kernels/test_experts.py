@@ -23,7 +23,7 @@ from dsv4lab.kernels.moe.combine.api import moe_combine
 from dsv4lab.kernels.moe.experts import Three, experts, layer, shared_expert, together
 from dsv4lab.kernels.moe.permute.api import permute
 from dsv4lab.kernels.moe.router.api import router_topk
-from dsv4lab.model.layers import Linear, one_input_scale
+from dsv4lab.model.layers import Linear, share_input_scale
 from dsv4lab.model.numerics import EXACT
 from dsv4lab.reference import moe as reference
 from tests.kernels.mixed import BF16_BOUND, F32_BOUND, FORMATS, products, random_weight, routing, trained_weight, worst
@@ -333,7 +333,7 @@ def test_gate_and_up_of_a_checkpoint_share_their_input_scale() -> None:
     gate, up = Linear(64, 64, EXACT), Linear(64, 64, EXACT)
     for linear, scale in ((gate, 0.5), (up, 2.0)):
         linear.assign("weight", replace(trained_weight("nvfp4", 64, 64, seed=1), input_scale=torch.tensor(scale)))
-    one_input_scale(gate, up)
+    share_input_scale(gate, up)
     assert gate.weight.input_scale is up.weight.input_scale == torch.tensor(2.0)
 
 

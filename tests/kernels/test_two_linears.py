@@ -87,16 +87,15 @@ def test_modules_go_together_where_they_quantise_alike(fmts: str, numerics: Any,
     assert torch.equal(y, first(x)) and torch.equal(z, second(x))
 
 
-def test_equal_calibrated_scales_become_one() -> None:
-    first, second = modules(W4A4, *weights("nvfp4,nvfp4", FIRST, SECOND))
+@pytest.mark.parametrize("scale", [FIRST, 2 * FIRST, FIRST / 2])
+def test_calibrated_scales_become_the_larger(scale: torch.Tensor) -> None:
+    first, second = modules(W4A4, *weights("nvfp4,nvfp4", FIRST, scale))
     share_input_scale(first, second)
-    assert second.input_scale is first.input_scale
-    other, third = modules(W4A4, *weights("nvfp4,nvfp4", FIRST, 2 * FIRST))
-    share_input_scale(other, third)
-    assert third.input_scale is not other.input_scale and third.input_scale == 2 * FIRST
-    none = modules(W4A4, *weights("nvfp4,nvfp4"))
-    share_input_scale(*none)
-    assert none[1].input_scale is None
+    assert second.input_scale is first.input_scale and second.input_scale == max(FIRST, scale)
+    for pair in (weights("nvfp4,nvfp4"), [weights("nvfp4,nvfp4", FIRST, FIRST)[0], weights("nvfp4,nvfp4")[1]]):
+        first, second = modules(W4A4, *pair)
+        share_input_scale(first, second)
+        assert first.input_scale is pair[0].input_scale and second.input_scale is None
 
 
 @pytest.mark.gpu
