@@ -158,6 +158,11 @@ def check_keys(
             )
         visible = seen if topk_indices is None else None
         check_entries(block_table, seq_idx, num_pages, page_size, visible=visible, chosen=topk_indices)
+        if topk_indices is not None and topk_indices.numel():
+            ids = topk_indices.sort(1).values
+            wrong = (ids[:, -1] >= seen) | ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)).any(1)
+            if wrong.any():
+                raise ValueError(f"topk_indices must be entries seen, none twice, got {ids[wrong][0].tolist()}")
 
 
 def _looks(values: torch.Tensor) -> bool:

@@ -89,7 +89,7 @@ def cases() -> list[Case]:
     window = dict(num_pages=4, page_size=4, dim=96, rope_dim=32, dtype=torch.bfloat16, device="cpu")
     slots = torch.tensor([0, 1, -1, 8, 9])
     table = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32)
-    topk = torch.tensor([[-1, -1], [0, -1], [0, 1], [-1, -1], [0, -1]], dtype=torch.int32)
+    topk = torch.tensor([[-1, -1], [0, -1], [0, -1], [-1, -1], [0, -1]], dtype=torch.int32)
     for record in ("plain", "fp8", "nvfp4"):
         pages = allocate_kv_pages(record, **window)
         knobs = dict(record=record, page_size=4)

@@ -117,7 +117,7 @@ def _write_pages(folder: Path, kept: Sequence[str], budget: int, notebooks: Path
     write_atomically(report.page, _terse(report.page.read_text(encoding="utf-8")))
     for path in left_out:
         path.unlink()
-    for page in (report.page, folder / "index.md"):
+    for page in (report.page, folder / "index.md", *sorted(folder.glob("*.ipynb"))):
         write_atomically(page, _to_sources(page.read_text(encoding="utf-8"), [path.name for path in left_out]))
     return report.passed
 

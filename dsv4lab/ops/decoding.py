@@ -24,7 +24,7 @@ def match_drafts(choices: Tensor, step_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @operator(
     mutates=("step_ids", "known"),
-    fake=lambda step_ids, known, *_: (torch.empty_like(step_ids), torch.empty_like(known)),
+    fake=lambda step_ids, known, *_: (step_ids.new_empty(step_ids.shape), torch.empty_like(known)),
 )
 def advance_decode(
     step_ids: Tensor, known: Tensor, limit: Tensor, num_accepted: Tensor, next_ids: Tensor

@@ -50,6 +50,8 @@ def compress(
     """
     if key not in KEYS:
         raise ValueError(f"key must be one of {KEYS}, got {key!r}")
+    check_shape("positions", positions, values.shape[:1])
+    check_shape("scores", scores, values.shape)
     check_state(state, ratio, overlap)
     check_shape("block_table", block_table, (state.shape[0], *block_table.shape[1:]))
     check_completed(block_table, positions, seq_idx, pages, page_size, ratio)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dsv4lab.arguments import check_shape
 from dsv4lab.formats import PackedWeight
 from dsv4lab.reference.quant import dequantize, fake_fp8_rows, fake_nvfp4, nvfp4_row_scale
 
@@ -16,6 +17,7 @@ def matmul_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Float32 libraries choose the order of summation by the number of rows and of threads (9 rows on two cores differ from 8),
     and padding does not cure it; in float64 the order is gone after rounding.
     """
+    check_shape("x", x, (*x.shape[:1], weight.shape[-1]))
     return (x.double() @ weight.double().t()).float()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from dsv4lab.arguments import PEAK_IDS
+from dsv4lab.arguments import PEAK_IDS, check_shape
 from dsv4lab.formats import PackedWeight
 from dsv4lab.reference.gemm import linear, lm_head
 from dsv4lab.reference.norm import rmsnorm
@@ -30,6 +30,7 @@ def mtp_input(
     embedding (M, D); streams (M, S, D) before the head collapse; enorm_weight, hnorm_weight (D,); e_proj, h_proj (D, D);
     act as in `linear` -> (M, S, D) of streams.dtype.  Raises as `rmsnorm` and `linear`.  Source: spec 7.
     """
+    check_shape("embedding", embedding, streams.shape[::2])
     e = linear(rmsnorm(embedding, enorm_weight, eps=eps), e_proj, act=act)
     f = linear(rmsnorm(streams, hnorm_weight, eps=eps).flatten(0, 1), h_proj, act=act)
     return (e.float()[:, None, :] + f.float().view_as(streams)).to(streams.dtype)

@@ -134,7 +134,7 @@ def index_scores(
     for s in seq_idx.unique().tolist():
         rows = (seq_idx == s).nonzero(as_tuple=True)[0]
         count = min(int(num_visible[rows].max()), max_entries)
-        if count == 0:
+        if count <= 0:
             continue
         slots = block_table[s].long()[entry[:count] // page_size] * page_size + entry[:count] % page_size
         keys = index_key_read(pages, slots, record=record, page_size=page_size, dim=q.shape[-1])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dsv4lab.arguments import check_codes, check_shape, check_sinkhorn
+from dsv4lab.arguments import check_codes, check_eps, check_shape, check_sinkhorn
 from dsv4lab.paging import check_range
 from dsv4lab.reference.gemm import matmul_rows
 from dsv4lab.reference.norm import rmsnorm
@@ -43,6 +43,7 @@ def sinkhorn(logits: torch.Tensor, *, iters: int, eps: float) -> torch.Tensor:
 
 def mhc_mix(streams: torch.Tensor, fn: torch.Tensor, *, eps: float) -> torch.Tensor:
     """(fn @ v) / rms(v) for v the flattened streams: streams (M, S, D), fn (N, S*D) f32 -> (M, N) f64."""
+    check_eps(eps)
     v = streams.float().flatten(1)
     inv_rms = torch.rsqrt(v.double().square().mean(-1, keepdim=True) + eps)
     return matmul_rows(v, fn.float()).double() * inv_rms

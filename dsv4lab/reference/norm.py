@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dsv4lab.arguments import check_shape
+from dsv4lab.arguments import check_eps, check_shape
 from dsv4lab.reference.quant import quantize_fp8_rows, quantize_nvfp4
 from dsv4lab.reference.rope import rope
 
@@ -16,6 +16,7 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tenso
     Raises ValueError on weight's shape.  Source: spec 4.1.
     """
     check_shape("weight", weight, x.shape[-1:])
+    check_eps(eps)
     xd = x.double()
     return (xd * torch.rsqrt(xd.square().mean(-1, keepdim=True) + eps) * weight.double()).to(x.dtype).contiguous()
 
@@ -43,6 +44,7 @@ def q_norm_rope(q: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor
 
     q (M, H, c) float; positions (M,) int; inv_freq (rd/2,) f32 -> (M, H, c) of q.dtype.  Raises as `rope`.  Source: spec 4.1.
     """
+    check_eps(eps)
     qd = q.double()
     qd = qd * torch.rsqrt(qd.square().mean(-1, keepdim=True) + eps)
     return rope(qd, positions, inv_freq).to(q.dtype)

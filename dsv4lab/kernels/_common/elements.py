@@ -12,7 +12,7 @@ FLOATS = tuple(ELEMENT)
 
 def contiguous(tensors: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
     """Copies where a tensor is not contiguous; None stays."""
-    return tuple(t if t is None else t.contiguous() for t in tensors)
+    return tuple(t if t is None else dense(t) for t in tensors)
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:

@@ -32,8 +32,8 @@ def attention(
         window_pages,
         entry_pages,
         _narrow(block_table),
-        positions.contiguous(),
-        seq_idx.contiguous(),
+        positions.long().contiguous(),
+        seq_idx.long().contiguous(),
         None if topk_indices is None else _narrow(topk_indices),
         **how,
     )
@@ -41,7 +41,7 @@ def attention(
 
 def _narrow(numbers: torch.Tensor) -> torch.Tensor:
     """As int32; what does not fit stays out of every range."""
-    fitting = numbers if numbers.dtype == torch.int32 else numbers.clamp(-(2**31), 2**31 - 1).int()
+    fitting = numbers if numbers.dtype == torch.int32 else numbers.long().clamp(-(2**31), 2**31 - 1).int()
     return fitting.contiguous()
 
 

@@ -160,7 +160,7 @@ def linear_sm100(
         x_codes,
         x_scale,
         row_scale,
-        codes.view(torch.uint8),
+        dense(codes).view(torch.uint8),
         to_atom128x4(scale),
         global_scale,
         out_dtype=out_dtype or x.dtype,

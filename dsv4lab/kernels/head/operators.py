@@ -60,7 +60,7 @@ def accept_drafts(
     target_probs: Tensor, draft_probs: Tensor, draft_ids: Tensor, seed: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`ops.accept_drafts`."""
-    return api.accept_drafts(*(t.contiguous() for t in (target_probs, draft_probs, draft_ids, seed, position)))
+    return api.accept_drafts(*contiguous((target_probs, draft_probs, draft_ids, seed, position)))
 
 
 def decode_plan(known: Tensor, seqs: Tensor, *, tokens: int, offset: int, ring_len: int, ratios: list[int]) -> Tensor:

@@ -12,7 +12,9 @@ from dsv4lab.kernels.entry import Entry
 from dsv4lab.kernels.gemm.operators import why_not_mixed
 from dsv4lab.kernels.moe.combine.api import moe_combine
 from dsv4lab.kernels.moe.combine.config import DEPTH_MULTIPLE
+from dsv4lab.kernels.moe.combine.config import MAX_TOP_K as MAX_ROWS
 from dsv4lab.kernels.moe.experts import experts, layer, shared_expert
+from dsv4lab.kernels.moe.permute.config import MAX_ENTRIES
 from dsv4lab.kernels.moe.router.api import router_hash, router_topk
 from dsv4lab.kernels.moe.router.config import MAX_EXPERTS, MAX_TOP_K, STEP
 
@@ -99,13 +101,16 @@ def _layer_refuses(
 ) -> str | None:
     names = fmts.split(",")
     for some, how in ((slice(3), act), (slice(3, 6), shared_act)):
-        why = _shared_refuses(x, ",".join(names[some]), codes[some], *(p[some] for p in parts), limit=limit, act=how)
+        of = (",".join(names[some]), codes[some], *(p[some] for p in parts))
+        why = _experts_refuse(x, weights, expert_idx, *of, limit=limit, act=how)
         if why is not None:
             return why
     return None
 
 
 def _experts_refuse(x: torch.Tensor, weights: torch.Tensor, expert_idx: torch.Tensor, *parts: Any, **how: Any) -> str | None:
+    if expert_idx.numel() > MAX_ENTRIES or expert_idx.shape[-1] > MAX_ROWS:
+        return f"expert_idx must have {MAX_ENTRIES} ids at most, {MAX_ROWS} a token, got {tuple(expert_idx.shape)}"
     return _shared_refuses(x, *parts, **how)
 
 

@@ -22,7 +22,8 @@ exponent field can hold beside it; the decoded scale brings the rest, and `alpha
     fp8_block  2^-120 code          2^(120 + s - s_max)         2^s_max
     bf16       itself               -                           1
 
-so a code times its scale is exact in BF16. A weight with a NaN anywhere has a NaN for alpha: the damage stays visible.
+so a code times its scale is exact in BF16; scales 133 octaves and more below a matrix's largest are lost. A weight with a NaN
+anywhere has a NaN for alpha: the damage stays visible.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """y = (x codes * x scales) (w codes * w scales)^T * row_scale * weight_scale on Blackwell, both operands in NVFP4.
 
-One persistent CTA a multiprocessor, six warps, each with one task, joined by three rings of mbarriers:
+One persistent CTA a multiprocessor, six warps, each with one task, joined by two rings of mbarriers:
 
     load   (warp 5)     TMA: codes and block scales of a 128 x 256 slice of x and of W into a stage of shared memory
     mma    (warp 4)     tcgen05.cp: scales of the stage to TMEM; tcgen05.mma: four products of 64 columns into the accumulator

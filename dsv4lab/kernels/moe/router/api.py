@@ -66,6 +66,7 @@ def router_hash(
         raise ValueError(f"tid2eid must have rows, got {tuple(tid2eid.shape)}")
     check_dense("token_ids", token_ids, (tokens,))
     check_range("token_ids", token_ids, tid2eid.shape[0], start=0)
+    check_range("ids of tid2eid", tid2eid, experts, start=0)
     bias = torch.empty(experts, dtype=torch.float32, device=x.device)
     return _launch(x, gate_weight, bias, tid2eid, token_ids, tid2eid.shape[1], route_scale, config, "hash")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dsv4lab.arguments import check_dense, check_limit
+from dsv4lab.arguments import check_dense, check_eps, check_limit
 from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS
 from dsv4lab.kernels._common import cache
 from dsv4lab.kernels._common.counters import counters
@@ -253,6 +253,7 @@ def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Source:
     if weight.dtype not in ELEMENT:
         raise TypeError(f"weight must be bfloat16 or float32, got {weight.dtype}")
     check_dense("weight", weight, x.shape[1:])
+    check_eps(eps)
     return Source("norm", x, weight, eps=eps)
 
 
@@ -273,10 +274,10 @@ def _check_rows(name: str, x: torch.Tensor) -> None:
 
 def _given(global_scale: torch.Tensor, rows: int) -> torch.Tensor:
     """A given global scale as (G,), G dividing the rows."""
-    flat = global_scale.reshape(-1)
+    flat = global_scale.reshape(-1).contiguous()
     if flat.dtype != torch.float32:
         raise TypeError(f"global_scale must be float32, got {flat.dtype}")
-    if not flat.numel() or rows % flat.numel():
+    if rows % (flat.numel() or rows + 1):
         raise ValueError(f"global_scale must be a scalar or divide the {rows} rows, got shape {tuple(global_scale.shape)}")
     return flat
 
