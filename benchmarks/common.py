@@ -398,7 +398,7 @@ def timing_fields(times: Mapping[str, Timing | Failure], bound: float, which: st
 
 def copy_fields(row: Mapping[str, Any], ceilings: Ceilings) -> dict[str, Any]:
     """percent_of_copy: of a copy of as many bytes, launch and end included, where bytes are the bound. A kernel of 13 MB whose
-    copy runs at 62 % of the rate of large ones cannot be expected beyond that.
+    copy runs at 69 % of the rate of large ones cannot be expected beyond that.
     """
     copy_us = ceilings.copy_us(row["bytes"]) if row["us"] and row["bound"] == "bytes" else None
     return {} if copy_us is None else {"copy_us": copy_us, "percent_of_copy": round(100 * copy_us / row["us"], 1)}

@@ -189,7 +189,7 @@ if not on_gpu:  # there drafts may part where texts do not
     lab.check("its accepted drafts are those in the batch", alone.accepted, runs[most_drafts][-1].accepted, max_abs=0)
 
 # %% [markdown]
-# Acceptance falls with the place of a draft: the first one is made from the backbone's own streams, each further one from the
+# Acceptance falls after the first draft: the first one is made from the backbone's own streams, each further one from the
 # block's guess of them. Greedy text of a small model repeats itself, which is easy to draft; so the first draft is also judged
 # in text that the model did not write: is it what the backbone would choose there?
 

@@ -202,7 +202,7 @@ lab.record("cosine of the wrong result", measured.cosine)
 # %% [markdown]
 # ## 9. Who works when
 #
-# Warp 5 starts copies, warp 4 copies scales and issues products, warps 0-3 store 32 rows each. Three rings of mbarriers join them:
+# Warp 5 starts copies, warp 4 copies scales and issues products, warps 0-3 store 32 rows each. Two rings of mbarriers join them:
 # stages (load to mma) and accumulators (mma to store). The clock is a model (notebook 06): it shows order, not speed.
 
 # %%

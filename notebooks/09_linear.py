@@ -56,8 +56,8 @@ lab.environment(target)
 # makes it $2^{-126}$ of its value, and a scale $2^{107}$; the missing power of two goes into $\alpha$.
 #
 # The proof is by exhaustion, and by the kernel itself: a matrix that holds **every code under every scale**, times the
-# identity. (No format writes a negative block scale; the kernel takes none.) The result must be the decoded matrix, to the bit.
-# With 16 tokens at a time warps decode, with 64 warpgroups do.
+# identity. (No format writes a negative block scale; the kernel takes none. Of MXFP4 127 octaves: with more, float32
+# overflows.) The result must be the decoded matrix, to the bit. With 16 tokens at a time warps decode, with 64 warpgroups do.
 
 # %%
 byte = torch.arange(256, dtype=torch.uint8)
@@ -363,7 +363,7 @@ else:
 # %% [markdown]
 # ## Findings
 #
-# - Every code under every scale is decoded to the bit, in all formats, by both readers.
+# - Every code is decoded to the bit in all formats, by both readers: of NVFP4 under every scale, of MXFP4 over 127 octaves.
 # - A record is an order, not an addition: the packed bytes, no more. Its two readers use all banks at once.
 # - A pair of four-bit weights costs a shift, a mask and a multiplication, two pairs of four a second shift; one kernel serves
 #   four formats.

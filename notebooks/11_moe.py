@@ -346,8 +346,8 @@ if found:
 
 # %%
 decode = [row for m in (1, 8, 64) for row in base.where(m=m) if row["shape"].startswith("flash ")]
-apart = ("layer", "experts", "router_hash", "w4a4", "mxfp4", "fp8_block")  # whole ones, another router, other formats
-parts = [row for row in decode if not set(row["shape"].split()) & set(apart)]
+apart = ("layer", "experts", "router_hash", "moe_combine", "w4a4", "mxfp4", "fp8_block")  # wholes, not its own, other formats
+parts = [r for r in decode if not set(r["shape"].split()) & set(apart) and (r["m"], r["shape"]) != (1, "flash shared")]
 if any(row["shape"] == "flash layer" for row in decode):
     whole = [row for row in decode if row["shape"] == "flash layer"]
     hits = {row["m"]: row["experts_hit"] for row in whole}

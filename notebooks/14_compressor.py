@@ -249,7 +249,7 @@ else:
 # %% [markdown]
 # ## Findings
 #
-# - An entry is no mean: each channel chooses its own tokens, a few of them.
+# - An entry is no mean: each channel chooses its own tokens.
 # - With overlap each token is in two entries, through channels of its own for each.
 # - Where steps begin and end leaves no trace, to the bit; drafts leave none where the ring has room for them.
 # - A number comes from memory once; what goes into the ring is read again while it is near.

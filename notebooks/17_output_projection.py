@@ -222,7 +222,7 @@ viz.plot_resources(**sections.print_uses(launched.launches, cache, ["inverse_rop
 # %% [markdown]
 # ## 6. Predicted and measured
 #
-# Flash: 33.5 million weights in each of the two, NVFP4 at 4.5 bits. Up to a hundred tokens the bytes bind, beyond them the
+# Flash: 33.5 million weights in each of the two, NVFP4 at 4.5 bits. Up to some sixty tokens the bytes bind, beyond them the
 # products.
 
 # %%

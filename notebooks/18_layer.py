@@ -220,7 +220,8 @@ for _ in range(decode_steps - 1):
     most = {f"{kind} planned for": held.entries[kind].max_visible for kind in (CSA, HCA)}
     table.append({"position": int(held.positions)} | {f"{kind} entries": n for kind, n in seen.items()} | most)
 print(hopper.table(table))
-lab.check_that("launches, grids and blocks as in the first step", launched_alike, "==", 1)
+if target.type == "cpu":  # where launches are seen
+    lab.check_that("launches, grids and blocks as in the first step", launched_alike, "==", 1)
 lab.check_that("outputs equal those of new plans, bit for bit", outputs_alike, "==", 1)
 
 # %%
@@ -231,8 +232,8 @@ for _ in range(config.csa_ratio):
 try:
     short.copy_(new)
 except ValueError as refused:
-    print(refused)
-    lab.check_that("a plan that is not fixed refuses a longer sequence", "max_visible" in str(refused), "==", 1)
+    print(why := str(refused))
+lab.check_that("a plan that is not fixed refuses a longer sequence", "max_visible" in why, "==", 1)
 
 # %% [markdown]
 # ## 5. Captured
@@ -289,7 +290,7 @@ for row in (row for name in work for row in base.where(shape=name, format="nvfp4
 
 # %% [markdown]
 # Whole layers, hyper-connections and experts included: every kernel of a decode step of one token, with its part's percent of
-# bound. Prefill and 64 sequences are in [docs/layers.md](../docs/layers.md).
+# bound. Prefill and 64 sequences are in `docs/layers.md`.
 
 # %%
 whole = baselines.newest("layers", measured)
@@ -303,7 +304,7 @@ for shape in (layer_table.shape_of(kind, "decode 1") for kind in (SWA, CSA, HCA)
 # ## Findings
 #
 # - Layer by layer and step by step, kernels follow the reference to the last bits of BF16; what they store is the same.
-# - A decode step is 14 to 26 launches, of sizes that no position changes; one plan serves all steps, and so does one graph.
-# - Many of them are small: the same rows are quantised again for each linear that reads them.
+# - A decode step is 13 to 25 launches, of sizes that no position changes; one plan serves all steps, and so does one graph.
+# - Many of them are small; CSA quantises the query's row twice.
 #
 # **Next:** [19 · Hyper-connections](19_hyper_connections.ipynb)

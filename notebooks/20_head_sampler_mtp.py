@@ -213,7 +213,7 @@ with hopper.running(target, schedule):
     y = ops.mtp_input(*args, eps=entry["eps"], act=entry["act"])
 want = head.mtp_input(*args, eps=entry["eps"], act=entry["act"])
 lab.check("the block's entry", y, want, row_cosine=0.9999, mean_rel=0.01)
-model.to(cpu)
+_ = model.to(cpu)
 
 # %% [markdown]
 # A draft $d \sim q$ stands with probability $\min(1, p_d / q_d)$; one that falls is replaced by a draw from $\max(p - q, 0)$. So

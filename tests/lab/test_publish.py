@@ -39,7 +39,7 @@ def executed(path: Path, *, pictures: int = 2, status: str = "passed", **run: st
     cell.outputs.append(nbformat.v4.new_output("display_data", {"text/html": "<b>12 us</b>", "text/plain": "12 us"}))
     cell.outputs.append(nbformat.v4.new_output("display_data", {"text/html": "<b>only</b>", "text/plain": "<IPython object>"}))
     cell.outputs.append(nbformat.v4.new_output("stream", name="stdout", text="said\n"))
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A title\nText"), cell])
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A title\n[Text](01_a.ipynb)"), cell])
     notebook.metadata["dsv4lab"] = {"status": status, "seconds": 1.5, "cells": 2, "cells_started": 2} | run
     nbformat.write(notebook, path)
 
@@ -57,7 +57,7 @@ def test_one_form_of_each_output_stays(tmp_path: Path) -> None:
     written = publish.publish(source, out, budget=2_000_000, notebooks=source)
     kinds, notebook = read(out / "01_a.ipynb")
     assert kinds == [{"image/png"}, {"image/png"}, set(), {"text/html"}, set()]
-    assert notebook.cells[0].source == "# A title\nText"
+    assert notebook.cells[0].source == "# A title\n[Text](01_a.ipynb)"
     assert notebook.cells[1].source == "draw()\n"
     assert [notebook.cells[1].outputs[i].text for i in (2, -1)] == ["12 us\n", "said\n"]
     assert notebook.metadata == {"dsv4lab": {"status": "passed"}, "language_info": {"name": "python"}}
@@ -193,6 +193,7 @@ def test_some_notebooks_are_kept_and_the_others_sources_linked(tmp_path: Path) -
     assert written.notebooks == 1 and sorted(p.name for p in out.iterdir()) == ["02_b.ipynb", "index.md", "report.html"]
     index, report = (out / "index.md").read_text(), (out / "report.html").read_text()
     assert "(../../notebooks/01_a.ipynb)" in index and "(02_b.ipynb)" in index
+    assert read(out / "02_b.ipynb")[1].cells[0].source == "# A title\n[Text](../../notebooks/01_a.ipynb)"
     assert "Left out, 1 of 2, so that the folder keeps within 1,000,000 bytes:\n01_a." in index
     assert 'href="../../notebooks/01_a.ipynb"' in report and 'href="02_b.ipynb"' in report
     with pytest.raises(NotebookError, match="got 03_c"):
