@@ -84,10 +84,10 @@ def check_state(state: torch.Tensor, ratio: int, overlap: bool) -> None:
         raise ValueError(f"state must have R >= {span} > 0, got R={state.shape[1]}")
 
 
-def check_eps(eps: float) -> None:
+def check_eps(eps: float, least: float = LEAST_EPS) -> None:
     """Of a norm. Raises ValueError."""
-    if not LEAST_EPS <= eps < float("inf"):
-        raise ValueError(f"eps must be finite and at least {LEAST_EPS}, got {eps}")
+    if not least <= eps < float("inf"):
+        raise ValueError(f"eps must be finite and at least {least}, got {eps}")
 
 
 def check_sinkhorn(iters: int, eps: float) -> None:

@@ -16,7 +16,7 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tenso
     Raises ValueError on weight's shape.  Source: spec 4.1.
     """
     check_shape("weight", weight, x.shape[-1:])
-    check_eps(eps)
+    check_eps(eps, 0.0)
     xd = x.double()
     return (xd * torch.rsqrt(xd.square().mean(-1, keepdim=True) + eps) * weight.double()).to(x.dtype).contiguous()
 

@@ -44,7 +44,7 @@ class Codes:
         """A lane's chunk, if it is `here`. All lanes of a warp come, those past the last chunk with the last."""
         plan, lanes = self.plan, GROUPS[self.plan.quant] // CHUNK
         distances = tuple(1 << n for n in range(lanes.bit_length() - 1))
-        bits = val.over_lanes(enc.amax_bits(enc.absolute(words, "bf16"), "bf16"), distances, enc.max_u32)
+        bits = val.over_lanes(enc.amax_bits_of_bf16(words), distances, enc.max_u32)
         out = cute.make_rmem_tensor((plan.chunk_words,), Uint32)
         if cutlass.const_expr(plan.quant == "fp8"):
             byte, inverse = enc.e8m0_ceil(bits, blk.E4M3_MAX_BITS, blk.FP8_FLOOR_BITS)

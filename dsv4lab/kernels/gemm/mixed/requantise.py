@@ -35,13 +35,12 @@ def largest_bits(words: Any, lanes: int) -> Any:
 @cute.jit
 def nvfp4_values(out: Any, words: Any, bits: Any, terms: Any) -> None:
     """A lane's words of a block of 16 -> out. bits: `largest_bits` of the block; terms: `enc.global_terms`."""
-    ratio, rare = enc.block_ratio(bits, terms)
     count = cutlass.const_expr(2 * len(words))
     wide = enc.floats(enc.absolute(words, "bf16"), "bf16")
     values = cute.make_rmem_tensor((count,), Float32)
     for i in cutlass.range_constexpr(count):
         values[i] = wide[i]
-    block_scale, _ = enc.block_quotients(values, None, "bf16", bits, ratio, rare, terms)
+    block_scale, _ = enc.block_quotients(values, None, "bf16", bits, enc.block_ratio(bits, terms), terms)
     counts = enc.e2m1_counts([values[i] for i in range(count)])
     pair = enc.pack_bf16(block_scale, block_scale)
     for i in cutlass.range_constexpr(count // 2):

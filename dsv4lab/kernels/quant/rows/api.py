@@ -253,7 +253,7 @@ def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Source:
     if weight.dtype not in ELEMENT:
         raise TypeError(f"weight must be bfloat16 or float32, got {weight.dtype}")
     check_dense("weight", weight, x.shape[1:])
-    check_eps(eps)
+    check_eps(eps, 0.0)
     return Source("norm", x, weight, eps=eps)
 
 

@@ -32,19 +32,24 @@ def nvfp4(
 
     bits: of the largest magnitude; terms: `enc.global_terms`; entry: this lane's of `table`, None for the careful way alone.
     """
-    ratio, rare = enc.block_ratio(bits, terms)
+    ratio = enc.block_ratio(bits, terms)
     if cutlass.const_expr(entry is not None):
-        byte = enc.to_e4m3(Float32(1.0) if bits == Uint32(0) else ratio)
-        found, by_step = table.factor_bits(entry, byte)
-        if rare or found == Uint32(0):
-            byte = _careful(out, words, bits, ratio, rare, terms, element, arch, decoded)
-        else:
-            small, by = table.placed(enc.absolute(words, element), by_step)
+        byte, factor, usual = looked_up(ratio, terms, entry)
+        if usual:
             for i in cutlass.range_constexpr(len(words) // 4):
-                out[i] = table.nibbles(words[4 * i : 4 * i + 4], small[4 * i : 4 * i + 4], by)
+                out[i] = table.nibbles(words[4 * i : 4 * i + 4], factor)
+        else:
+            byte = _careful(out, words, bits, ratio, terms, element, arch, decoded)
     else:
-        byte = _careful(out, words, bits, ratio, rare, terms, element, arch, decoded)
+        byte = _careful(out, words, bits, ratio, terms, element, arch, decoded)
     return byte
+
+
+def looked_up(ratio: Any, terms: Any, entry: Any) -> tuple[Any, Any, Any]:
+    """Byte of a block's scale, bits of its factor, and whether it has one."""
+    byte = enc.to_e4m3(ratio)
+    factor = table.factor_bits(entry, byte)
+    return byte, factor, (factor < terms[4]) & (ratio <= Float32(enc.MOST))
 
 
 @cute.jit
@@ -53,13 +58,12 @@ def _careful(
     words: Any,
     bits: Any,
     ratio: Any,
-    rare: Any,
     terms: Any,
     element: cutlass.Constexpr,
     arch: cutlass.Constexpr,
     decoded: cutlass.Constexpr,
 ) -> Any:
-    """The same for a block of any kind, by quotients. rare: it needs more than its ratio and those."""
+    """The same for a block of any kind, by quotients."""
     wide = enc.floats(enc.absolute(words, element), element)
     count = cutlass.const_expr(len(wide))
     values = cute.make_rmem_tensor((count,), Float32)
@@ -68,7 +72,7 @@ def _careful(
         values[i] = wide[i]
     for i in cutlass.range_constexpr(len(words)):
         signs[i] = words[i]
-    block_scale, byte = enc.block_quotients(values, signs, element, bits, ratio, rare, terms)
+    block_scale, byte = enc.block_quotients(values, signs, element, bits, ratio, terms)
     quotients = [values[i] for i in range(count)]
     if cutlass.const_expr(decoded):
         pair = enc.pack_bf16(block_scale, block_scale)

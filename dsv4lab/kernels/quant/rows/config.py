@@ -19,9 +19,10 @@ ELEMENTS = ("bf16", "f32")
 _CHUNKS, _CHUNKS_HELD = 4, 2
 _MOST_CHUNKS = 8
 _RESIDENT = 768  # threads of NVFP4 a multiprocessor of Hopper: 80 registers each, 107 to 122 where the compiler is free
-# Norms to NVFP4 that stream: two chunks need fewer registers, and half the code. Three CTAs of 256 threads and four of 224 are
-# faster than one more or less (H200, 8192 rows: 31.1 us of 4096, 50.6 us of 7168 values). To FP8, one more is (30.7, 51.4 us).
-_NORM_CHUNKS, _NORM_RESIDENT = 2, {"nvfp4": 896, "fp8": 1024}
+# Norms that stream: two chunks need fewer registers, and half the code. Threads of a CTA, where rows are short, and of a
+# multiprocessor: to NVFP4 (H200, 8192 rows) 26.1 us of 4096, 45.0 of 7168 values; four chunks 26.5, 49.9, eight 28.3, 43.7.
+_NORM_CHUNKS, _NORM_CTA = 2, {"nvfp4": 128, "fp8": _CTA_THREADS}
+_NORM_RESIDENT = {"nvfp4": 896, "fp8": 1024}
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _choose(few: bool, k: int, source: str, element: str, out: str, fields: tupl
             splits.append((threads * chunks - total, abs(chunks - (1 if few else many)), threads, chunks))
     waste, _, threads, chunks = min(splits)
     fill = next(r for r in (1, 2, 4) if threads * r % WARP == 0)  # rows that fill warps
-    rows = fill if few else max(_CTA_THREADS // threads // fill * fill, fill)
+    rows = fill if few else max((_NORM_CTA[out] if normed else _CTA_THREADS) // threads // fill * fill, fill)
     full = waste == 0 and total * CHUNK == k
     # x itself: registers of the next row were spilled, and waited for
     streams = simple and full and (source == "norm" or (source == "swiglu" and threads % WARP == 0))

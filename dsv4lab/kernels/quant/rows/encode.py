@@ -15,7 +15,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Uint32
+from cutlass import Float32, Float64, Uint32
 
 from dsv4lab.formats import E2M1_MAX
 
@@ -23,7 +23,9 @@ INFINITY_BITS, NAN_BITS = 0x7F800000, 0x7FC00000
 LARGEST = 6.5  # a magnitude that is surely code 7
 _E4M3_MIN = 2.0**-9
 _LOW, _HIGH = 2.0**-60, 2.0**60  # scales between which nothing under- or overflows
-_LEAST_BITS, _MOST_BITS = (127 - 6) << 23, (127 + 9) << 23  # 2^-6 and 512: block scales with three exact bits
+MOST = 512.0
+_LEAST_BITS, _MOST_BITS = (127 - 6) << 23, (127 + 9) << 23  # 2^-6 and MOST: block scales with three exact bits
+_MOST_FACTOR = 6 * 2.0**-14 * 2.0**6 / 1.06
 _NO_BITS = 0xFFFFFFFF  # of no magnitude
 _F32_MAX_BITS = 0x7F7FFFFF
 SIGNS = 0x80008000
@@ -176,9 +178,9 @@ def amax_bits(magnitudes: list[Any], element: str) -> Any:
 
 
 def amax_bits_of_bf16(words: list[Any]) -> Any:
-    """The same of words with signs, for which magnitudes are needed for nothing else."""
-    pair = tree(_max_magnitudes, words)
-    return max_u32((pair << 16) & Uint32(0x7FFF0000), pair & Uint32(0x7FFF0000))
+    """The same of words with signs."""
+    low, high = floats([tree(_max_magnitudes, words)], "bf16")
+    return cute.arch.fmax(magnitude(low), magnitude(high), nan=True).bitcast(Uint32)
 
 
 def number_amax_bits(magnitudes: list[Any], element: str) -> Any:
@@ -199,6 +201,19 @@ def to_e4m3(value: Any) -> Any:
     """The byte of one value, rounded to the nearest, ties to even, saturating."""
     code = "{ .reg .b16 pair; .reg .f32 zero; mov.f32 zero, 0f00000000; cvt.rn.satfinite.e4m3x2.f32 pair, zero, {$r0};"
     return cute.arch.inline_ptx(code + " cvt.u32.u16 {$w0}, pair; }", write_only_types=[Uint32], read_only_args=[value])
+
+
+def cut_f16(low: Any, high: Any) -> Any:
+    """Two float32, rounded towards zero, in a word."""
+    code = "cvt.rz.f16x2.f32 {$w0}, {$r0}, {$r1};"
+    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[high, low])
+
+
+def wide_of_bf16(words: list[Any]) -> list[Any]:
+    """The values as float64."""
+    code = "{ .reg .b16 low, high; mov.b32 {low, high}, {$r0}; cvt.f64.bf16 {$w0}, low; cvt.f64.bf16 {$w1}, high; }"
+    how = dict(write_only_types=[Float64, Float64])
+    return [value for word in words for value in cute.arch.inline_ptx(code, read_only_args=[word], **how)]
 
 
 def from_e4m3(pair: Any) -> tuple[Any, Any]:
@@ -225,34 +240,34 @@ def e8m0_of_number(bits: Any, max_code_bits: int, floor_bits: int) -> tuple[Any,
 
 
 # ---- blocks of NVFP4 ---------------------------------------------------------------------------------------------------
+def block_ratio(bits: Any, terms: Any) -> Any:
+    """A block's largest magnitude over 6 scale, good from 2^-6 to 512. terms: `global_terms`."""
+    return quotient(bits.bitcast(Float32), terms[2])
+
+
 @cute.jit
 def global_terms(scale: Any) -> Any:
-    """What blocks of a global scale share: it, 6 times it, `divisor` of that, and bits of an amax that never makes one rare."""
+    """What blocks of a global scale share: it, 6 times it, `divisor` of that, bits of an amax that never makes one rare and of
+    a factor of `table`, between those of block scales 2^-6 and 9/8 of it.
+    """
     sixfold = mul(scale, Float32(E2M1_MAX))
     by_six = divisor(sixfold)
     plain = scale >= Float32(_LOW) and scale <= Float32(_HIGH)
     by_six = (by_six[0] if plain else Uint32(NAN_BITS).bitcast(Float32), by_six[1])  # makes every block a rare one,
     usual = Uint32(0) if plain else Uint32(_NO_BITS)  # blocks of zeros, too, which otherwise are not
-    return scale, sixfold, by_six, usual
+    return scale, sixfold, by_six, usual, mul(by_six[0], Float32(_MOST_FACTOR)).bitcast(Uint32)
 
 
 @cute.jit
-def block_ratio(bits: Any, terms: Any) -> Any:
-    """A block's largest magnitude over 6 scale, and whether the block is rare: needs more than that. terms: `global_terms`."""
-    _, _, by_six, usual = terms
-    ratio = quotient(finite(bits), by_six)
-    unusual = ratio.bitcast(Uint32) - Uint32(_LEAST_BITS) > Uint32(_MOST_BITS - _LEAST_BITS)
-    return ratio, (unusual and bits != usual) or bits >= Uint32(INFINITY_BITS)
-
-
-@cute.jit
-def block_quotients(values: Any, signs: Any, element: cutlass.Constexpr, bits: Any, ratio: Any, rare: Any, terms: Any) -> Any:
+def block_quotients(values: Any, signs: Any, element: cutlass.Constexpr, bits: Any, ratio: Any, terms: Any) -> Any:
     """Magnitudes of a block of any kind over its step, in place, for `e2m1_counts`; returns the block scale, and its byte.
 
     block_scale = E4M3(bits / (6 scale)), at least 2^-9, 1 for zeros; step = block_scale scale. A NaN makes the scale one, too,
-    and the magnitudes the largest; signs, words of `element` or None, then keep those of NaNs. ratio, rare: of `block_ratio`.
+    and the magnitudes the largest; signs, words of `element` or None, then keep those of NaNs. ratio: of `block_ratio`.
     """
-    scale, sixfold, _, _ = terms
+    scale, sixfold, _, usual, _ = terms
+    unusual = ratio.bitcast(Uint32) - Uint32(_LEAST_BITS) > Uint32(_MOST_BITS - _LEAST_BITS)
+    rare = (unusual and bits != usual) or bits >= Uint32(INFINITY_BITS)  # needs more than its ratio
     count = cutlass.const_expr(cute.size(values))
     nan = bits > Uint32(INFINITY_BITS)
     if rare:

@@ -16,9 +16,9 @@ On Hopper a CTA of norms or SwiGLU to NVFP4 of one global scale goes on from row
 float32 weights in shared memory once, and a chunk's registers take the next row's as soon as its words are made, so that loads
 are under way while the rest is encoded. That needs registers to spare: where they are spilled, the warp waits for its loads.
 
-Instructions a value at K = 4096, those of the usual way counted in sm_90a's code: NVFP4 of a given scale 9.0, of a row's 12.1;
-MXFP4 9.8; FP8 8.9; norms of FP8 14.6, SwiGLU's of NVFP4 22; 80 registers at most. At 1.75 GHz, 528 schedulers take 1.13 us for
-an instruction a value of 8192 x 4096 where every slot is used, and 9 us for a conversion to float64 of each.
+Instructions a value at K = 4096, those of the usual way counted in sm_90a's code: NVFP4 of a given scale 7.7, of a row's 10.2;
+MXFP4 9.8; FP8 8.9; norms of FP8 13.4, of NVFP4 15, SwiGLU's 19; 80 registers at most. At 1.75 GHz, 528 schedulers take 1.13 us
+for an instruction a value of 8192 x 4096 where every slot is used, and 9 us for a conversion to float64 of each.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -36,7 +36,7 @@ from dsv4lab.kernels.quant.rows import blocks as blk
 from dsv4lab.kernels.quant.rows import encode as enc
 from dsv4lab.kernels.quant.rows import ring, table
 from dsv4lab.kernels.quant.rows.config import CHUNK, WARP, RowsConfig
-from dsv4lab.kernels.quant.rows.sources import RowSources, halves
+from dsv4lab.kernels.quant.rows.sources import BARRIERS, RowSources, halves
 
 RANGE = E2M1_MAX * E4M3_MAX  # largest code times largest block scale
 _AHEAD = 528  # CTAs, four for each multiprocessor of an H200: rows with a scale each come to L2 before their own CTA
@@ -60,6 +60,7 @@ class QuantizeRows(RowSources):
         fp4 = config.out in ("nvfp4", "mxfp4") and not config.decoded
         self.quick = fp4 and config.element == "bf16" and arch == "sm_90a" and alike
         self.streams = config.streams and alike and arch == "sm_90a"
+        self.leaves = config.threads % WARP == 0 and config.rows <= BARRIERS and not config.tiles
         self.rings = self.streams and config.source == "swiglu"
         self.kept = 4 * CHUNK * config.threads * config.chunks if self.streams and config.keeps else 0
         self.kept += ring.STAGES * ring.stage_bytes(config) if self.rings else 0
@@ -136,8 +137,7 @@ class QuantizeRows(RowSources):
         cute.arch.griddepcontrol_wait()
 
         if cutlass.const_expr(self.streams):
-            steps = (padded + config.rows - 1) // config.rows
-            self._stream(x, other, row_weight, given, codes, scale, per_column, eps, limit, thread, block, grid, steps)
+            self._stream(x, other, row_weight, given, codes, scale, per_column, eps, limit, thread, block, grid, padded)
         else:
             self._plainly(x, other, row_weight, given, codes, scale, used, rows_per_scale, per_column, eps, limit, padded)
 
@@ -208,7 +208,7 @@ class QuantizeRows(RowSources):
         thread: Any,
         block: Any,
         grid: Any,
-        steps: Any,
+        padded: Any,
     ) -> None:
         """The same, of one global scale. Norms: the registers of a chunk that is done take the next row's, which is under way
         while the others are done. SwiGLU: rows come by `ring`.
@@ -217,12 +217,16 @@ class QuantizeRows(RowSources):
         if cutlass.const_expr(self.quick):
             factor = given[0]  # on its way before the rows
         own, blocks = thread // config.threads, self.columns // CHUNK
+        if cutlass.const_expr(self.leaves):
+            own = cute.arch.make_warp_uniform(own)
         held = cute.make_rmem_tensor((config.chunks * config.words,), Uint32)
         second = cute.make_rmem_tensor((config.chunks * config.words if self.rings else 1,), Uint32)
         row = block * config.rows + own
         mine = cutlass.min(row, rows - 1)  # threads past the last row repeat it, and store nothing
+        # Whole warps end with their last row; other threads repeat it, and store nothing.
+        end, stride = (rows - own if self.leaves else padded) + (config.rows - 1), grid * config.rows
         at = Uint32(mine * blocks + thread % config.threads)  # of a thread's first block; others lie at constant distances
-        further = Uint32(grid * config.rows * blocks)
+        further = Uint32(stride * blocks)
         place, stage = Int32(0), Int32(0)  # of the ring: a warp's, where its chunks are
         if cutlass.const_expr(self.rings):
             place = self.ahead.iterator.toint() + thread // WARP * ring.warp_stage(config)
@@ -241,14 +245,14 @@ class QuantizeRows(RowSources):
         entry, terms = Uint32(0), ()
         if cutlass.const_expr(self.quick):
             entry, terms = table.prepare(factor, thread), enc.global_terms(factor)
-        for step in cutlass.range(block, steps, grid, unroll=1):
-            following, beyond = at + further, row + grid * config.rows
-            more = beyond < rows
+        for step in cutlass.range(block, end // config.rows, grid, unroll=1):
+            following, beyond = at + further, row + stride
+            more, here = beyond < rows, Boolean(True) if cutlass.const_expr(self.leaves) else row < rows
             if cutlass.const_expr(self.rings):
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.sync_warp()  # what the others asked for has come, and they have read what was there before
                 next_stage = ring.stage_bytes(config) - stage
-                if step + grid < steps:
+                if step + grid < end // config.rows:
                     ring.ask(config, (x, other), cutlass.min(beyond, rows - 1), blocks, place + next_stage)
                 ring.take(config, (held, second), place + stage)
                 stage = next_stage
@@ -273,11 +277,10 @@ class QuantizeRows(RowSources):
                     words = self._scaled_words(words, factors, high, low)
                 for i in cutlass.range_constexpr(config.words):
                     part[i] = words[i]
-                if cutlass.const_expr(config.source == "norm" and config.out == "nvfp4"):
-                    self._far(part, x, other, cutlass.min(row, rows - 1), c, thread, square, near)
                 if cutlass.const_expr(not self.rings) and more:
                     self._take(held, c, x, following)
                 distance = c * config.threads
+                cute.arch.sync_warp()
                 if cutlass.const_expr(config.out == "fp8"):
                     lanes = config.group // CHUNK
                     words, out = self._words(part, 0), cute.make_rmem_tensor((CHUNK // 4,), Uint32)
@@ -285,28 +288,38 @@ class QuantizeRows(RowSources):
                     byte, inverse = enc.e8m0_of_number(bits, blk.E4M3_MAX_BITS, blk.FP8_FLOOR_BITS)
                     blk.e4m3_of_numbers(out, words, inverse, config.element)
                     near = near and bits < Uint32(enc.INFINITY_BITS)
-                    if row < rows:
+                    if here:
                         if at % lanes == 0:
                             enc.store_byte(scale.iterator.toint() + Int64(at // lanes), distance // lanes, byte)
                         store_global(codes.iterator.toint() + Int64(at) * CHUNK, [out[i] for i in range(4)], distance * CHUNK)
                 else:
                     out = cute.make_rmem_tensor((2,), Uint32)
-                    byte = self._block(out, self._words(part, 0), terms, entry)
+                    words = self._words(part, 0)
+                    if cutlass.const_expr(config.source == "norm"):
+                        ratio = enc.block_ratio(enc.amax_bits_of_bf16(words), terms)
+                        byte, by, usual = blk.looked_up(ratio, terms, entry)
+                        near = near & usual
+                        out[0], out[1] = table.nibbles(words[:4], by), table.nibbles(words[4:], by)
+                    else:
+                        byte = self._block(out, words, terms, entry)
                     if cutlass.const_expr(config.tiles):
                         self._store_scale(scale, byte, row, rows, self._chunk(c, thread), 1)
-                    if row < rows:
+                    if here:
                         if cutlass.const_expr(not config.tiles):
                             enc.store_byte(scale.iterator.toint() + Int64(at), distance, byte)
                         target = codes.iterator.toint() + Int64(at) * (CHUNK // 2)
                         store_global(target, [out[0], out[1]], distance * (CHUNK // 2))
-            if cutlass.const_expr(config.out == "fp8"):
-                self._again(near, x, other, codes, scale, row, thread, square)
+            if cutlass.const_expr(config.source == "norm"):
+                self._again(near, x, other, codes, scale, row, thread, square, terms)
             share, at, row = next_share, following, beyond
 
     @cute.jit
-    def _again(self, near: Any, x: Any, weight: Any, codes: Any, scale: Any, row: Any, thread: Any, square: Any) -> None:
-        """Chunks of FP8 by ways that are good for any values, over what the usual ones left, where one of the warp is not near
-        or has no finite values. One code for all chunks, away from the others': within it, it would be the larger part.
+    def _again(
+        self, near: Any, x: Any, weight: Any, codes: Any, scale: Any, row: Any, thread: Any, square: Any, terms: Any
+    ) -> None:
+        """Chunks of a norm by ways that are good for any values, over what the usual ones left, where one of the warp is not
+        near, or has no finite values as FP8, or no factor as NVFP4. One code for all chunks, away from the others': within it,
+        it would be the larger part.
         """
         config, rows = self.config, x.shape[0]
         if cute.arch.vote_any_sync(not near):
@@ -314,10 +327,16 @@ class QuantizeRows(RowSources):
             for c in cutlass.range(config.chunks, unroll=1):
                 chunk, out = self._chunk(c, thread), cute.make_rmem_tensor((CHUNK // 4,), Uint32)
                 words = self._far_words(x, weight, mine, c, thread, inverse)
-                bits, byte, factor = self._group_scale(enc.amax_bits_of_bf16(words))
-                blk.e4m3(out, words, bits, factor, config.element)
-                self._store_scale(scale, byte, row, rows, chunk, config.group // CHUNK)
-                self._store_e4m3([out[i] for i in range(CHUNK // 4)], byte, codes, row, rows, chunk, thread)
+                bits = enc.amax_bits_of_bf16(words)
+                if cutlass.const_expr(config.out == "nvfp4"):
+                    byte = blk.nvfp4(out, words, bits, terms, None, config.element, self.arch)
+                    self._store_scale(scale, byte, row, rows, chunk, 1)
+                    self._store_two([out[0], out[1]], codes, row, rows, chunk)
+                else:
+                    bits, byte, factor = self._group_scale(bits)
+                    blk.e4m3(out, words, bits, factor, config.element)
+                    self._store_scale(scale, byte, row, rows, chunk, config.group // CHUNK)
+                    self._store_e4m3([out[i] for i in range(CHUNK // 4)], byte, codes, row, rows, chunk, thread)
 
     @cute.jit
     def _take(self, held: Any, c: cutlass.Constexpr, x: Any, at: Any) -> None:
@@ -376,8 +395,10 @@ class QuantizeRows(RowSources):
     def _block(self, out: Any, words: Any, terms: Any, entry: Any) -> Any:
         """One block: its codes, or decoded values, to `out`; returns the byte of its scale. terms: `enc.global_terms`."""
         element = self.config.element
-        bits = enc.amax_bits(enc.absolute(words, element), element)
-        entry = entry if cutlass.const_expr(self.quick) else None
+        if cutlass.const_expr(self.quick):
+            bits = enc.amax_bits_of_bf16(words)
+        else:
+            bits, entry = enc.amax_bits(enc.absolute(words, element), element), None
         return blk.nvfp4(out, words, bits, terms, entry, element, self.arch, self.config.decoded)
 
     @cute.jit

@@ -20,7 +20,7 @@ from dsv4lab.kernels.quant.rows import encode as enc
 from dsv4lab.kernels.quant.rows.config import CHUNK, WARP, RowsConfig
 
 _NEAR = 2.0**80  # mean squares between this and its reciprocal: products of the norm stay normal numbers
-_BARRIERS = 15  # of a CTA, besides its usual one
+BARRIERS = 15  # of a CTA, besides its usual one
 _LOG2_E = 1.4426950408889634
 _LOG2_E_SHORT = 47274.0 / 2**15  # its first 16 bits
 _LN_2 = 0.6931471805599453
@@ -127,7 +127,8 @@ class RowSources:
             if not config.full:
                 inside = self._inside(self._chunk(c, thread))
                 words = [Uint32(cutlass.select_(inside, word, Uint32(0))) for word in words]
-            strands = _squares(_wide(words, config.element, apart=True), strands)
+            wide = enc.wide_of_bf16(words) if config.element == "bf16" else _wide(words, "f32")
+            strands = _squares(wide, strands)
         return (strands[0] + strands[1]) + (strands[2] + strands[3])
 
     def _near(self, square: Any) -> Any:
@@ -145,14 +146,6 @@ class RowSources:
     def _split_root(self, square: Any) -> tuple[Any, Any]:
         """1 / rms as two float32, of a mean square that is near."""
         return _split(_rsqrt64(square))
-
-    @cute.jit
-    def _far(self, held: Any, x: Any, weight: Any, row: Any, c: cutlass.Constexpr, thread: Any, square: Any, near: Any) -> None:
-        """The words of one chunk, by float64, where the row is not near."""
-        if not near:
-            words = self._far_words(x, weight, row, c, thread, self._root(square))
-            for i in cutlass.range_constexpr(self.config.words):
-                held[i] = words[i]
 
     def _root(self, square: Any) -> Any:
         """1 / rms of any mean square, as float64."""
@@ -264,7 +257,7 @@ class RowSources:
                 low, high = _halves_of(value)
                 shared[(start + thread // lanes) * 2] = low
                 shared[(start + thread // lanes) * 2 + 1] = high
-            if cutlass.const_expr(parity is not None and threads % WARP == 0 and 1 < self.config.rows <= _BARRIERS):
+            if cutlass.const_expr(parity is not None and threads % WARP == 0 and 1 < self.config.rows <= BARRIERS):
                 for i in cutlass.range_constexpr(
                     self.config.rows
                 ):  # rows do not wait for others; by constants, or all 16 are held
@@ -272,8 +265,8 @@ class RowSources:
                         cute.arch.barrier(barrier_id=1 + i, number_of_threads=threads)
             else:
                 cute.arch.barrier()
-            value = Float64(0.0)
-            for i in cutlass.range_constexpr(threads // lanes):
+            value = _joined(shared[first * 2], shared[first * 2 + 1])
+            for i in cutlass.range_constexpr(1, threads // lanes):
                 value = value + _joined(shared[(first + i) * 2], shared[(first + i) * 2 + 1])
             if cutlass.const_expr(parity is None):
                 cute.arch.barrier()
@@ -321,17 +314,9 @@ def _sigmoid_of_bf16(x: Any) -> Any:
     return cute.arch.rcp_approx(enc.add(e, Float32(1.0)))
 
 
-def _wide(words: list[Any], element: str, *, apart: bool = False) -> list[Any]:
-    """The values of words as float64; apart: as float32 they are nothing that `encode.floats` gives, too.
-
-    The compiler would keep those in registers, two for each word, from the sum of squares to the products.
-    """
-    if apart and element == "bf16":
-        zero = Uint32(0)
-        values = [enc.prmt(w, zero, half).bitcast(Float32) for w in words for half in (0x1044, 0x3244)]
-    else:
-        values = enc.floats(words, element)
-    return [value.to(Float64) for value in values]
+def _wide(words: list[Any], element: str) -> list[Any]:
+    """The values of words as float64."""
+    return [value.to(Float64) for value in enc.floats(words, element)]
 
 
 def _squares(wide: list[Any], strands: list[Any]) -> list[Any]:

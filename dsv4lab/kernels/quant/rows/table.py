@@ -1,26 +1,23 @@
 """E2M1 codes of BF16 by one multiplication a value, for Hopper, which has no instruction that gives them.
 
 The code of a magnitude q below 7 is the integer nearest to twice a concave g: q up to 2, 1 + q / 2 to 4, 2 + q / 4 beyond. Bits
-of a float32 are such a function where the normal numbers begin: those of q 2^-126 are g(q) 2^23. So codes are three bits of a
-product by 2^-126 / step, of which the upper 16 bits are enough, two values in a word.
+of a float16 are such a function where the normal numbers begin: those of q 2^-14 are g(q) 2^10. So a product by 2^-14 / step,
+cut to a float16, has sign, code and the bit that rounds it in its upper byte.
 
 Where the product is cut, or rounded, no tie is seen: the factor must put every BF16 clearly on its side of each midpoint m. Up
 to powers of two midpoints are 1, 3, 5 and 7; a tie goes down at 1 and 5 (0.25, 1.25, 2.5, 5), up at 3 and 7 (0.75, 1.75, 3.5).
 A tie is what the reference takes for one: a quotient that float32 rounds to m. For each m let x be the largest 8-bit number
 that goes down, y the next one: the factor lies between m / y and m / x. Four such intervals have a common part at least 2^-11
-wide, relative to it, or, where ties contradict each other, none. In its middle neither the factor's error (2^-22) nor the
-product's (2^-21) matters. Enumerated: 43 of the 2^23 significands of a step have none, powers of two among them.
+wide, relative to it, or, where ties contradict each other, none. In its middle neither the factor's error (2^-15) nor the
+product's (2^-24) matters. Enumerated: 43 of the 2^23 significands of a step have none, powers of two among them.
 
 Powers of two, which round global scales have among their steps (6 / 2688 has one in eight), get a factor just below 1 / step:
 1 and 5 go down. Before that x (1 + 1.5 2^-9) is rounded to BF16, which adds a unit to significands from 171 / 128 on: 3 and 7
 go up, and their neighbours below, which become ties, do not. For other steps x stays x. The other 42 take the careful way.
 
 A step is block scale times global scale, and block scales have eight significands: lane l prepares significand l % 8 against
-midpoint 2 (l / 8) + 1, once for a global scale; a block asks the lane of its scale by a shuffle. Its last bit tells a power of
+midpoint 2 (l / 8) + 1, once for a global scale; a block asks the lane of its scale by a shuffle. Its last byte tells a power of
 two.
-
-Factors are 2^-126 / step. Above steps of 1 they are no normal numbers, and good to 2^-13 at 1792, the largest: enough, by
-enumeration of 60 thousand significands and of all that are or nearly are an 8-bit number over a midpoint.
 """
 
 from typing import Any
@@ -31,18 +28,15 @@ from cutlass import Float32, Int32, Uint32
 
 from dsv4lab.kernels.quant.rows import encode as enc
 
-LOW, HIGH = 2.0**-56, 4.0  # global scales that keep steps within 2^-62 and 1792, where factors are good to 2^-13
 _BELOW_ONE = 1.0 - 0.5 / 225  # within 224/225 and 1
-_LEAN = 0x3B403B40  # twice 1.5 * 2^-9: raises significands from 171 / 128 on by a unit
-_PLACE = (126 - 62 - 7) << 23  # an exponent: the product's, without the values'; 7 is the bias of E4M3
+_RAISES, _RAISE = 0x3B, 0x0040BF80  # BF16: 1.5 * 2^-9, the first its upper byte, raises significands from 171 / 128 on; -1
 _WIDE = 1.0 + 2.0**-16
 _EIGHT = 0x181F  # of a shuffle: segments of 8 lanes
-_SIGNS = 0x08080808
 
 
 @cute.jit
 def prepare(factor: Any, thread: Any) -> Any:
-    """The lane's entry: bits of the factor for a block scale 2^-7 (1 + l / 8), l = lane % 8; 0 where there is none."""
+    """The lane's entry, bits of the factor for block scale 2^-7 (1 + l / 8), l = lane % 8, + l 2^20; all where is none."""
     significand, which = Uint32(thread % 8), Int32(thread % 32 // 8)
     bits = enc.mul((Uint32(0x3F800000) + (significand << 20)).bitcast(Float32), factor).bitcast(Uint32)
     step = (bits & Uint32(0x7FFFFF)) | Uint32(0x800000)
@@ -70,37 +64,39 @@ def prepare(factor: Any, thread: Any) -> Any:
     even = step == Uint32(1 << 23)
     if even:
         high, low = Float32(_BELOW_ONE * 2.0**-23), Float32(_BELOW_ONE * 2.0**-23)
-    middle = enc.mul(enc.mul(enc.add(high, low), Float32(0.5)), ((Uint32(277) - (bits >> 23)) << 23).bitcast(Float32))
-    some = factor >= Float32(LOW) and factor <= Float32(HIGH) and (even or enc.mul(low, Float32(_WIDE)) < high)
-    found = ((middle.bitcast(Uint32) - Uint32(_PLACE)) & Uint32(0xFFFFFFFE)) | Uint32(even)
-    return found if some else Uint32(0)
+    middle = enc.mul(enc.mul(enc.add(high, low), Float32(0.5)), ((Uint32(270) - (bits >> 23)) << 23).bitcast(Float32))
+    found = (middle.bitcast(Uint32) & Uint32(0xFFFFFF00)) + (significand << 20)
+    if even:
+        found += Uint32(_RAISES)
+    return found if even or enc.mul(low, Float32(_WIDE)) < high else Uint32(0xFFFFFFFF)
 
 
-def factor_bits(entry: Any, byte: Any) -> tuple[Any, Any]:
-    """(the entry of a block scale, 0 where there is none; bits of the factor): the scale is a byte of E4M3, a normal one."""
-    found = Uint32(cute.arch.shuffle_sync(entry, byte, mask_and_clamp=_EIGHT))
-    return found, found - ((byte & Uint32(0x78)) << 20)
+def factor_bits(entry: Any, byte: Any) -> Any:
+    """Bits of the factor of a block scale, a byte of E4M3; large where there is none."""
+    return Uint32(cute.arch.shuffle_sync(entry, byte, mask_and_clamp=_EIGHT)) + byte * Uint32(0xFFF00000)
 
 
-@cute.jit
-def placed(magnitudes: list[Any], by_step: Any) -> tuple[list[Any], Any]:
-    """Words of BF16 and their factor, such that products have codes in their bits."""
-    lean = Uint32(_LEAN) if by_step & Uint32(1) != Uint32(0) else Uint32(0)
-    return [enc.fma_bf16x2(word, lean, word) for word in magnitudes], enc.mul(by_step.bitcast(Float32), Float32(2.0**-62))
+def nibbles(words: list[Any], factor: Any) -> Any:
+    """Codes of eight BF16 as a word, the first in the lowest nibble. factor: bits."""
+    raises, by = factor * Uint32(1 << 24) + Uint32(_RAISE), factor.bitcast(Float32)
+    pairs = [[enc.mul(half, by) for half in _apart(word, raises)] for word in words]
+    even, odd = (enc.prmt(enc.cut_f16(pairs[0][i], pairs[1][i]), enc.cut_f16(pairs[2][i], pairs[3][i]), 0x7531) for i in (0, 1))
+    even = _mixed((even + Uint32(0x01010101)) >> 1, even >> 4, 0x08080808)
+    return _mixed(even, _mixed(odd * Uint32(8) + Uint32(0x08080808), odd, 0x80808080), 0xF0F0F0F0)
 
 
-def nibbles(words: list[Any], small: list[Any], factor: Any) -> Any:
-    """Codes of eight BF16 as a word, the first in the lowest nibble. small: their magnitudes, shrunk."""
-    pairs = []
-    for word in small:
-        low = enc.mul((word << 16).bitcast(Float32), factor).bitcast(Uint32)
-        high = enc.mul((word & Uint32(0xFFFF0000)).bitcast(Float32), factor).bitcast(Uint32)
-        pairs.append(enc.prmt(low, high, 0x7632) * Uint32(4) + Uint32(0x00800080))  # codes in bytes 1 and 3
-    mixed = []
-    for i in (0, 2):
-        codes = enc.prmt(pairs[i], pairs[i + 1], 0x7351)
-        mixed.append(codes | (enc.prmt(words[i], words[i + 1], 0xFBD9) & Uint32(_SIGNS)))
-    return enc.interleaved(mixed)
+def _apart(word: Any, raises: Any) -> list[Any]:
+    """Two BF16 x as float32, raised: x - x in the lower half."""
+    code = "{ .reg .b16 low, high; .reg .b32 lows, highs; mov.b32 {low, high}, {$r0}; mov.b32 lows, {low, low};"
+    code += " mov.b32 highs, {high, high}; fma.rn.bf16x2 {$w0}, lows, {$r1}, lows; fma.rn.bf16x2 {$w1}, highs, {$r1}, highs; }"
+    found = cute.arch.inline_ptx(code, write_only_types=[Uint32, Uint32], read_only_args=[word, raises])
+    return [half.bitcast(Float32) for half in found]
+
+
+def _mixed(a: Any, b: Any, mask: int) -> Any:
+    """Bits of b where the mask has some, of a elsewhere."""
+    code = f"lop3.b32 {{$w0}}, {{$r0}}, {{$r1}}, {mask}, 0xD8;"
+    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a, b])
 
 
 def _leading_zeros(a: Any) -> Any:
