@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import common, compiling, rows
+from benchmarks import common, compiling, counters, rows
 from benchmarks.common import Bench, Broken, Ceilings, Stopwatch
 from dsv4lab.lab.baselines import Row, rows_of
 
@@ -42,10 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if not (options.compile_only or torch.cuda.is_available()):
         raise SystemExit("a GPU must be there to measure, but torch sees no CUDA device; --compile-only needs none")
+    if options.counters and (whole := [suite for suite in suites if suite in counters.WHOLE]):
+        raise SystemExit(f"--counters is for single calls, got {', '.join(whole)}; --only names other suites")
     if not options.no_compile:
         failures = compiling.compile_all(suites, quick=options.quick, match=options.match, processes=options.jobs)
         if options.compile_only:
             raise SystemExit(1 if failures else 0)
+    if options.counters:
+        raise SystemExit(max(counters.report(suite, command(suite, os.devnull, options)) for suite in suites))
     out = Path(options.out) if options.out else default_path(torch.cuda.get_device_name())
     out.parent.mkdir(parents=True, exist_ok=True)
     ended = {suite: run(suite, out, options) for suite in suites}
@@ -71,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--jobs", type=int, help="processes that compile; by default one a core")
     found.add_argument("--compile-only", action="store_true", help="compile the kernels and end; needs no GPU")
     found.add_argument("--no-compile", action="store_true", help="leave compilation to the first calls")
+    found.add_argument("--counters", action="store_true", help="no rows: say where kernels' time goes, by `ncu` (counters.py)")
     found.add_argument("--list", action="store_true", help="print what would be measured and end")
     found.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return found
@@ -126,17 +131,21 @@ def run(suite: str, out: Path, options: argparse.Namespace) -> int:
 
 def start(suite: str, part: Path, options: argparse.Namespace) -> int:
     """Measure a suite in a process of its own, which an error of the GPU may take with it; its exit status."""
-    command = [sys.executable, str(_SCRIPT), str(part), "--only", suite, "--child"]
-    command += ["--quick"] if options.quick else []
-    command += ["--match", options.match] if options.match else []
-    command += ["--minutes", str(options.minutes)] if options.minutes else []
     # a process that is gone hangs nobody: launches outside of graphs are watched
     environment = {"DSV4LAB_WATCHDOG": "60"} | os.environ
     before = signal.signal(signal.SIGTERM, _stopped)  # `subprocess.run` ends the child where an exception ends it
     try:
-        return subprocess.run(command, env=environment, check=False).returncode
+        return subprocess.run(command(suite, str(part), options), env=environment, check=False).returncode
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def command(suite: str, part: str, options: argparse.Namespace) -> list[str]:
+    """What measures a suite, and leaves its rows in a file."""
+    found = [sys.executable, str(_SCRIPT), part, "--only", suite, "--child"]
+    found += ["--quick"] * options.quick + ["--counters"] * options.counters
+    found += ["--match", options.match] if options.match else []
+    return found + (["--minutes", str(options.minutes)] if options.minutes else [])
 
 
 def _stopped(number: int, _: object) -> None:
@@ -149,10 +158,11 @@ def measure(suite: str, options: argparse.Namespace) -> None:
     began = time.monotonic()
     torch.manual_seed(0)
     stopwatch = Stopwatch()
-    ceilings: Ceilings = common.measure_ceilings(stopwatch)
+    ceilings = Ceilings(1.0, 1.0) if options.counters else common.measure_ceilings(stopwatch)
     torch.cuda.empty_cache()
     limit = began + 60 * options.minutes if options.minutes else float("inf")
-    bench = Bench(stopwatch, ceilings, Path(options.out), suite, options.quick, options.match, limit)
+    kind = counters.Counting if options.counters else Bench
+    bench = kind(stopwatch, ceilings, Path(options.out), suite, options.quick, options.match, limit)
     print(f"{suite} on {bench.head['device']}: {common.ceiling_fields(ceilings)}", flush=True)
     try:
         compiling.SUITES[suite].run(bench)

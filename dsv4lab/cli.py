@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     options.argv = list(sys.argv[1:] if argv is None else argv)
     previous = signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup's stays
+        signal.signal(signal.SIGHUP, _terminate)
     try:
         status = int(options.command(options))
         sys.stdout.flush()
@@ -291,7 +293,7 @@ def _bench(options: argparse.Namespace) -> int:
     if not script.is_file():
         raise CommandError(f"benchmarks are part of a checkout of the repository, got none at {script}")
     arguments = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
-    return OK if subprocess.run([sys.executable, str(script), *arguments]).returncode == 0 else FELL_SHORT
+    return subprocess.run([sys.executable, str(script), *arguments]).returncode
 
 
 def _calibrate(src: Path, text_file: Path, layout: str) -> dict[str, float]:

@@ -241,7 +241,7 @@ class ModelConfig:
             rope_theta=rope_theta,
             compress_rope_theta=compress_theta,
             rope_scaling=scaling,
-            max_position_embeddings=read.integer("max_position_embeddings"),
+            max_position_embeddings=read.integer("max_position_embeddings", high=1 << 20),
             bos_token_id=read.bos_id(),
             eos_token_ids=read.eos_ids(),
             num_nextn_predict_layers=read.integer("num_nextn_predict_layers", low=0, high=16),

@@ -56,7 +56,7 @@ def unpacked(archive: Path) -> Path:
     packed = archive.read_bytes()
     target = kernels_folder().parent / f"{archive.name.partition('.')[0]}-{hashlib.sha256(packed).hexdigest()[:16]}"
     listed = target.with_name(f"{target.name}.json")
-    with suppress(OSError, ValueError):  # the first time there is no list
+    with suppress(OSError, ValueError, AttributeError):  # the first time there is no list
         if json.loads(listed.read_bytes()).items() <= _sizes(target).items():
             return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -194,12 +194,12 @@ def main() -> None:
         if args.shipped:
             size = export(dict(open_checkpoint(dsv4lab.nano()).items(progress=False)), dsv4lab.nano(), folder)
         else:
+            record = training_record(args.run, args.data)
             size = export(load_file(args.run[-1] / "state.safetensors"), args.data, folder)
         shipped.pack(folder, args.out)
     if args.shipped:
         print(f"{args.out}: {args.out.stat().st_size} bytes, {size} unpacked")
         return
-    record = training_record(args.run, args.data)
     write_record(record)
     draw_curve(record, CURVE)
     print(f"{args.out}: {args.out.stat().st_size} bytes, {size} unpacked")

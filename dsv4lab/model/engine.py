@@ -79,8 +79,7 @@ def generate(
     step, 0 = plain decoding; on_token(row, id) is called for each new id in order. Raises ValueError on bad counts and when
     a prompt with its continuation exceeds max_position_embeddings.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
+    max_new_tokens = as_integer("max_new_tokens", max_new_tokens, 0, 1 << 63)
     num_drafts = as_integer("num_drafts", num_drafts, 0, DEFAULT_STEP)  # a step has one token more
     if num_drafts and not len(model.mtp):
         raise ValueError(f"num_drafts must be 0 where the checkpoint has no prediction (MTP) block, got {num_drafts}")

@@ -12,7 +12,7 @@ from dsv4lab import ops
 from dsv4lab.config import ModelConfig
 from dsv4lab.formats import PackedWeight
 from dsv4lab.model.block import Block
-from dsv4lab.model.cache import DEFAULT_STEP, Batch, Cache
+from dsv4lab.model.cache import DEFAULT_STEP, Batch, Cache, CacheFull
 from dsv4lab.model.engine import Completion, generate
 from dsv4lab.model.layers import HyperConnection, Weight
 from dsv4lab.model.mtp import MTPBlock
@@ -125,15 +125,20 @@ class Model(nn.Module):
 
     def prefill(self, cache: Cache, sequences: list[tuple[int, list[int]]]) -> Iterable[torch.Tensor]:
         """Feed (sequence, ids) pairs of equal length in steps of at most cache.max_step; yields each step's streams."""
-        length = len(sequences[0][1])
+        length = max(len(ids) for _, ids in sequences)
         for start in range(0, length, cache.max_step):
             step = [(seq, ids[start : start + cache.max_step]) for seq, ids in sequences]
             yield self.run_step(cache, step)[1]
 
     def run_step(self, cache: Cache, step: list[tuple[int, list[int]]]) -> tuple[Batch, torch.Tensor]:
         """Reserve, run and count one step of (sequence, new ids) pairs -> its batch and streams (M, S, D)."""
-        for seq, ids in step:
-            cache.reserve(seq, len(ids))
+        try:
+            for seq, ids in step:
+                cache.reserve(seq, len(ids))
+        except CacheFull:
+            for seq, _ in step:
+                cache.rewind(seq, cache.lengths[seq])  # gives back what the others took
+            raise
         batch = Batch.plan(cache, step)
         streams = self(batch)
         for seq, ids in step:
@@ -213,6 +218,7 @@ class Model(nn.Module):
         """Token ids as lists, one a sequence. Raises ValueError or TypeError naming what is wrong."""
         try:
             tensor = torch.as_tensor(ids)
+            tensor = tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"ids must be integers in rows of one length: {error}") from error
         if tensor.dim() not in (1, 2) or tensor.numel() == 0:

@@ -111,8 +111,9 @@ class Checkpoint:
             suffix = part.rpartition(".")[2]
             if suffix in ("weight_scale_2", "input_scale"):
                 tensor = tensor.reshape(())
-                if not (tensor.isfinite() and tensor > 0):
-                    raise CheckpointError(self.directory, [f"{part}: must be finite and > 0, got {tensor.item()}"])
+            low, high = torch.aminmax(tensor.float())  # a NaN is both; a block of zeros may have the scale 0
+            if not (low > 0 or (low == 0 and tensor.dim())) or not high < torch.inf:
+                raise CheckpointError(self.directory, [f"{part}: must be finite and > 0, got {low.item()}..{high.item()}"])
             setattr(packed, _FIELDS[suffix], tensor)
         return packed
 
