@@ -49,7 +49,7 @@ def looked_up(ratio: Any, terms: Any, entry: Any) -> tuple[Any, Any, Any]:
     """Byte of a block's scale, bits of its factor, and whether it has one."""
     byte = enc.to_e4m3(ratio)
     factor = table.factor_bits(entry, byte)
-    return byte, factor, (factor < terms[4]) & (ratio <= Float32(enc.MOST))
+    return byte, factor, (factor < terms[4]) & (ratio.bitcast(Uint32) <= Uint32(enc.MOST_BITS))
 
 
 @cute.jit

@@ -23,8 +23,7 @@ INFINITY_BITS, NAN_BITS = 0x7F800000, 0x7FC00000
 LARGEST = 6.5  # a magnitude that is surely code 7
 _E4M3_MIN = 2.0**-9
 _LOW, _HIGH = 2.0**-60, 2.0**60  # scales between which nothing under- or overflows
-MOST = 512.0
-_LEAST_BITS, _MOST_BITS = (127 - 6) << 23, (127 + 9) << 23  # 2^-6 and MOST: block scales with three exact bits
+_LEAST_BITS, MOST_BITS = (127 - 6) << 23, (127 + 9) << 23  # 2^-6 and 512: block scales with three exact bits
 _MOST_FACTOR = 6 * 2.0**-14 * 2.0**6 / 1.06
 _NO_BITS = 0xFFFFFFFF  # of no magnitude
 _F32_MAX_BITS = 0x7F7FFFFF
@@ -266,7 +265,7 @@ def block_quotients(values: Any, signs: Any, element: cutlass.Constexpr, bits: A
     and the magnitudes the largest; signs, words of `element` or None, then keep those of NaNs. ratio: of `block_ratio`.
     """
     scale, sixfold, _, usual, _ = terms
-    unusual = ratio.bitcast(Uint32) - Uint32(_LEAST_BITS) > Uint32(_MOST_BITS - _LEAST_BITS)
+    unusual = ratio.bitcast(Uint32) - Uint32(_LEAST_BITS) > Uint32(MOST_BITS - _LEAST_BITS)
     rare = (unusual and bits != usual) or bits >= Uint32(INFINITY_BITS)  # needs more than its ratio
     count = cutlass.const_expr(cute.size(values))
     nan = bits > Uint32(INFINITY_BITS)

@@ -127,8 +127,7 @@ class RowSources:
             if not config.full:
                 inside = self._inside(self._chunk(c, thread))
                 words = [Uint32(cutlass.select_(inside, word, Uint32(0))) for word in words]
-            wide = enc.wide_of_bf16(words) if config.element == "bf16" else _wide(words, "f32")
-            strands = _squares(wide, strands)
+            strands = _squares(_wide(words, config.element, apart=True), strands)
         return (strands[0] + strands[1]) + (strands[2] + strands[3])
 
     def _near(self, square: Any) -> Any:
@@ -314,8 +313,10 @@ def _sigmoid_of_bf16(x: Any) -> Any:
     return cute.arch.rcp_approx(enc.add(e, Float32(1.0)))
 
 
-def _wide(words: list[Any], element: str) -> list[Any]:
-    """The values of words as float64."""
+def _wide(words: list[Any], element: str, *, apart: bool = False) -> list[Any]:
+    """The values of words as float64; apart: not by way of `encode.floats`, which the compiler would then keep in registers."""
+    if apart and element == "bf16":
+        return enc.wide_of_bf16(words)
     return [value.to(Float64) for value in enc.floats(words, element)]
 
 
