@@ -1,13 +1,9 @@
 """Where a kernel's time goes: `run.py --counters`, by the hardware counters that Nsight Compute (`ncu`) reads.
 
-The first call of each case is watched, warm but for the L2 cache, which ncu empties; peers and oracles are not. A report has
-
-    time alone (no kernel before or behind it), issue slots and memory in percent of what there is, registers
-    stalls      what warps were seen waiting for, in percent of all samples; "selected" is issuing
-    opcodes     warp instructions executed, and percent of the samples at them
-    hottest     instructions by samples, with the stalls seen there
-
-Samples are of all warps: a producer that waits, as it should, has as many as a warp that is late.
+The first call of each case is watched, warm but for the L2 cache, which ncu empties. A report has the kernel's time alone,
+percent of issue slots and memory, registers; what warps were seen waiting for ("selected" is issuing); warp instructions by
+opcode, with their share of the samples; and the instructions with the most of them. Samples are of all warps: a producer that
+waits, as it should, has as many as a warp that is late.
 """
 
 from __future__ import annotations
