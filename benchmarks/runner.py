@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.compile_only:
             raise SystemExit(1 if failures else 0)
     if options.counters:
-        raise SystemExit(max(counters.report(suite, command(suite, os.devnull, options)) for suite in suites))
+        raise SystemExit(max(alone(counters.report, suite, command(suite, os.devnull, options)) for suite in suites))
     out = Path(options.out) if options.out else default_path(torch.cuda.get_device_name())
     out.parent.mkdir(parents=True, exist_ok=True)
     ended = {suite: run(suite, out, options) for suite in suites}
@@ -133,9 +134,14 @@ def start(suite: str, part: Path, options: argparse.Namespace) -> int:
     """Measure a suite in a process of its own, which an error of the GPU may take with it; its exit status."""
     # a process that is gone hangs nobody: launches outside of graphs are watched
     environment = {"DSV4LAB_WATCHDOG": "60"} | os.environ
-    before = signal.signal(signal.SIGTERM, _stopped)  # `subprocess.run` ends the child where an exception ends it
+    return alone(subprocess.run, command(suite, str(part), options), env=environment, check=False).returncode
+
+
+def alone(function: Callable[..., Any], *args: Any, **how: Any) -> Any:
+    """Call what waits for a process: `subprocess.run` ends the child where an exception ends it, so a signal is one."""
+    before = signal.signal(signal.SIGTERM, _stopped)
     try:
-        return subprocess.run(command(suite, str(part), options), env=environment, check=False).returncode
+        return function(*args, **how)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(argv)
     options.argv = list(sys.argv[1:] if argv is None else argv)
-    previous = signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup's stays
-        signal.signal(signal.SIGHUP, _terminate)
+    hangs_up = signal.getsignal(signal.SIGHUP) is signal.SIG_DFL  # nohup's stays
+    ends = [signal.SIGTERM] + [signal.SIGHUP] * hangs_up
+    previous = {end: signal.signal(end, _terminate) for end in ends}
     try:
         status = int(options.command(options))
         sys.stdout.flush()
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dsv4lab {options.name}: {_message(error)}", file=sys.stderr)
         return USAGE
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for end, handler in previous.items():
+            signal.signal(end, handler)
 
 
 def _terminate(signum: int, frame: Any) -> NoReturn:

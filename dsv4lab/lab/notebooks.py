@@ -139,7 +139,7 @@ def choose_parameters(notebook: Notebook, given: Mapping[str, Any], *, strict: b
     """The given values that a notebook has parameters for, in the type of its defaults.
 
     strict: a name the notebook does not have is an error (it was asked for by name), otherwise it is left out.
-    Raises NotebookError listing the notebook's parameters, or naming a value of another type than the default's.
+    Raises NotebookError listing the notebook's parameters, or naming a value of another type than the default's or JSON's.
     """
     chosen: dict[str, Any] = {}
     for name, value in given.items():
@@ -149,6 +149,10 @@ def choose_parameters(notebook: Notebook, given: Mapping[str, Any], *, strict: b
                 raise NotebookError(f"{notebook.name} has no parameter {name!r}; it has {known}")
             continue
         chosen[name] = _fit(notebook, name, value)
+        try:
+            json.dumps(chosen[name], allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise NotebookError(f"{notebook.name}: {name} must be what JSON can hold, got {value!r}") from error
     return chosen
 
 

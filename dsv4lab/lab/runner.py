@@ -182,7 +182,6 @@ def run_notebooks(
         if not any(name in notebook.parameters for notebook in notebooks):
             raise NotebookError(f"no notebook has a parameter {name!r}")
     chosen = [choose_parameters(notebook, given, strict=bool(names)) for notebook in notebooks]
-    json.dumps(chosen, allow_nan=False)
     with tempfile.TemporaryDirectory(prefix="dsv4lab-run-") as scratch:
         waiting = []
         for notebook, values in zip(notebooks, chosen, strict=True):

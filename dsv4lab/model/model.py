@@ -218,13 +218,13 @@ class Model(nn.Module):
         """Token ids as lists, one a sequence. Raises ValueError or TypeError naming what is wrong."""
         try:
             tensor = torch.as_tensor(ids)
-            tensor = tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"ids must be integers in rows of one length: {error}") from error
         if tensor.dim() not in (1, 2) or tensor.numel() == 0:
             raise ValueError(f"ids must be (S,) or (B, S) with at least one token, got shape {tuple(tensor.shape)}")
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"ids must be integers, got {tensor.dtype}")
+        tensor = tensor.long()  # uint16 has no minimum
         low, high = int(tensor.min()), int(tensor.max())
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(f"ids must be in [0, vocab_size {self.config.vocab_size}), got {low if low < 0 else high}")

@@ -99,19 +99,21 @@ def _layer_refuses(
     act: str,
     shared_act: str,
 ) -> str | None:
-    names = fmts.split(",")
+    names, why = fmts.split(","), _ids_refuse(expert_idx)
     for some, how in ((slice(3), act), (slice(3, 6), shared_act)):
-        of = (",".join(names[some]), codes[some], *(p[some] for p in parts))
-        why = _experts_refuse(x, weights, expert_idx, *of, limit=limit, act=how)
-        if why is not None:
-            return why
-    return None
+        of = ",".join(names[some])
+        why = why or _shared_refuses(x, of, codes[some], *(p[some] for p in parts), limit=limit, act=how)
+    return why
 
 
 def _experts_refuse(x: torch.Tensor, weights: torch.Tensor, expert_idx: torch.Tensor, *parts: Any, **how: Any) -> str | None:
+    return _ids_refuse(expert_idx) or _shared_refuses(x, *parts, **how)
+
+
+def _ids_refuse(expert_idx: torch.Tensor) -> str | None:
     if expert_idx.numel() > MAX_ENTRIES or expert_idx.shape[-1] > MAX_ROWS:
         return f"expert_idx must have {MAX_ENTRIES} ids at most, {MAX_ROWS} a token, got {tuple(expert_idx.shape)}"
-    return _shared_refuses(x, *parts, **how)
+    return None
 
 
 def _shared_refuses(

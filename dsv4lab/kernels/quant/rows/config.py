@@ -18,6 +18,7 @@ ELEMENTS = ("bf16", "f32")
 # a chunk takes more registers than its words: of float32, decoded values, and of SwiGLU, which has two inputs.
 _CHUNKS, _CHUNKS_HELD = 4, 2
 _MOST_CHUNKS = 8
+_BARRIERS = 15  # of a CTA, besides its usual one
 _RESIDENT = 768  # threads of NVFP4 a multiprocessor of Hopper: 80 registers each, 107 to 122 where the compiler is free
 # Norms that stream: two chunks need fewer registers, and half the code. Threads of a CTA, where rows are short, and of a
 # multiprocessor: to NVFP4 (H200, 8192 rows) 26.1 us of 4096, 45.0 of 7168 values; four chunks 26.5, 49.9, eight 28.3, 43.7.
@@ -60,6 +61,11 @@ class RowsConfig:
     def reduces(self) -> bool:
         """Whether the threads of a row have something to agree on."""
         return self.source == "norm" or self.scale == "row"
+
+    @property
+    def apart(self) -> bool:
+        """Whether rows have warps, and barriers, of their own."""
+        return self.threads % WARP == 0 and self.rows <= _BARRIERS
 
     @property
     def keeps(self) -> bool:

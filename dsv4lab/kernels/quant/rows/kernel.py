@@ -36,7 +36,7 @@ from dsv4lab.kernels.quant.rows import blocks as blk
 from dsv4lab.kernels.quant.rows import encode as enc
 from dsv4lab.kernels.quant.rows import ring, table
 from dsv4lab.kernels.quant.rows.config import CHUNK, WARP, RowsConfig
-from dsv4lab.kernels.quant.rows.sources import BARRIERS, RowSources, halves
+from dsv4lab.kernels.quant.rows.sources import RowSources, halves
 
 RANGE = E2M1_MAX * E4M3_MAX  # largest code times largest block scale
 _AHEAD = 528  # CTAs, four for each multiprocessor of an H200: rows with a scale each come to L2 before their own CTA
@@ -60,7 +60,7 @@ class QuantizeRows(RowSources):
         fp4 = config.out in ("nvfp4", "mxfp4") and not config.decoded
         self.quick = fp4 and config.element == "bf16" and arch == "sm_90a" and alike
         self.streams = config.streams and alike and arch == "sm_90a"
-        self.leaves = config.threads % WARP == 0 and config.rows <= BARRIERS and not config.tiles
+        self.leaves = config.apart and not config.tiles
         self.rings = self.streams and config.source == "swiglu"
         self.kept = 4 * CHUNK * config.threads * config.chunks if self.streams and config.keeps else 0
         self.kept += ring.STAGES * ring.stage_bytes(config) if self.rings else 0
@@ -224,7 +224,8 @@ class QuantizeRows(RowSources):
         row = block * config.rows + own
         mine = cutlass.min(row, rows - 1)  # threads past the last row repeat it, and store nothing
         # Whole warps end with their last row; other threads repeat it, and store nothing.
-        end, stride = (rows - own if self.leaves else padded) + (config.rows - 1), grid * config.rows
+        steps = ((rows - own if self.leaves else padded) + config.rows - 1) // config.rows
+        stride = grid * config.rows
         at = Uint32(mine * blocks + thread % config.threads)  # of a thread's first block; others lie at constant distances
         further = Uint32(stride * blocks)
         place, stage = Int32(0), Int32(0)  # of the ring: a warp's, where its chunks are
@@ -245,14 +246,14 @@ class QuantizeRows(RowSources):
         entry, terms = Uint32(0), ()
         if cutlass.const_expr(self.quick):
             entry, terms = table.prepare(factor, thread), enc.global_terms(factor)
-        for step in cutlass.range(block, end // config.rows, grid, unroll=1):
+        for step in cutlass.range(block, steps, grid, unroll=1):
             following, beyond = at + further, row + stride
             more, here = beyond < rows, Boolean(True) if cutlass.const_expr(self.leaves) else row < rows
             if cutlass.const_expr(self.rings):
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.sync_warp()  # what the others asked for has come, and they have read what was there before
                 next_stage = ring.stage_bytes(config) - stage
-                if step + grid < end // config.rows:
+                if step + grid < steps:
                     ring.ask(config, (x, other), cutlass.min(beyond, rows - 1), blocks, place + next_stage)
                 ring.take(config, (held, second), place + stage)
                 stage = next_stage

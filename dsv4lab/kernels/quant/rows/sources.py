@@ -20,7 +20,6 @@ from dsv4lab.kernels.quant.rows import encode as enc
 from dsv4lab.kernels.quant.rows.config import CHUNK, WARP, RowsConfig
 
 _NEAR = 2.0**80  # mean squares between this and its reciprocal: products of the norm stay normal numbers
-BARRIERS = 15  # of a CTA, besides its usual one
 _LOG2_E = 1.4426950408889634
 _LOG2_E_SHORT = 47274.0 / 2**15  # its first 16 bits
 _LN_2 = 0.6931471805599453
@@ -256,7 +255,7 @@ class RowSources:
                 low, high = _halves_of(value)
                 shared[(start + thread // lanes) * 2] = low
                 shared[(start + thread // lanes) * 2 + 1] = high
-            if cutlass.const_expr(parity is not None and threads % WARP == 0 and 1 < self.config.rows <= BARRIERS):
+            if cutlass.const_expr(parity is not None and self.config.apart and self.config.rows > 1):
                 for i in cutlass.range_constexpr(
                     self.config.rows
                 ):  # rows do not wait for others; by constants, or all 16 are held
