@@ -179,6 +179,7 @@ def _page(data: dict[str, Any], figures: dict[str, list[dict[str, str]]], beside
     environment.filters |= {
         "number": _number,
         "utc": utc,
+        "brief": brief,
         "cosine": lambda value: f"{round(value, 8):.10g}" if isinstance(value, float) else str(value),
     }
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
@@ -190,8 +191,13 @@ def utc(started: str) -> str:
     return f"{datetime.fromisoformat(started).astimezone(UTC):%Y-%m-%d %H:%M} UTC" if started else ""
 
 
+def brief(commit: str) -> str:
+    """A commit as reports print it: 12 of its 40 digits, and whatever is said beside them."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", commit)
+
+
 def _number(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.{6 if abs(value) >= 1000 else 4}g}" if isinstance(value, float) else str(value)
 
 
 def _plain(text: str) -> str:

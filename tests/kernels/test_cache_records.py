@@ -159,6 +159,17 @@ def test_keys_have_the_reference_s_bytes(
         assert (pages != want).sum() <= 64  # one key of the reference's may have rounded to another scale
 
 
+def test_ties_of_all_block_scales_round_like_the_reference_s() -> None:
+    inputs, g = material(99, 512, BF16, BF16, 128), torch.Generator().manual_seed(1)
+    inputs["norm_weight"][:] = 1
+    sizes = (8 + torch.arange(512) // 16 % 11) * 2.0 ** -(torch.arange(512) // 16 % 7)
+    inputs["x"] = (torch.randint(-255, 256, (99, 512), generator=g) * sizes).to(BF16)
+    plain, pages = (pool("kv", record, 4, 32, 512, BF16) for record in ("plain", "nvfp4"))
+    write("kv", plain, inputs, record="plain", page_size=32)
+    write("kv", pages, inputs, record="nvfp4", page_size=32)
+    check_bytes("kv", "nvfp4", pages, plain.view(-1, 512)[inputs["slots"].clamp(min=0)], inputs["slots"], 32)
+
+
 @pytest.mark.parametrize("schedule", ["lazy", "random"])
 def test_any_schedule_and_no_race(schedule: str) -> None:
     """Several rows a CTA, the last CTA with some to spare; slots of one page come from many CTAs."""

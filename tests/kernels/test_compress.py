@@ -150,13 +150,13 @@ def simulated(
     return scene
 
 
-def long_step(scene: Scene, **other: Any) -> CompressConfig:
-    """What a long step has, for a short one."""
+def long_step(scene: Scene, tokens: int = 10**6, **other: Any) -> CompressConfig:
+    """What a step of so many tokens has, for a short one."""
     element = "bf16" if scene.rounded else "f32"
     keys = KeyPlan(
         scene.key, scene.record, scene.dim, scene.page, element, element, element if scene.record == "plain" else "u8"
     )
-    return replace(CompressConfig.for_shape(10**6, scene.ratio, keys, overlap=scene.overlap), **other)
+    return replace(CompressConfig.for_shape(tokens, scene.ratio, keys, overlap=scene.overlap), **other)
 
 
 # Steps: M >= R and below, one token, starts within blocks, rewinds, sequences in changing order, several entries a CTA.
@@ -221,15 +221,16 @@ def test_many_entries_of_one_cluster() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "overlap", "key", "cut"), [(4, True, "index", [9, 1, 2, 3, 5]), (128, False, "kv", [58, 75])]
+    ("ratio", "overlap", "key", "cut", "tokens"),
+    [(4, True, "index", [9, 1, 2, 3, 5], 10**6), (128, False, "kv", [58, 75], 10**6), (128, False, "kv", [58, 75], 1000)],
 )
-def test_chunks_change_nothing(ratio: int, overlap: bool, key: str, cut: list[int]) -> None:
+def test_chunks_change_nothing(ratio: int, overlap: bool, key: str, cut: list[int], tokens: int) -> None:
     """Keys and ring of a sequence, whole and in pieces: the same bits from the kernel."""
     whole, pieces = (Scene(ratio, overlap, key, "plain", False, ratio * 2 + 2, 140, seqs=2) for _ in range(2))
     numbers = whole.rand(sum(cut), 2 * whole.width)
     with simulating("sm_90a", multiprocessors=12):
         for scene, steps in ((whole, [sum(cut)]), (pieces, cut)):
-            scene.config = long_step(scene)
+            scene.config = long_step(scene, tokens)
             for count, part in zip(steps, numbers.split(steps), strict=True):
                 scene.step([(0, count)], part)
             scene.check()

@@ -23,24 +23,25 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-import numpy as np
 from cutlass import Float32, Int32, Int64, Uint16, Uint32
 
-from dsv4lab.kernels.cache.memory import at, put_byte, put_words
+from dsv4lab.kernels.cache.memory import at, load_words, put_byte, put_words
 from dsv4lab.kernels.cache.plan import ROPE_DIM, WARP, KeyPlan
+from dsv4lab.kernels.quant.rows import blocks as blk
 from dsv4lab.kernels.quant.rows import encode as enc
+from dsv4lab.kernels.quant.rows import table
 from dsv4lab.kernels.rope.angles import cos_sin, rotated
 from dsv4lab.records import INDEX_FP4_GROUP, NOPE_GROUP
 
-_INFINITY_BITS = 0x7F800000
 _E2M1_MAX_BITS, _E4M3_MAX_BITS, _RANGE_BITS = 0x40C00000, 0x43E00000, 0x45280000  # 6, 448 and their product
 _FP8_FLOOR_BITS = 0x38D1B717  # 1e-4
 _MXFP4_FLOOR_BITS = 0x01C00000  # 6 * 2^-126
 _RANGE_FLOOR_BITS = 0x0AA80000  # 2688 * 2^-117
+_LEAST_BITS, _MOST_BITS = (127 - 60) << 23, (127 + 60) << 23  # of a record whose steps are usual numbers
+_LEAST_RATIO = 7.5 * 2.0**-9  # the E4M3 is 2^-6 or more
 _E4M3_MIN, _E4M3_ONE, _E4M3_NAN = 2.0**-9, 0x38, 0x7F
-_SIXTH = np.float32(1 / 6)
-_BY_SIX = (float(_SIXTH), 1 / 6 - float(_SIXTH))  # a divisor of `encode`, by 6
-_F16_ONE, _F16_MAGIC = 0x3C00, 0x6400  # 1, and 1024, whose neighbours above are one apart
+_SIXTH_BITS = 0x7DAAAAAB  # 2^127 / 6
+_BY_SIX = (0xAAAAAB * 2.0**-26, -(2.0**-25) / 6)  # a divisor of `encode`, by 6
 _COUNTS_OF_FOUR = (0x4B400000 * 0x1111) & 0xFFFFFFFF  # what four counts of `encode` carry besides the codes
 
 
@@ -54,12 +55,13 @@ class KeyRow:
     # ---- values ----------------------------------------------------------------------------------------------------------
     @cute.jit
     def load(self, row: Any, lane: Any, element: cutlass.Constexpr) -> Any:
-        """The lane's dims of a row (dim,) of words, in global memory, as float32."""
+        """The lane's dims of a row, at an address in global memory, as float32."""
         plan = self.plan
         words = plan.width // 2 if element == "bf16" else plan.width
-        held = cute.make_rmem_tensor((words,), Uint32)
-        cute.autovec_copy(cute.local_tile(row, (words,), (cutlass.min(lane, plan.lanes - 1),)), held)
-        found = [held[i] for i in range(words)]
+        begin = row + Int64(cutlass.min(lane, plan.lanes - 1)) * (4 * words)
+        found = []
+        for i in cutlass.range_constexpr(0, words, 4):
+            found += load_words(begin + 4 * i, min(words, 4))
         if cutlass.const_expr(plan.lanes < WARP):
             found = [word if lane < plan.lanes else Uint32(0) for word in found]
         return enc.floats(found, element)
@@ -123,7 +125,7 @@ class KeyRow:
         layout = plan.layout
         start = pages.iterator.toint() + Int64(page) * plan.page_bytes
         data = start + Int64(inside * layout.data_bytes)
-        scales = start + Int64(plan.page_size * layout.data_bytes + inside * layout.scale_bytes)
+        scales = start + Int64(inside * layout.scale_bytes) + plan.page_size * layout.data_bytes
         if cutlass.const_expr(plan.kind == "kv"):
             if cutlass.const_expr(plan.record == "plain"):
                 self._plain(words, data, lane, here)
@@ -173,7 +175,7 @@ class KeyRow:
         plan = self.plan
         words = enc.words_of(list(pair), plan.stored if plan.record == "plain" else "bf16")
         size = 4 * len(words)
-        put_words(words, data + Int64(plan.layout.data_bytes - size * ROPE_DIM // 2 + lane * size), here)
+        put_words(words, data + Int64(lane) * size + (plan.layout.data_bytes - size * ROPE_DIM // 2), here)
 
     @cute.jit
     def _fp8(self, words: Any, data: Any, scales: Any, lane: Any, here: Any) -> None:
@@ -183,7 +185,7 @@ class KeyRow:
         for distance in (1, 2):
             bits = enc.max_u32(bits, cute.arch.shuffle_sync_bfly(bits, distance))
         byte, inverse = enc.e8m0_ceil(bits, _E4M3_MAX_BITS, _FP8_FLOOR_BITS)
-        codes = _e4m3(words, inverse, plan.element)
+        codes = blk.e4m3_of_numbers(words, inverse, plan.element)
         put_words(codes, data + Int64(lane * plan.width), here and lane < plan.nope_lanes)
         sharing = NOPE_GROUP // plan.width
         byte = byte if lane < plan.nope_lanes else Uint32(0)
@@ -193,9 +195,32 @@ class KeyRow:
     def _nvfp4(self, words: Any, data: Any, scales: Any, lane: Any, here: Any) -> None:
         """Sixteen E2M1 codes and a block scale a lane; the global scale behind the last of those, then zeros."""
         plan = self.plan
-        magnitudes = enc.absolute(words, plan.element)
-        bits = enc.amax_bits(magnitudes, plan.element)
-        numbers = self._among_nope(Uint32(0) if bits > Uint32(_INFINITY_BITS) else enc.finite(bits).bitcast(Uint32), lane)
+        first = second = byte = power = Uint32(0)
+        if cutlass.const_expr(plan.element == "f32"):
+            first, second, byte, power = self._careful(words, lane)
+        else:
+            bits = self._among_nope(enc.amax_bits_of_bf16(words), lane)
+            top = Uint32(cute.arch.warp_redux_sync(bits, "umax"))
+            power = (top - Uint32(_RANGE_BITS - 0x3FFFFFFF)) >> 23  # as `enc.e8m0_of_number`
+            inverse = Uint32(_SIXTH_BITS) - (power << 23)
+            ratio = enc.mul(bits.bitcast(Float32), inverse.bitcast(Float32))  # on amax / 6's side of every midpoint
+            byte = enc.to_e4m3(ratio)
+            rare = ratio < Float32(_LEAST_RATIO) and lane < plan.nope_lanes
+            if cute.arch.vote_any_sync(rare or top - Uint32(_LEAST_BITS) > Uint32(_MOST_BITS - _LEAST_BITS)):
+                first, second, byte, power = self._careful(words, lane)
+            else:
+                factors = table.round_factors(byte, inverse)
+                first, second = (table.nibbles_of_round(words[i : i + 4], factors) for i in (0, 4))
+        put_words([first, second], data + Int64(lane) * (plan.width // 2), here and lane < plan.nope_lanes)
+        byte = byte if lane < plan.nope_lanes else power if lane == plan.nope_lanes else Uint32(0)
+        put_byte(byte, scales + Int64(lane), here and lane < plan.layout.scale_bytes)
+
+    @cute.jit
+    def _careful(self, words: Any, lane: Any) -> tuple[Any, Any, Any, Any]:
+        """Codes and scales of a key of any kind."""
+        element = self.plan.element
+        bits = enc.amax_bits(enc.absolute(words, element), element)
+        numbers = self._among_nope(Uint32(0) if bits > Uint32(enc.INFINITY_BITS) else enc.finite(bits).bitcast(Uint32), lane)
         numbers = Uint32(cute.arch.warp_redux_sync(numbers, "umax"))
         power, inverse = enc.e8m0_ceil(numbers, _RANGE_BITS, _RANGE_FLOOR_BITS)
         if numbers == Uint32(0):
@@ -203,20 +228,22 @@ class KeyRow:
         by_six = (Float32(_BY_SIX[0]), Float32(_BY_SIX[1]))
         ratio = cute.arch.fmax(enc.quotient(enc.mul(bits.bitcast(Float32), inverse), by_six), Float32(_E4M3_MIN))
         byte = Uint32(_E4M3_ONE) if bits == Uint32(0) else enc.to_e4m3(ratio)
-        byte = Uint32(_E4M3_NAN) if bits >= Uint32(_INFINITY_BITS) else byte
+        byte = Uint32(_E4M3_NAN) if bits >= Uint32(enc.INFINITY_BITS) else byte
         block_scale, _ = enc.from_e4m3(byte)
-        values = enc.floats(magnitudes, plan.element)
-        if cutlass.const_expr(plan.element == "bf16"):
-            factor = enc.mul(cute.arch.rcp_approx(block_scale), inverse)
-            codes = _e2m1_of_bf16(values, factor, words)
-        else:
-            step = enc.divisor(block_scale)
-            quotients = [cute.arch.fmin(enc.quotient(enc.mul(v, inverse), step), Float32(enc.LARGEST)) for v in values]
-            signs = [enc.sign_nibbles(words[i : i + 8], "f32") for i in (0, 8)]
-            codes = [enc.e2m1_nibbles(quotients[8 * i : 8 * i + 8], "sm_90a") | signs[i] for i in range(2)]
-        put_words(codes, data + Int64(lane * (plan.width // 2)), here and lane < plan.nope_lanes)
-        byte = byte if lane < plan.nope_lanes else power if lane == plan.nope_lanes else Uint32(0)
-        put_byte(byte, scales + Int64(lane), here and lane < plan.layout.scale_bytes)
+        step = enc.divisor(block_scale)
+        count = cutlass.const_expr(len(words) // 2)
+        held = cute.make_rmem_tensor((2 * count,), Uint32)
+        for i in cutlass.range_constexpr(2 * count):
+            held[i] = words[i]
+        first = second = Uint32(0)
+        for _ in cutlass.range(2, unroll=1):  # in the registers of one half
+            half = [held[i] for i in range(count)]
+            values = [enc.mul(v, inverse) for v in enc.floats(enc.absolute(half, element), element)]
+            quotients = [cute.arch.fmin(enc.quotient(v, step), Float32(enc.LARGEST)) for v in values]
+            first, second = second, blk.nibbles(quotients, half, element, "sm_90a")[0]
+            for i in cutlass.range_constexpr(count):
+                held[i] = held[count + i]
+        return first, second, byte, power
 
     @cute.jit
     def _among_nope(self, bits: Any, lane: Any) -> Any:
@@ -259,14 +286,14 @@ class KeyRow:
         if cutlass.const_expr(plan.record == "fp8"):
             bits = Uint32(cute.arch.warp_redux_sync(bits, "umax"))
             byte, inverse = enc.e8m0_ceil(bits, _E4M3_MAX_BITS, _FP8_FLOOR_BITS)
-            put_words(_e4m3(words, inverse, "f32"), data + Int64(lane * 4), here)
+            put_words(blk.e4m3_of_numbers(words, inverse, "f32"), data + Int64(lane * 4), here)
             put_words([byte << 23], scales, here and lane == 0)
         else:
             sharing = INDEX_FP4_GROUP // plan.width
             for distance in (1, 2, 4):
                 bits = enc.max_u32(bits, cute.arch.shuffle_sync_bfly(bits, distance))
             byte, inverse = enc.e8m0_ceil(bits, _E2M1_MAX_BITS, _MXFP4_FLOOR_BITS)
-            byte = Uint32(255) if bits >= Uint32(_INFINITY_BITS) else byte
+            byte = Uint32(255) if bits >= Uint32(enc.INFINITY_BITS) else byte
             counts = enc.e2m1_counts([enc.mul(v, inverse) for v in enc.floats(magnitudes, "f32")])
             codes = counts[3]
             for i in cutlass.range_constexpr(3):
@@ -285,53 +312,3 @@ def _rsqrt(x: Any) -> Any:
     seed = cute.arch.inline_ptx("rsqrt.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
     error = enc.fma(enc.negative(enc.mul(x, seed)), seed, Float32(1.0))
     return enc.fma(enc.mul(seed, Float32(0.5)), error, seed)
-
-
-def _e2m1_of_bf16(magnitudes: list[Any], factor: Any, words: list[Any]) -> list[Any]:
-    """Sixteen E2M1 codes, with the signs of `words`, of BF16 magnitudes over a step of 4 significant bits.
-
-    factor: 1 / step within 2^-21. A tie is 7 significant bits times a power of two, so any other quotient is 2^-8 or more
-    away from one, relative to it: rounding to half precision loses the factor's error, and nothing that counts. The code is
-    `encode.e2m1_counts`', of two values at once.
-    """
-    codes = []
-    for first in (0, 8):
-        counts = []
-        for i in range(first, first + 8, 2):
-            pair = _f16x2(enc.mul(magnitudes[i], factor), enc.mul(magnitudes[i + 1], factor))
-            steep, middle, flat = (
-                _fma_f16x2(pair, Uint32((_F16_ONE + (times << 10)) * 0x10001), Uint32((_F16_MAGIC + more) * 0x10001))
-                for times, more in ((1, 0), (0, 2), (-1, 4))
-            )
-            most = Uint32((_F16_MAGIC + 7) * 0x10001)  # blocks under a subnormal scale go up to 9 of their steps
-            counts.append(_min_u16x2(_min_u16x2(steep, middle), _min_u16x2(flat, most)))
-        mixed = []  # values 0, 2, 1, 3 in the bytes of a word, then 4, 6, 5, 7
-        for i in (0, 2):
-            both = counts[i] + counts[i + 1] * Uint32(256) - Uint32((_F16_MAGIC * 0x10001 * 0x101) & 0xFFFFFFFF)
-            mixed.append(both + (enc.prmt(words[first // 2 + i], words[first // 2 + i + 1], 0xFBD9) & Uint32(0x08080808)))
-        codes.append(enc.interleaved(mixed))
-    return codes
-
-
-def _f16x2(low: Any, high: Any) -> Any:
-    return cute.arch.inline_ptx("cvt.rn.f16x2.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[high, low])
-
-
-def _fma_f16x2(a: Any, b: Any, c: Any) -> Any:
-    code = "{ .reg .b32 by, plus; mov.b32 by, {$r1}; mov.b32 plus, {$r2}; fma.rn.f16x2 {$w0}, {$r0}, by, plus; }"
-    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a, b, c])
-
-
-def _min_u16x2(a: Any, b: Any) -> Any:
-    code = "{ .reg .b32 other; mov.b32 other, {$r1}; min.u16x2 {$w0}, {$r0}, other; }"  # takes no immediate operand
-    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[a, b])
-
-
-def _e4m3(words: list[Any], inverse: Any, element: str) -> list[Any]:
-    """Words of values, times a power of two, as words of four E4M3 codes."""
-    if element == "bf16":  # in pairs; exact, but for what is 0 as E4M3
-        twice = enc.prmt(inverse.bitcast(Uint32), Uint32(0), 0x3232)
-        scaled = enc.floats([enc.mul_bf16x2(word, twice) for word in words], "bf16")
-    else:
-        scaled = [enc.mul(v, inverse) for v in enc.floats(words, "f32")]
-    return [enc.e4m3_word(scaled[i : i + 4]) for i in range(0, len(scaled), 4)]

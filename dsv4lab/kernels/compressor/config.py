@@ -96,7 +96,8 @@ class CompressConfig:
         described = 32 * (self.rows + self.moved) + 4 * self.masks
         pooled = 0 if self.teams > 1 else (1 if self.cluster > 1 else 2) * 4 * self.keys.dim
         parts = 0 if self.slices == 1 else 2 * 4 * 3 * self.channels * self.slices
-        constants = 4 * self.threads * LANE * self.rounds * TOKENS + 4 * WARP * self.teams * (self.weight_words + 1)
+        constants = 4 * LANE * self.threads // self.teams * self.rounds * TOKENS
+        constants += 4 * WARP * self.teams * (self.weight_words + 1)
         held = 32 * self.threads * self.units * self.moved if self.held else 0
         return described + pooled + parts + constants + held + 64
 
@@ -118,12 +119,17 @@ class CompressConfig:
     @property
     def units(self) -> int:
         """Vectors of a token's values and scores that a thread moves into the ring."""
-        return 2 * self.width // LANE // self.threads
+        return -(-2 * self.width // LANE // self.threads)
 
     @property
     def held(self) -> bool:
         """Rows to be moved are few enough to be on their way with those to be pooled, in memory of their own."""
         return self.moved <= self.teams and self.units * self.moved <= _HELD
+
+    @property
+    def long(self) -> bool:
+        """A step of many tokens, whose entries are mostly all in it, and a CTA's one after the other."""
+        return not self.held and self.teams == 1
 
     def check(self) -> None:
         """Raises ValueError naming the choice that cannot be."""
@@ -140,13 +146,13 @@ class CompressConfig:
             raise ValueError(f"warps must share {self.span} tokens equally, got {self.warps}")
         if self.teams > 1 and self.keys.dim != GROUP:
             raise ValueError(f"warps must all pool one entry of {self.keys.dim} channels, got {self.warps}")
-        if self.rows < 1 or self.moved > WARP or self.rows + self.moved > self.threads:
+        if self.rows < 1 or self.rows + self.moved > self.threads:
             raise ValueError(f"rows must be at least 1 and at most {self.threads} with those moved, got {self.rows}")
         if self.cluster > 1 and self.slices == 1:
             raise ValueError(f"cluster must be 1 where a warp pools all tokens of an entry, got {self.cluster}")
         if self.resident * self.threads > 2048 or self.carveout > 100:
             raise ValueError(f"resident must be what a multiprocessor has threads and memory for, got {self.resident}")
-        if not self.units or 2 * self.width // LANE % self.threads:
+        if 2 * self.width // LANE % self.threads and self.threads % (2 * self.width // LANE):
             raise ValueError(f"warps must share the {2 * self.width} numbers of a token equally, got {self.warps}")
 
     @classmethod
@@ -162,12 +168,14 @@ class CompressConfig:
         most = ratio
         if config.span > TOKENS:
             # Eight warps share the many tokens and four CTAs the channels. In a decode step of few tokens eight CTAs do, half a
-            # warp a token, so that a multiprocessor has half the bytes to take in and a lane takes all its tokens at once.
-            few = tokens * 2 * (keys.dim // GROUP) <= _MULTIPROCESSORS
-            # So they do of many entries: 8192 tokens take 13.3 us, not 14.1, though not all CTAs fit at once.
-            many = tokens > _MULTIPROCESSORS // (keys.dim // GROUP) * ratio
-            width = keys.dim // GROUP * (2 if few or many else 1)
+            # warp a token, so that a multiprocessor has half the bytes to take in and a lane takes all its tokens at once. Of
+            # many entries two CTAs of 16 warps do: those of 8192 tokens all fit at once (H200: 12.0 us; four 14.1, eight 13.8).
+            width = keys.dim // GROUP
             config = replace(config, rows=1, warps=_POOLERS, cluster=width, resident=2)
+            if 2 * width * tokens <= _MULTIPROCESSORS:
+                config = replace(config, cluster=2 * width)
+            elif tokens > _MULTIPROCESSORS // width * ratio:
+                config = replace(config, warps=2 * _POOLERS, cluster=width // 2, resident=1)
         elif keys.dim > GROUP:  # an entry is a CTA's
             most = ratio * _ENTRIES
         config.check()

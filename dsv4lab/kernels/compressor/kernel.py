@@ -6,7 +6,7 @@ Entry j pools tokens [j m, (j + 1) m), m = ratio; with overlap the second half o
 block before. So every number of a step belongs to one entry, and is read once from memory, by the warp that pools it. A warp
 holds 128 channels of 8 tokens: all of an index entry (128 channels, 4 + 4 tokens), a quarter of a CSA entry (512 channels), or
 a piece of an HCA entry (512 channels, 128 tokens: 4 CTAs of a cluster take 128 channels each, 8 warps of a CTA 16 tokens each;
-or, of few tokens, 8 CTAs 64 channels, and half a warp 8 tokens).
+of few tokens 8 CTAs 64 channels, and half a warp 8 tokens; of many 2 CTAs of 16 warps 256 channels, and 2 warps 16 tokens).
 Parts of a softmax meet in shared memory, the pooled channels of a cluster's CTAs in that of the CTA whose turn it is, where one
 warp finishes the key (`kernels.cache.key`); meanwhile the others may be at the next entry.
 
@@ -130,7 +130,7 @@ class Compress:
         cute.arch.griddepcontrol_launch_dependents()
         memory = SmemAllocator()
         own_ape = memory.allocate_tensor(
-            Float32, cute.make_layout((LANE, plan.threads, plan.rounds * TOKENS)), byte_alignment=16
+            Float32, cute.make_layout((LANE, plan.threads // plan.teams, plan.rounds * TOKENS)), byte_alignment=16
         )
         layout = cute.make_layout((plan.weight_words, WARP, plan.teams))
         weights = memory.allocate_tensor(Uint32, layout, byte_alignment=16)
@@ -171,13 +171,18 @@ class Compress:
         side = plan.lanes * plan.groups
         self.piece = thread // side if plan.teams == 1 else Int32(0)  # of an entry's tokens, `rounds` times `TOKENS`
         self.local = (thread % side if plan.teams == 1 else lane) * LANE  # channel of the CTA's
+        self.mine = thread if plan.teams == 1 else lane  # place of a thread's embeddings
 
         if cutlass.const_expr(plan.settled):
             self._constants()
+        if cutlass.const_expr(plan.long):
+            self._ask((positions, seq_idx, first_row, last_position), block, grid)
         cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(not plan.settled):
             self._constants()
         self._describe(positions, seq_idx, first_row, last_position, masks, block, grid)
+        if cutlass.const_expr(plan.teams > 1):
+            cute.arch.cp_async_wait_group(0)  # for embeddings, which warps with an entry each share
         cute.arch.barrier()
         if cutlass.const_expr(plan.held):
             self._fetch()
@@ -209,12 +214,13 @@ class Compress:
         which the loads of an entry need all. Embeddings are read by the thread itself, `_round` waits for them. The rest is a
         team's: a warp's own, or warp 0's, behind whose wait there is a barrier before an entry is finished.
         """
-        plan, thread, keys = self.plan, self.thread, self.plan.keys
+        plan, keys = self.plan, self.plan.keys
         channel = self.rank * plan.channels + self.local
-        for t in cutlass.range_constexpr(plan.rounds * TOKENS):
-            of = channel + (keys.dim if plan.overlap and t >= plan.ratio else 0)
+        for i in cutlass.range_constexpr(plan.rounds * TOKENS // plan.teams):
+            t = i * plan.teams + (self.warp if plan.teams > 1 else 0)
+            of = channel + (keys.dim * (t // plan.ratio) if plan.overlap else 0)
             token = self.piece * (plan.rounds * TOKENS) + t
-            copy_async(self.own_ape[None, thread, t].iterator.toint(), self._ape_at(token, of), 16)
+            copy_async(self.own_ape[None, self.mine, t].iterator.toint(), self._ape_at(token, of), 16)
         if self.warp < plan.teams:
             size = min(4 * plan.weight_words, 16)
             for i in cutlass.range_constexpr(0, 4 * plan.weight_words, size):
@@ -226,15 +232,27 @@ class Compress:
 
     # ---- rows ------------------------------------------------------------------------------------------------------------
     @cute.jit
+    def _ask(self, plans: Any, block: Any, grid: Any) -> None:
+        """L2 for what a thread's row of `_describe` is, which all else waits for: whatever is there, nothing is read yet."""
+        row = self._row_of(block, grid)
+        if row < self.count and self.thread < self.plan.rows + self.plan.moved:
+            for plan in plans:
+                cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[plan.iterator.toint() + Int64(row) * 8])
+
+    def _row_of(self, block: Any, grid: Any) -> Any:
+        """A thread's: of those that this cluster looks through, then of those that this CTA moves, spread over the grid."""
+        plan = self.plan
+        own, moved = block // plan.cluster * plan.rows + self.thread, (self.thread - plan.rows) * grid + block
+        return cutlass.select_(self.thread >= plan.rows, moved, own)
+
+    @cute.jit
     def _describe(
         self, positions: Any, seq_idx: Any, first_row: Any, last_position: Any, masks: Any, block: Any, grid: Any
     ) -> None:
-        """A thread a row: those that this cluster looks through, then those that this CTA moves, spread over the grid."""
+        """A thread a row."""
         plan = self.plan
         thread, described, count = self.thread, self.described, self.count
-        row = block // plan.cluster * plan.rows + thread
-        if thread >= plan.rows:
-            row = (thread - plan.rows) * grid + block
+        row = self._row_of(block, grid)
         inside = row < count and thread < plan.rows + plan.moved
         completes = Boolean(False)
         near = cutlass.min(row, count - 1)
@@ -283,30 +301,32 @@ class Compress:
         """The rows of this CTA into the ring, what of them may go there at any time, a few together."""
         plan = self.plan
         described = self.described
-        kinds = described[plan.rows + cutlass.min(self.lane, plan.moved - 1), _KINDS]
-        left = Uint32(cute.arch.vote_ballot_sync(kinds != 0 and self.lane < plan.moved))
-        at = Int32(plan.rows)
-        while left != Uint32(0):
-            held = cute.make_rmem_tensor((LANE, plan.units, plan.batch), Float32)
-            there = cute.make_rmem_tensor((plan.units, plan.batch), Int64)
-            # Loads without a branch, so that they are on their way together; past the last row they read it again.
-            for b in cutlass.range_constexpr(plan.batch):
-                some = left != Uint32(0)
-                at = plan.rows + lowest(left) if some else at
-                left = left & (left - 1) if some else left
-                row, position, kinds = described[at, _ROW], described[at, _POSITION], described[at, _KINDS]
-                place = described[at, _RING] + described[at, _PLACE]
-                for u in cutlass.range_constexpr(plan.units):
-                    channel, is_score, half = self._unit(u)
-                    to = self._in_ring(place, channel) + (Int64(4 * plan.width) if is_score else Int64(0))
-                    there[u, b] = to if some and kinds & half != 0 else Int64(0)
-                    found = self._number(row, position, channel, is_score)
-                    for c in cutlass.range_constexpr(LANE):
-                        held[c, u, b] = found[c]
-            for b in cutlass.range_constexpr(plan.batch):
-                for u in cutlass.range_constexpr(plan.units):
-                    if there[u, b] != 0:
-                        pool.store(there[u, b], [held[c, u, b] for c in range(LANE)])
+        for w in cutlass.range(-(-plan.moved // WARP), unroll=1):
+            mine = w * WARP + self.lane
+            kinds = described[plan.rows + cutlass.min(mine, plan.moved - 1), _KINDS]
+            left = Uint32(cute.arch.vote_ballot_sync(kinds != 0 and mine < plan.moved))
+            at = plan.rows + w * WARP
+            while left != Uint32(0):
+                held = cute.make_rmem_tensor((LANE, plan.units, plan.batch), Float32)
+                there = cute.make_rmem_tensor((plan.units, plan.batch), Int64)
+                # Loads without a branch, so that they are on their way together; past the last row they read it again.
+                for b in cutlass.range_constexpr(plan.batch):
+                    some = left != Uint32(0)
+                    at = plan.rows + w * WARP + lowest(left) if some else at
+                    left = left & (left - 1) if some else left
+                    row, position, kinds = described[at, _ROW], described[at, _POSITION], described[at, _KINDS]
+                    place = described[at, _RING] + described[at, _PLACE]
+                    for u in cutlass.range_constexpr(plan.units):
+                        channel, is_score, half = self._unit(u)
+                        to = self._in_ring(place, channel) + (Int64(4 * plan.width) if is_score else Int64(0))
+                        there[u, b] = to if some and kinds & half != 0 else Int64(0)
+                        found = self._number(row, position, channel, is_score)
+                        for c in cutlass.range_constexpr(LANE):
+                            held[c, u, b] = found[c]
+                for b in cutlass.range_constexpr(plan.batch):
+                    for u in cutlass.range_constexpr(plan.units):
+                        if there[u, b] != 0:
+                            pool.store(there[u, b], [held[c, u, b] for c in range(LANE)])
 
     @cute.jit
     def _fetch(self) -> None:
@@ -343,6 +363,7 @@ class Compress:
         unit, quarter = self.thread + u * self.plan.threads, self.plan.width // LANE
         channel = unit % quarter * LANE
         half = cutlass.select_(channel >= self.plan.keys.dim, Int32(_SECOND_HALF), Int32(_FIRST_HALF))
+        half = cutlass.select_(unit < 2 * quarter, half, Int32(0))  # threads may be more than vectors
         return channel, unit >= quarter, half
 
     @cute.jit
@@ -462,9 +483,45 @@ class Compress:
         plan, described = self.plan, self.described
         first = (self.piece * plan.rounds + r) * TOKENS
         row, start, position, last = (described[at, field] for field in (_ROW, _START, _POSITION, _LAST))
-        ring, place = described[at, _RING], described[at, _PLACE]
-        z_at, a_at, present, missing, z, a = [], [], [], [], [], []
         back = plan.span - 1 - first
+        oldest = position - back
+        z_row, a_row = (self._number_at(row, channel, Boolean(is_score)) for is_score in (True, False))
+        z = cute.make_rmem_tensor((LANE, TOKENS), Float32)
+        a = cute.make_rmem_tensor((LANE, TOKENS), Float32)
+        if Boolean(plan.long) and position - (plan.span - 1) >= start:  # the usual entry: all of it is in this step
+            z_step, a_step = z_row - Int64(back) * (self.score_stride * 4), a_row - Int64(back) * (self.value_stride * 4)
+            for held, step, stride in ((z, z_step, self.score_stride), (a, a_step, self.value_stride)):
+                for t in cutlass.range_constexpr(TOKENS):
+                    more = plan.keys.dim if plan.overlap and t >= plan.ratio else 0
+                    _keep(held, t, pool.load(step + 4 * more, _ONCE))
+                    step = step + stride * 4
+            self._await_embeddings()
+            for t in cutlass.range_constexpr(TOKENS):
+                for c in cutlass.range_constexpr(LANE):
+                    z[c, t] = enc.add(z[c, t], self.own_ape[c, self.mine, r * TOKENS + t])
+        else:
+            self._load_apart(z, a, at, r, channel)
+        found = pool.part_of(*([[held[c, t] for c in range(LANE)] for t in range(TOKENS)] for held in (z, a)))
+        for c in cutlass.range_constexpr(LANE):
+            part[0, c], part[1, c], part[2, c] = found[c]
+        if oldest < start and last - oldest >= self.ring:
+            self._renew(at, first, channel)
+
+    def _await_embeddings(self) -> None:
+        """All loads are on their way before anything waits: without the first line ptxas, short of registers, moves embeddings
+        and sums between them, and the last loads wait for the first ones' data.
+        """
+        cute.arch.sync_warp()
+        cute.arch.cp_async_wait_group(1 if self.plan.held else 0)
+
+    @cute.jit
+    def _load_apart(self, z: Any, a: Any, at: Any, r: Any, channel: Any) -> None:
+        """Tokens of an entry that began before this step, or before the sequence: some in the ring, some nowhere."""
+        plan, described = self.plan, self.described
+        row, start, position = (described[at, field] for field in (_ROW, _START, _POSITION))
+        ring, place = described[at, _RING], described[at, _PLACE]
+        z_at, a_at, present, missing = [], [], [], []
+        back = plan.span - 1 - (self.piece * plan.rounds + r) * TOKENS
         oldest = position - back
         z_row, a_row = (self._number_at(row, channel, Boolean(is_score)) for is_score in (True, False))
         z_row = z_row - 4 * plan.width  # as it is in the ring, next to the values
@@ -483,25 +540,16 @@ class Compress:
             present.append(here)
             missing.append(none)
             z_step, a_step = z_step + self.score_stride * 4, a_step + self.value_stride * 4
+        for held, places in ((z, z_at), (a, a_at)):
+            for t in cutlass.range_constexpr(TOKENS):
+                _keep(held, t, pool.load(places[t], _ONCE))
+        self._await_embeddings()
         for t in cutlass.range_constexpr(TOKENS):
-            z.append(pool.load(z_at[t], _ONCE))
-        for t in cutlass.range_constexpr(TOKENS):
-            a.append(pool.load(a_at[t], _ONCE))
-        # All loads are on their way before anything waits. Without this line ptxas, short of registers, moves embeddings and
-        # sums between them, and the last loads wait for the first ones' data.
-        cute.arch.sync_warp()
-        cute.arch.cp_async_wait_group(1 if plan.held else 0)  # for the embeddings
-        for t in cutlass.range_constexpr(TOKENS):
-            ape = self.own_ape[None, self.thread, r * TOKENS + t]
-            z[t] = pool.plus(z[t], ape, present[t])
+            score = pool.plus([z[c, t] for c in range(LANE)], self.own_ape[None, self.mine, r * TOKENS + t], present[t])
             if cutlass.const_expr(plan.overlap and t < plan.ratio):  # there is no block before the first
-                z[t] = pool.without(z[t], missing[t], pool.MINUS_INFINITY)
-                a[t] = pool.without(a[t], missing[t], 0.0)
-        found = pool.part_of(z, a)
-        for c in cutlass.range_constexpr(LANE):
-            part[0, c], part[1, c], part[2, c] = found[c]
-        if oldest < start and last - oldest >= self.ring:
-            self._renew(at, first, channel)
+                score = pool.without(score, missing[t], pool.MINUS_INFINITY)
+                _keep(a, t, pool.without([a[c, t] for c in range(LANE)], missing[t], 0.0))
+            _keep(z, t, score)
 
     @cute.jit
     def _renew(self, at: Any, first: Any, channel: Any) -> None:
@@ -523,6 +571,12 @@ class Compress:
 def _swizzled(vector: Any) -> Any:
     """Where a vector of pooled channels lies: four neighbours are read by one lane, so lanes' first ones avoid each other."""
     return vector ^ (vector // 8 & 3)
+
+
+def _keep(held: Any, token: int, values: list[Any]) -> None:
+    """Four numbers of a token, in registers."""
+    for c in range(LANE):
+        held[c, token] = values[c]
 
 
 @cute.jit

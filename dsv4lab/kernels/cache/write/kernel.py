@@ -5,8 +5,8 @@ slot) is loaded at once; rows of slot -1 are computed like others and stored now
 rows need comes before, while the last kernel ends. 8192 rows are resident at once: 32 registers, 64 warps a multiprocessor.
 
 Bytes of a row of 512 BF16: 1024 read, 584 (fp8) or 384 (nvfp4) written; 8192 rows are 13.2 or 11.5 MB, 3.1 or 2.7 us at an
-H200's copy bandwidth of 4.2 TB/s. Instructions of a row in sm_90a's code: 291 (fp8), 390 (nvfp4), 241 (plain), 291 (index fp4);
-62 rows a multiprocessor take 2.6 us (fp8) or 3.4 us (nvfp4) to issue. sm_90a and sm_100a.
+H200's copy bandwidth of 4.2 TB/s. Instructions of a row in sm_90a's code: 287 (fp8), 314 (nvfp4), 243 (plain); 62 rows a
+multiprocessor take 2.5 us (fp8) or 2.8 us (nvfp4) to issue. sm_90a and sm_100a.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 
 from dsv4lab.kernels.cache.key import KeyRow
 from dsv4lab.kernels.cache.plan import WARP
@@ -38,8 +38,16 @@ class WriteKeys:
         pages (P, page_bytes) u8. M > 0.
         """
         warps = self.plan.warps
+        careful = self.plan.key.record == "nvfp4" and warps > 1 and self.plan.key.element == "bf16"
         self.kernel(x, weight, positions, inv_freq, pages, slots, eps).launch(
-            grid=[cute.ceil_div(x.shape[0], warps), 1, 1], block=[warps * WARP, 1, 1], stream=stream, use_pdl=True
+            grid=[cute.ceil_div(x.shape[0], warps), 1, 1],
+            block=[warps * WARP, 1, 1],
+            min_blocks_per_mp=64 // warps if careful else 0,
+            preferred_smem_carveout=-1
+            if careful
+            else None,  # none; but named, or compiling with a minimum of CTAs would ask for a device
+            stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -47,12 +55,12 @@ class WriteKeys:
         key = self.plan.key
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
-        lane = thread % WARP
+        lane = cute.arch.lane_idx()
         row = block * self.plan.warps + cute.arch.make_warp_uniform(thread // WARP)
         cute.arch.griddepcontrol_launch_dependents()
         if cutlass.const_expr(not self.plan.settled):
             cute.arch.griddepcontrol_wait()
-        weights, freq = self.row.load(weight, lane, key.weight), inv_freq[lane]
+        weights, freq = self.row.load(weight.iterator.toint(), lane, key.weight), inv_freq[lane]
         if cutlass.const_expr(self.plan.settled):
             cute.arch.griddepcontrol_wait()
         if row < x.shape[0]:
@@ -60,6 +68,6 @@ class WriteKeys:
             # A slot is needed last. With a use up here (-1 is as good a position for nobody) it is loaded with the rest, not a
             # memory latency after x has come.
             position = Int32(positions[row]) | (slot >> 31)
-            values = self.row.load(x[row, None], lane, key.element)
+            values = self.row.load(x.iterator.toint() + Int64(row) * (4 * x.shape[1]), lane, key.element)
             words, pair = self.row.key(values, weights, position, freq, eps, lane)
             self.row.store(words, pair, pages, slot, lane)

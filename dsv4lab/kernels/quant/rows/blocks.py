@@ -100,23 +100,23 @@ def nibbles(magnitudes: list[Any], signs: Any, element: str, arch: str) -> list[
 @cute.jit
 def e4m3(out: Any, words: Any, bits: Any, inverse: Any, element: cutlass.Constexpr) -> None:
     """E4M3 codes of words, to `out`, four in a word. bits, inverse: the group's largest magnitude, 1 / scale."""
-    e4m3_of_numbers(out, words, inverse, element)
+    found = e4m3_of_numbers(words, inverse, element)
+    for i in cutlass.range_constexpr(len(found)):
+        out[i] = found[i]
     if bits > Uint32(enc.INFINITY_BITS):
         sides = enc.bf16_signs([enc.signs_of_nan(word, element) for word in words], element)
         for i in cutlass.range_constexpr(len(sides) // 2):
             out[i] = out[i] | (enc.prmt(sides[2 * i], sides[2 * i + 1], 0x7531) & Uint32(0x80808080))
 
 
-@cute.jit
-def e4m3_of_numbers(out: Any, words: Any, inverse: Any, element: cutlass.Constexpr) -> None:
+def e4m3_of_numbers(words: list[Any], inverse: Any, element: str) -> list[Any]:
     """The same where a NaN may lose its sign."""
-    if cutlass.const_expr(element == "bf16"):  # in pairs; exact, but for what is 0 as E4M3
+    if element == "bf16":  # in pairs; exact, but for what is 0 as E4M3
         pair = enc.prmt(inverse.bitcast(Uint32), Uint32(0), 0x3232)
         scaled = enc.floats([enc.mul_bf16x2(word, pair) for word in words], "bf16")
     else:
         scaled = [enc.mul(v, inverse) for v in enc.floats(words, "f32")]
-    for i in cutlass.range_constexpr(len(scaled) // 4):
-        out[i] = enc.e4m3_word(scaled[4 * i : 4 * i + 4])
+    return [enc.e4m3_word(scaled[i : i + 4]) for i in range(0, len(scaled), 4)]
 
 
 def atom(row: Any, column: Any) -> tuple[Any, Any, Any]:

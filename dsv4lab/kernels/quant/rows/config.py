@@ -21,9 +21,10 @@ _MOST_CHUNKS = 8
 _BARRIERS = 15  # of a CTA, besides its usual one
 _RESIDENT = 768  # threads of NVFP4 a multiprocessor of Hopper: 80 registers each, 107 to 122 where the compiler is free
 # Norms that stream: two chunks need fewer registers, and half the code. Threads of a CTA, where rows are short, and of a
-# multiprocessor: to NVFP4 (H200, 8192 rows) 26.1 us of 4096, 45.0 of 7168 values; four chunks 26.5, 49.9, eight 28.3, 43.7.
+# multiprocessor. To NVFP4 a row has at most four warps, of more than two whole ones; with more chunks than two there are more
+# registers (H200, 8192 rows): 26.0 us of 4096 values, 43.6 of 7168 by 64 threads with seven chunks, by 224 with two 44.9.
 _NORM_CHUNKS, _NORM_CTA = 2, {"nvfp4": 128, "fp8": _CTA_THREADS}
-_NORM_RESIDENT = {"nvfp4": 896, "fp8": 1024}
+_NORM_RESIDENT, _NORM_RESIDENT_MORE = {"nvfp4": 896, "fp8": 1024}, 512
 
 
 @dataclass(frozen=True)
@@ -144,21 +145,24 @@ def _choose(few: bool, k: int, source: str, element: str, out: str, fields: tupl
     simple = rest.get("scale") == "one" or (out == "fp8" and source == "norm" and not few)
     simple = simple and element == "bf16" and not rest.get("decoded")
     normed = simple and source == "norm" and not few
+    lean = normed and out == "nvfp4"
     many = _NORM_CHUNKS if normed else _CHUNKS_HELD if held else _CHUNKS
     least = -(-total // MAX_THREADS)
     splits = []
     for chunks in range(least, max(least, 1 if few else _MOST_CHUNKS) + 1):
         threads = _threads(-(-total // chunks), reduces, str(rest.get("scale", "")))
         if threads <= MAX_THREADS:
-            splits.append((threads * chunks - total, abs(chunks - (1 if few else many)), threads, chunks))
-    waste, _, threads, chunks = min(splits)
+            apart = lean and (threads > _NORM_CTA[out] or (threads > 2 * WARP and threads % WARP > 0))
+            splits.append((threads * chunks - total, apart, abs(chunks - (1 if few else many)), threads, chunks))
+    waste, _, _, threads, chunks = min(splits)
     fill = next(r for r in (1, 2, 4) if threads * r % WARP == 0)  # rows that fill warps
     rows = fill if few else max((_NORM_CTA[out] if normed else _CTA_THREADS) // threads // fill * fill, fill)
     full = waste == 0 and total * CHUNK == k
     # x itself: registers of the next row were spilled, and waited for
     streams = simple and full and (source == "norm" or (source == "swiglu" and threads % WARP == 0))
     if streams and normed:
-        rest |= dict(resident=_NORM_RESIDENT[out] // (threads * rows) * threads * rows)
+        resident = _NORM_RESIDENT_MORE if lean and chunks > _NORM_CHUNKS else _NORM_RESIDENT[out]
+        rest |= dict(resident=resident // (threads * rows) * threads * rows)
     config = RowsConfig(source, element, out, threads, chunks, rows, full=full, ragged=k % CHUNK != 0, streams=streams, **rest)
     config.check()
     return config

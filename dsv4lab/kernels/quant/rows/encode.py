@@ -345,11 +345,6 @@ def nibbles_of_pairs(counts: list[Any], words: list[Any]) -> Any:
     for i in (0, 2):
         codes = counts[i] + counts[i + 1] * Uint32(256) - Uint32((_MAGIC_PAIR * 0x101) & 0xFFFFFFFF)
         mixed.append(codes + (prmt(words[i], words[i + 1], 0xFBD9) & Uint32(0x08080808)))
-    return interleaved(mixed)
-
-
-def interleaved(mixed: list[Any]) -> Any:
-    """Eight nibbles in order, from those of values 0, 2, 1, 3 in the bytes of a word, and 4, 6, 5, 7."""
     return prmt(mixed[0], mixed[1], 0x5410) + prmt(mixed[0], mixed[1], 0x7632) * Uint32(16)
 
 

@@ -284,15 +284,15 @@ class QuantizeRows(RowSources):
                 cute.arch.sync_warp()
                 if cutlass.const_expr(config.out == "fp8"):
                     lanes = config.group // CHUNK
-                    words, out = self._words(part, 0), cute.make_rmem_tensor((CHUNK // 4,), Uint32)
+                    words = self._words(part, 0)
                     bits = self._over_group(enc.amax_bits_of_bf16(words))
                     byte, inverse = enc.e8m0_of_number(bits, blk.E4M3_MAX_BITS, blk.FP8_FLOOR_BITS)
-                    blk.e4m3_of_numbers(out, words, inverse, config.element)
+                    found = blk.e4m3_of_numbers(words, inverse, config.element)
                     near = near and bits < Uint32(enc.INFINITY_BITS)
                     if here:
                         if at % lanes == 0:
                             enc.store_byte(scale.iterator.toint() + Int64(at // lanes), distance // lanes, byte)
-                        store_global(codes.iterator.toint() + Int64(at) * CHUNK, [out[i] for i in range(4)], distance * CHUNK)
+                        store_global(codes.iterator.toint() + Int64(at) * CHUNK, found, distance * CHUNK)
                 else:
                     out = cute.make_rmem_tensor((2,), Uint32)
                     words = self._words(part, 0)

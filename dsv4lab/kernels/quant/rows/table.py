@@ -18,6 +18,9 @@ go up, and their neighbours below, which become ties, do not. For other steps x 
 A step is block scale times global scale, and block scales have eight significands: lane l prepares significand l % 8 against
 midpoint 2 (l / 8) + 1, once for a global scale; a block asks the lane of its scale by a shuffle. Its last byte tells a power of
 two.
+
+Where the global scale is a power of two, eight pairs of BF16 do: x times one, rounded, times the other, rounded, is on its side
+of every midpoint, ties as above; all x were tried.
 """
 
 from typing import Any
@@ -30,6 +33,8 @@ from dsv4lab.kernels.quant.rows import encode as enc
 
 _BELOW_ONE = 1.0 - 0.5 / 225  # within 224/225 and 1
 _RAISES, _RAISE = 0x3B, 0x0040BF80  # BF16: 1.5 * 2^-9, the first its upper byte, raises significands from 171 / 128 on; -1
+_ROUND = ((0xB0928BA1, 0xA9AC879F), (0xB7D3E1CB, 0xBEB9E5C9))  # by significand: bytes of the first factor, of the second
+_ROUND_BITS = 0x9033F355  # what both words lack besides
 _WIDE = 1.0 + 2.0**-16
 _EIGHT = 0x181F  # of a shuffle: segments of 8 lanes
 
@@ -79,18 +84,37 @@ def factor_bits(entry: Any, byte: Any) -> Any:
 def nibbles(words: list[Any], factor: Any) -> Any:
     """Codes of eight BF16 as a word, the first in the lowest nibble. factor: bits."""
     raises, by = factor * Uint32(1 << 24) + Uint32(_RAISE), factor.bitcast(Float32)
-    pairs = [[enc.mul(half, by) for half in _apart(word, raises)] for word in words]
+    return _joined([[enc.mul(half, by) for half in _apart(word, raises)] for word in words])
+
+
+def round_factors(byte: Any, inverse: Any) -> Any:
+    """Both factors of a block scale from 2^-6 on, a byte of E4M3, in a word. inverse: bits of 1 / 6 of a power of two."""
+    first, second = (enc.prmt(Uint32(low), Uint32(high), byte & Uint32(7)) for low, high in _ROUND)
+    return second * Uint32(1 << 16) + first + byte * Uint32(0xFFF00000) + (inverse + Uint32(_ROUND_BITS))
+
+
+def nibbles_of_round(words: list[Any], factors: Any) -> Any:
+    """`nibbles` by `round_factors`; a lower half below an upper one is cut off."""
+    for factor in _twice(factors):
+        words = [enc.mul_bf16x2(word, factor) for word in words]
+    return _joined([[half.bitcast(Float32) for half in (word << 16, word)] for word in words])
+
+
+def _joined(pairs: list[list[Any]]) -> Any:
     even, odd = (enc.prmt(enc.cut_f16(pairs[0][i], pairs[1][i]), enc.cut_f16(pairs[2][i], pairs[3][i]), 0x7531) for i in (0, 1))
-    even = _mixed((even + Uint32(0x01010101)) >> 1, even >> 4, 0x08080808)
-    return _mixed(even, _mixed(odd * Uint32(8) + Uint32(0x08080808), odd, 0x80808080), 0xF0F0F0F0)
+    even, odd = (_mixed(n * Uint32(8) + Uint32(0x08080808), n, 0x80808080) for n in (even, odd))
+    return _mixed(even >> 4, odd, 0xF0F0F0F0)
 
 
 def _apart(word: Any, raises: Any) -> list[Any]:
     """Two BF16 x as float32, raised: x - x in the lower half."""
-    code = "{ .reg .b16 low, high; .reg .b32 lows, highs; mov.b32 {low, high}, {$r0}; mov.b32 lows, {low, low};"
-    code += " mov.b32 highs, {high, high}; fma.rn.bf16x2 {$w0}, lows, {$r1}, lows; fma.rn.bf16x2 {$w1}, highs, {$r1}, highs; }"
-    found = cute.arch.inline_ptx(code, write_only_types=[Uint32, Uint32], read_only_args=[word, raises])
-    return [half.bitcast(Float32) for half in found]
+    return [enc.fma_bf16x2(twice, raises, twice).bitcast(Float32) for twice in _twice(word)]
+
+
+def _twice(word: Any) -> Any:
+    """Each half, in both halves of a word."""
+    code = "{ .reg .b16 low, high; mov.b32 {low, high}, {$r0}; mov.b32 {$w0}, {low, low}; mov.b32 {$w1}, {high, high}; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Uint32, Uint32], read_only_args=[word])
 
 
 def _mixed(a: Any, b: Any, mask: int) -> Any:
