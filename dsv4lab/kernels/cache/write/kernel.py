@@ -5,7 +5,7 @@ slot) is loaded at once; rows of slot -1 are computed like others and stored now
 rows need comes before, while the last kernel ends. 8192 rows are resident at once: 32 registers, 64 warps a multiprocessor.
 
 Bytes of a row of 512 BF16: 1024 read, 584 (fp8) or 384 (nvfp4) written; 8192 rows are 13.2 or 11.5 MB, 3.1 or 2.7 us at an
-H200's copy bandwidth of 4.2 TB/s. Instructions of a row in sm_90a's code: 287 (fp8), 314 (nvfp4), 243 (plain); 62 rows a
+H200's copy bandwidth of 4.2 TB/s. Instructions of a row in sm_90a's code: 290 (fp8), 321 (nvfp4), 245 (plain); 62 rows a
 multiprocessor take 2.5 us (fp8) or 2.8 us (nvfp4) to issue. sm_90a and sm_100a.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
@@ -37,15 +37,15 @@ class WriteKeys:
         """x (M, W) u32 and weight (W,) u32: words of their elements; positions, slots (M,) i64; inv_freq (32,) f32;
         pages (P, page_bytes) u8. M > 0.
         """
-        warps = self.plan.warps
-        careful = self.plan.key.record == "nvfp4" and warps > 1 and self.plan.key.element == "bf16"
+        warps, key = self.plan.warps, self.plan.key
+        # Rare NVFP4 records would take more than 32 registers. With a bound there must be a carveout, or compiling asks for a
+        # device; -1 is none.
+        bound = warps > 1 and key.record == "nvfp4" and key.element == "bf16"
         self.kernel(x, weight, positions, inv_freq, pages, slots, eps).launch(
             grid=[cute.ceil_div(x.shape[0], warps), 1, 1],
             block=[warps * WARP, 1, 1],
-            min_blocks_per_mp=64 // warps if careful else 0,
-            preferred_smem_carveout=-1
-            if careful
-            else None,  # none; but named, or compiling with a minimum of CTAs would ask for a device
+            min_blocks_per_mp=64 // warps if bound else 0,
+            preferred_smem_carveout=-1 if bound else None,
             stream=stream,
             use_pdl=True,
         )
