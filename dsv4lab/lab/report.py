@@ -192,12 +192,15 @@ def utc(started: str) -> str:
 
 
 def brief(commit: str) -> str:
-    """A commit as reports print it: 12 of its 40 digits, and whatever is said beside them."""
+    """A commit in a list: 12 of its 40 digits, and whatever is said beside them."""
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", commit)
 
 
 def _number(value: Any) -> str:
-    return f"{value:.{6 if abs(value) >= 1000 else 4}g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    digits = 8 if abs(value - 1) < 0.01 else 6 if abs(value) >= 1000 else 4  # 0.99999 is no 1
+    return f"{value:.{digits}g}"
 
 
 def _plain(text: str) -> str:

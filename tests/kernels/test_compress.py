@@ -343,6 +343,8 @@ def test_bad_input_is_refused_and_none_is_nothing() -> None:
         (dict(cluster=2), "dim must be 128 or 512"),
         (dict(rows=100), "rows must be at least 1"),
         (dict(warps=33), "warps must be a multiple of 1 up to 32"),
+        (dict(warps=16, resident=1), "warps must all pool one entry, or each 8 tokens"),
+        (dict(ratio=128, overlap=False, warps=2), "warps must have a thread for each of 128 channels"),
         (dict(resident=40), "resident must be"),
     ):
         with pytest.raises(ValueError, match=message):

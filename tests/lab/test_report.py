@@ -85,6 +85,8 @@ def test_one_page_and_one_json_tell_the_run(make_notebook: Maker, source: Path, 
     page = Page(text)
     assert "1 of 2 notebooks passed" in page.text and "twins <&>" in page.text and "CheckFailed: apart" in page.text
     assert "<&>" not in text
+    heads = [text.count(f'<th scope="col">Check</th>{more}') for more in ("", '<th scope="col">Result</th>')]
+    assert heads == [2, 1]  # results are told where one fell short
     (image,) = page.images
     assert str(image["src"]).startswith("data:image/png;base64,") and image["alt"]
     assert all(link[1:] in page.ids for link in page.links if link.startswith("#"))
@@ -102,6 +104,12 @@ def test_a_page_beside_notebooks_leaves_to_them_what_they_show(make_notebook: Ma
     assert not page.images and "2 of 2" in page.text  # how many checks passed is said of all
     assert "ratio" not in page.text and "speed" not in page.text
     assert "bar >= 0.9" in page.text and "kept" in page.text
+
+
+def test_numbers_are_short_and_none_is_rounded_to_one() -> None:
+    found = [report._number(value) for value in (0.99999, 0.999999, 1.0, 1.13249e-06, 803.31, 4096.5, 7, "x")]
+    assert found == ["0.99999", "0.999999", "1", "1.132e-06", "803.3", "4096.5", "7", "x"]
+    assert report.brief("a" * 40 + " with local changes") == "a" * 12 + " with local changes"
 
 
 def stored_run(path: Path, **metadata: object) -> None:

@@ -226,8 +226,9 @@ class KeyRow:
         if numbers == Uint32(0):
             power, inverse = Uint32(127), Float32(1.0)
         by_six = (Float32(_BY_SIX[0]), Float32(_BY_SIX[1]))
-        ratio = cute.arch.fmax(enc.quotient(enc.mul(bits.bitcast(Float32), inverse), by_six), Float32(_E4M3_MIN))
-        byte = Uint32(_E4M3_ONE) if bits == Uint32(0) else enc.to_e4m3(ratio)
+        largest = enc.mul(bits.bitcast(Float32), inverse)  # far below g it is zero
+        ratio = cute.arch.fmax(enc.quotient(largest, by_six), Float32(_E4M3_MIN))
+        byte = Uint32(_E4M3_ONE) if largest == Float32(0.0) else enc.to_e4m3(ratio)
         byte = Uint32(_E4M3_NAN) if bits >= Uint32(enc.INFINITY_BITS) else byte
         block_scale, _ = enc.from_e4m3(byte)
         step = enc.divisor(block_scale)

@@ -144,8 +144,10 @@ class CompressConfig:
             raise ValueError(f"warps must be a multiple of {self.groups} up to {_MAX_WARPS}, got {self.warps}")
         if self.span % (self.slices * TOKENS) or self.threads % (self.lanes * self.groups * self.slices):
             raise ValueError(f"warps must share {self.span} tokens equally, got {self.warps}")
-        if self.teams > 1 and self.keys.dim != GROUP:
-            raise ValueError(f"warps must all pool one entry of {self.keys.dim} channels, got {self.warps}")
+        if self.teams > 1 and (self.keys.dim != GROUP or self.slices > 1 or TOKENS % self.teams):
+            raise ValueError(f"warps must all pool one entry, or each {TOKENS} tokens and divide them, got {self.warps}")
+        if self.slices > 1 and self.channels > self.threads:
+            raise ValueError(f"warps must have a thread for each of {self.channels} channels, got {self.warps}")
         if self.rows < 1 or self.rows + self.moved > self.threads:
             raise ValueError(f"rows must be at least 1 and at most {self.threads} with those moved, got {self.rows}")
         if self.cluster > 1 and self.slices == 1:
@@ -159,9 +161,9 @@ class CompressConfig:
     def for_shape(cls, tokens: int, ratio: int, keys: KeyPlan, *, overlap: bool) -> CompressConfig:
         """A step's rows in pieces that complete a few entries each where they are one sequence's; fewer rows of short steps.
 
-        A long prefill is one wave of CTAs, as many as fit at once: what a CTA waits for before its first entry (positions) and
-        after its last is paid once, not once a wave. (Having L2 fetch rows ahead made it slower.) In a decode step neighbouring
-        rows may all complete entries, which a CTA would make one after another, so rows are spread over all multiprocessors.
+        A long prefill is one wave of CTAs, as many as fit at once, or few: what a CTA waits for before its first entry
+        (positions) and after its last is paid once a wave. (Having L2 fetch tokens ahead made it slower.) In a decode step
+        neighbouring rows may all complete entries, which a CTA would make one after another, so rows are spread over all.
         Raises ValueError.
         """
         config = cls(ratio, overlap, keys)
@@ -169,7 +171,8 @@ class CompressConfig:
         if config.span > TOKENS:
             # Eight warps share the many tokens and four CTAs the channels. In a decode step of few tokens eight CTAs do, half a
             # warp a token, so that a multiprocessor has half the bytes to take in and a lane takes all its tokens at once. Of
-            # many entries two CTAs of 16 warps do: those of 8192 tokens all fit at once (H200: 12.0 us; four 14.1, eight 13.8).
+            # many entries two CTAs of 16 warps do: those of 8192 tokens all fit at once. (H200, 4352, 6144, 8192, 16384 tokens:
+            # 8.6, 11.0, 12.0, 22.8 us, by eight CTAs 9.5, 11.4, 13.8, 23.5.)
             width = keys.dim // GROUP
             config = replace(config, rows=1, warps=_POOLERS, cluster=width, resident=2)
             if 2 * width * tokens <= _MULTIPROCESSORS:

@@ -208,11 +208,12 @@ class Compress:
     # ---- what does not change --------------------------------------------------------------------------------------------
     @cute.jit
     def _constants(self) -> None:
-        """A thread's embeddings, and what lanes need of the norm and the angles, on their way into shared memory.
+        """Embeddings, and what lanes need of the norm and the angles, on their way into shared memory.
 
         Where they are nobody's results they come while the kernel before still runs; and kept there they take no registers, of
-        which the loads of an entry need all. Embeddings are read by the thread itself, `_round` waits for them. The rest is a
-        team's: a warp's own, or warp 0's, behind whose wait there is a barrier before an entry is finished.
+        which the loads of an entry need all. Embeddings are the thread's own, `_round` waits for them; or the CTA's, where
+        warps have entries of their own, and are waited for before a barrier. The rest is a team's: a warp's own, or warp 0's,
+        behind whose wait there is a barrier before an entry is finished.
         """
         plan, keys = self.plan, self.plan.keys
         channel = self.rank * plan.channels + self.local

@@ -21,8 +21,8 @@ _MOST_CHUNKS = 8
 _BARRIERS = 15  # of a CTA, besides its usual one
 _RESIDENT = 768  # threads of NVFP4 a multiprocessor of Hopper: 80 registers each, 107 to 122 where the compiler is free
 # Norms that stream: two chunks need fewer registers, and half the code. Threads of a CTA, where rows are short, and of a
-# multiprocessor. To NVFP4 a row has at most four warps, of more than two whole ones; with more chunks than two there are more
-# registers (H200, 8192 rows): 26.0 us of 4096 values, 43.6 of 7168 by 64 threads with seven chunks, by 224 with two 44.9.
+# multiprocessor. To NVFP4 a row has four warps at most, and of more than two whole ones, if it can; with more chunks there are
+# more registers (H200, 8192 rows): 26.0 us of 4096 values, 43.6 of 7168 by 64 threads with seven, by 224 with two 44.9.
 _NORM_CHUNKS, _NORM_CTA = 2, {"nvfp4": 128, "fp8": _CTA_THREADS}
 _NORM_RESIDENT, _NORM_RESIDENT_MORE = {"nvfp4": 896, "fp8": 1024}, 512
 
@@ -127,8 +127,8 @@ def for_shape(m: int, k: int, *, source: str, element: str, out: str, **rest: st
     """The configuration for m rows of k values; rest: the fields that say what is computed.
 
     Few rows: one chunk a thread and one row a CTA, since only latency counts. Many: a few chunks a thread, whose loads are all
-    under way together, and 256 threads a CTA. Among the splits that leave the fewest threads without a chunk, the one nearest
-    to the number of chunks wanted is taken: Flash's K = 4096 and Pro's 7168 divide evenly.
+    under way together, and up to 256 threads a CTA. Among the splits that leave the fewest threads without a chunk, the one
+    nearest to the number of chunks wanted is taken, for NVFP4 norms one of few threads first.
     """
     return _choose(m < _FEW_ROWS, k, source, element, out, tuple(sorted(rest.items())))
 
@@ -152,8 +152,8 @@ def _choose(few: bool, k: int, source: str, element: str, out: str, fields: tupl
     for chunks in range(least, max(least, 1 if few else _MOST_CHUNKS) + 1):
         threads = _threads(-(-total // chunks), reduces, str(rest.get("scale", "")))
         if threads <= MAX_THREADS:
-            apart = lean and (threads > _NORM_CTA[out] or (threads > 2 * WARP and threads % WARP > 0))
-            splits.append((threads * chunks - total, apart, abs(chunks - (1 if few else many)), threads, chunks))
+            unlike = lean and (threads > _NORM_CTA[out] or (threads > 2 * WARP and threads % WARP > 0))
+            splits.append((threads * chunks - total, unlike, abs(chunks - (1 if few else many)), threads, chunks))
     waste, _, _, threads, chunks = min(splits)
     fill = next(r for r in (1, 2, 4) if threads * r % WARP == 0)  # rows that fill warps
     rows = fill if few else max((_NORM_CTA[out] if normed else _CTA_THREADS) // threads // fill * fill, fill)
@@ -177,9 +177,7 @@ def _threads(wanted: int, reduces: bool, scale: str) -> int:
 
 
 def _unit(reduces: bool, scale: str) -> int:
-    """What the number of a row's threads is a multiple of. Halves of a warp sum up two rows where both have one global scale:
-    Pro's 7168 values are 112 threads' with four chunks each.
-    """
+    """What the number of a row's threads is a multiple of. Halves of a warp may sum up two rows of one global scale."""
     if not reduces:
         return 8
     return WARP // 2 if scale == "one" else WARP

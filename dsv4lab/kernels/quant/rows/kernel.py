@@ -17,8 +17,9 @@ float32 weights in shared memory once, and a chunk's registers take the next row
 are under way while the rest is encoded. That needs registers to spare: where they are spilled, the warp waits for its loads.
 
 Instructions a value at K = 4096, those of the usual way counted in sm_90a's code: NVFP4 of a given scale 7.7, of a row's 10.2;
-MXFP4 9.8; FP8 8.9; norms of FP8 13.4, of NVFP4 15, SwiGLU's 19; 80 registers at most. At 1.75 GHz, 528 schedulers take 1.13 us
-for an instruction a value of 8192 x 4096 where every slot is used, and 9 us for a conversion to float64 of each.
+MXFP4 9.8; FP8 8.9; norms of FP8 13.4, of NVFP4 15, SwiGLU's 19; 80 registers at most, 128 for Pro's norms to NVFP4. At 1.75
+GHz, 528 schedulers take 1.13 us for an instruction a value of 8192 x 4096 where every slot is used, 9 us for a conversion to
+float64 of each.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
