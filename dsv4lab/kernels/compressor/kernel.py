@@ -517,7 +517,7 @@ class Compress:
 
     @cute.jit
     def _load_apart(self, z: Any, a: Any, at: Any, r: Any, channel: Any) -> None:
-        """Tokens of an entry that began before this step, or before the sequence: some in the ring, some nowhere."""
+        """The same tokens, each in this step, in the ring, or before the sequence, which is nowhere."""
         plan, described = self.plan, self.described
         row, start, position = (described[at, field] for field in (_ROW, _START, _POSITION))
         ring, place = described[at, _RING], described[at, _PLACE]
