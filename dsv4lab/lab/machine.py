@@ -64,7 +64,7 @@ def revision(digits: int, *, apart_from: str = "") -> tuple[str, bool] | None:
     DSV4LAB_COMMIT where it is set: for copies that git does not know, or knows as an older commit with changes.
     """
     if given := os.environ.get("DSV4LAB_COMMIT"):
-        return given, False
+        return given[:digits], False
     aside = ("--", ".", f":(exclude){apart_from}") if apart_from else ()
     try:
         head = _git("rev-parse", f"--short={digits}", "HEAD")

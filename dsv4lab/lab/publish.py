@@ -31,7 +31,7 @@ from PIL import Image
 from dsv4lab.lab.checks import MIME, line_of
 from dsv4lab.lab.files import write_atomically
 from dsv4lab.lab.notebooks import NotebookError, lines_of
-from dsv4lab.lab.report import brief, utc, write_report
+from dsv4lab.lab.report import utc, write_report
 from dsv4lab.lab.runner import NOTEBOOKS
 
 NOTEBOOK_BYTES = 400_000  # of one notebook, the house's limit
@@ -279,5 +279,5 @@ def _lines(data: dict[str, Any], left_out: Sequence[str], budget: int) -> Iterat
     for entry in data["notebooks"]:
         if "file" in entry:
             name = f"[{entry['title'] or entry['name']}]({entry['file']})"
-            ran = f"{brief(entry['commit'] or '')} | {utc(entry['started'] or '')}"
+            ran = f"{entry['commit'] or ''} | {utc(entry['started'] or '')}"
             yield f"| {name} | {entry['status']} | {len(entry['checks'])} | {entry['seconds']} | {ran} |"

@@ -179,7 +179,6 @@ def _page(data: dict[str, Any], figures: dict[str, list[dict[str, str]]], beside
     environment.filters |= {
         "number": _number,
         "utc": utc,
-        "brief": brief,
         "cosine": lambda value: f"{round(value, 8):.10g}" if isinstance(value, float) else str(value),
     }
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
@@ -189,11 +188,6 @@ def _page(data: dict[str, Any], figures: dict[str, list[dict[str, str]]], beside
 def utc(started: str) -> str:
     """A time of ISO 8601 as reports print it, to the minute: "2026-11-28 17:33 UTC"; of an empty one nothing."""
     return f"{datetime.fromisoformat(started).astimezone(UTC):%Y-%m-%d %H:%M} UTC" if started else ""
-
-
-def brief(commit: str) -> str:
-    """A commit in a list: 12 of its 40 digits, and whatever is said beside them."""
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", commit)
 
 
 def _number(value: Any) -> str:

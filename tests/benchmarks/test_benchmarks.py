@@ -170,8 +170,9 @@ def test_rows_say_when_and_of_which_commit(monkeypatch: pytest.MonkeyPatch, tmp_
     assert common.commit() == "0123456ab"
     answers["status"] = " M benchmarks/common.py"
     assert common.environment()["commit"] == "0123456ab+"
-    monkeypatch.setenv("DSV4LAB_COMMIT", "89abcdef0")
-    assert common.environment()["commit"] == "89abcdef0"
+    for given in ("89abcdef0", "89abcdef0" + "1" * 31):
+        monkeypatch.setenv("DSV4LAB_COMMIT", given)
+        assert common.environment()["commit"] == "89abcdef0"
     monkeypatch.delenv("DSV4LAB_COMMIT")
     monkeypatch.undo()
     monkeypatch.delenv("DSV4LAB_COMMIT", raising=False)

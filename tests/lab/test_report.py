@@ -109,7 +109,6 @@ def test_a_page_beside_notebooks_leaves_to_them_what_they_show(make_notebook: Ma
 def test_numbers_are_short_and_none_is_rounded_to_one() -> None:
     found = [report._number(value) for value in (0.99999, 0.999999, 1.0, 1.13249e-06, 803.31, 4096.5, 7, "x")]
     assert found == ["0.99999", "0.999999", "1", "1.132e-06", "803.3", "4096.5", "7", "x"]
-    assert report.brief("a" * 40 + " with local changes") == "a" * 12 + " with local changes"
 
 
 def stored_run(path: Path, **metadata: object) -> None:

@@ -33,10 +33,7 @@ from dsv4lab.kernels.quant.rows import table
 from dsv4lab.kernels.rope.angles import cos_sin, rotated
 from dsv4lab.records import INDEX_FP4_GROUP, NOPE_GROUP
 
-_E2M1_MAX_BITS, _E4M3_MAX_BITS, _RANGE_BITS = 0x40C00000, 0x43E00000, 0x45280000  # 6, 448 and their product
-_FP8_FLOOR_BITS = 0x38D1B717  # 1e-4
-_MXFP4_FLOOR_BITS = 0x01C00000  # 6 * 2^-126
-_RANGE_FLOOR_BITS = 0x0AA80000  # 2688 * 2^-117
+_RANGE_BITS, _RANGE_FLOOR_BITS = 0x45280000, 0x0AA80000  # 6 * 448, 2688 * 2^-117
 _LEAST_BITS, _MOST_BITS = (127 - 60) << 23, (127 + 60) << 23  # of a record whose steps are usual numbers
 _LEAST_RATIO = 7.5 * 2.0**-9  # the E4M3 is 2^-6 or more
 _E4M3_MIN, _E4M3_ONE, _E4M3_NAN = 2.0**-9, 0x38, 0x7F
@@ -184,7 +181,7 @@ class KeyRow:
         bits = self._among_nope(enc.amax_bits(enc.absolute(words, plan.element), plan.element), lane)
         for distance in (1, 2):
             bits = enc.max_u32(bits, cute.arch.shuffle_sync_bfly(bits, distance))
-        byte, inverse = enc.e8m0_ceil(bits, _E4M3_MAX_BITS, _FP8_FLOOR_BITS)
+        byte, inverse = enc.e8m0_ceil(bits, enc.E4M3_MAX_BITS, enc.FP8_FLOOR_BITS)
         codes = blk.e4m3_of_numbers(words, inverse, plan.element)
         put_words(codes, data + Int64(lane * plan.width), here and lane < plan.nope_lanes)
         sharing = NOPE_GROUP // plan.width
@@ -201,7 +198,7 @@ class KeyRow:
         else:
             bits = self._among_nope(enc.amax_bits_of_bf16(words), lane)
             top = Uint32(cute.arch.warp_redux_sync(bits, "umax"))
-            power = (top - Uint32(_RANGE_BITS - 0x3FFFFFFF)) >> 23  # as `enc.e8m0_of_number`
+            power = enc.e8m0_byte(top, _RANGE_BITS)
             inverse = Uint32(_SIXTH_BITS) - (power << 23)
             ratio = enc.mul(bits.bitcast(Float32), inverse.bitcast(Float32))  # on amax / 6's side of every midpoint
             byte = enc.to_e4m3(ratio)
@@ -286,14 +283,14 @@ class KeyRow:
         bits = enc.amax_bits(magnitudes, "f32")
         if cutlass.const_expr(plan.record == "fp8"):
             bits = Uint32(cute.arch.warp_redux_sync(bits, "umax"))
-            byte, inverse = enc.e8m0_ceil(bits, _E4M3_MAX_BITS, _FP8_FLOOR_BITS)
+            byte, inverse = enc.e8m0_ceil(bits, enc.E4M3_MAX_BITS, enc.FP8_FLOOR_BITS)
             put_words(blk.e4m3_of_numbers(words, inverse, "f32"), data + Int64(lane * 4), here)
             put_words([byte << 23], scales, here and lane == 0)
         else:
             sharing = INDEX_FP4_GROUP // plan.width
             for distance in (1, 2, 4):
                 bits = enc.max_u32(bits, cute.arch.shuffle_sync_bfly(bits, distance))
-            byte, inverse = enc.e8m0_ceil(bits, _E2M1_MAX_BITS, _MXFP4_FLOOR_BITS)
+            byte, inverse = enc.e8m0_ceil(bits, enc.E2M1_MAX_BITS, enc.MXFP4_FLOOR_BITS)
             byte = Uint32(255) if bits >= Uint32(enc.INFINITY_BITS) else byte
             counts = enc.e2m1_counts([enc.mul(v, inverse) for v in enc.floats(magnitudes, "f32")])
             codes = counts[3]

@@ -20,7 +20,6 @@ from dsv4lab.records import NOPE_GROUP
 
 FOUR = 4  # dims of a lane at a time
 SPAN = WARP * FOUR
-_NAN_BITS = 0x7FC00000
 _SMALLEST = 1 << 22  # bits of 2^-127
 
 
@@ -117,7 +116,7 @@ class StoredKey:
 def _e8m0(byte: Any) -> Any:
     """2^(byte - 127), exact; 255 is NaN."""
     bits = byte << 23 if byte > Uint32(0) else Uint32(_SMALLEST)
-    return Uint32(_NAN_BITS).bitcast(Float32) if byte == Uint32(255) else bits.bitcast(Float32)
+    return Uint32(enc.NAN_BITS).bitcast(Float32) if byte == Uint32(255) else bits.bitcast(Float32)
 
 
 def _e2m1(code: Any) -> Any:

@@ -47,7 +47,7 @@ class Codes:
         bits = val.over_lanes(enc.amax_bits_of_bf16(words), distances, enc.max_u32)
         out = cute.make_rmem_tensor((plan.chunk_words,), Uint32)
         if cutlass.const_expr(plan.quant == "fp8"):
-            byte, inverse = enc.e8m0_ceil(bits, blk.E4M3_MAX_BITS, blk.FP8_FLOOR_BITS)
+            byte, inverse = enc.e8m0_ceil(bits, enc.E4M3_MAX_BITS, enc.FP8_FLOOR_BITS)
             blk.e4m3(out, words, bits, inverse, "bf16")
         else:
             byte = blk.nvfp4(out, words, bits, self.terms, self.entry, "bf16", self.arch)

@@ -39,7 +39,6 @@ _VECTORS = HEAD_DIM // (_LANES * _VECTOR)
 _TURNED = 2  # vectors of a lane, the last ones, that are rotated
 _PAIRS = _VECTOR // 2
 _NORM = 128.0**-0.5
-_INFINITY_BITS, _NAN_BITS = 0x7F800000, 0x7FC00000
 _VAST_BITS = 0x7C000000  # 2^121: what is below can be rounded as BF16
 _LARGE_BITS = 0x6F800000  # 2^96: what is below can be rounded as float32; what is not, times 2^-32
 _TWICE = 0x10001  # a number in both halves of a word
@@ -52,14 +51,17 @@ class _Format:
 
     def __init__(self, largest: float, least: int, bits: int, floor: int, vectors: int) -> None:
         self.largest = largest
-        self.largest_bits = {448.0: 0x43E00000, 6.0: 0x40C00000}[largest]
+        self.largest_bits = {448.0: enc.E4M3_MAX_BITS, 6.0: enc.E2M1_MAX_BITS}[largest]
         self.least = least  # the last binade's exponent
         self.bits = bits  # of a mantissa: codes are 2^-bits of their binade apart
         self.floor = floor  # of amax, as bits of a float32
         self.vectors = vectors  # of a lane that share a scale
 
 
-_FORMATS = {"fp8": _Format(448.0, -6, 3, 0x38D1B717, _VECTORS), "fp4": _Format(6.0, 0, 1, 0x01C00000, 1)}
+_FORMATS = {
+    "fp8": _Format(448.0, -6, 3, enc.FP8_FLOOR_BITS, _VECTORS),
+    "fp4": _Format(6.0, 0, 1, enc.MXFP4_FLOOR_BITS, 1),
+}
 
 
 class IndexQuery:
@@ -203,7 +205,7 @@ class IndexQuery:
         for j in cutlass.range_constexpr(_VECTORS):
             bits = peaks[j // kind.vectors]
             byte, _ = enc.e8m0_ceil(bits, kind.largest_bits, kind.floor)
-            large, nan = bits >= Uint32(_LARGE_BITS), bits > Uint32(_INFINITY_BITS)
+            large, nan = bits >= Uint32(_LARGE_BITS), bits > Uint32(enc.INFINITY_BITS)
             shrink = Float32(_SHRINK) if large else Float32(1.0)
             grow = Float32(_GROW) if large else Float32(1.0)
             step = enc.mul((byte << 23).bitcast(Float32), shrink)
@@ -213,10 +215,10 @@ class IndexQuery:
             for value in self._floats(own[j]):
                 size = (value.bitcast(Uint32) & Uint32(0x7FFFFFFF)).bitcast(Float32)
                 size = cute.arch.fmin(enc.mul(size, shrink), largest)
-                shift = (enc.max_u32(size.bitcast(Uint32) & Uint32(_INFINITY_BITS), least) + more).bitcast(Float32)
+                shift = (enc.max_u32(size.bitcast(Uint32) & Uint32(enc.INFINITY_BITS), least) + more).bitcast(Float32)
                 near = enc.mul(enc.add(enc.add(size, shift), enc.negative(shift)), grow)
                 signed = near.bitcast(Uint32) | (value.bitcast(Uint32) & Uint32(0x80000000))
-                found.append((Uint32(_NAN_BITS) if nan else signed).bitcast(Float32))
+                found.append((Uint32(enc.NAN_BITS) if nan else signed).bitcast(Float32))
             self._put(own[j], found)
 
 

@@ -13,9 +13,6 @@ from dsv4lab.formats import ATOM_COLUMNS, ATOM_ROWS
 from dsv4lab.kernels.quant.rows import encode as enc
 from dsv4lab.kernels.quant.rows import table
 
-E4M3_MAX_BITS = 0x43E00000
-FP8_FLOOR_BITS = 0x38D1B717  # 1e-4
-
 
 @cute.jit
 def nvfp4(

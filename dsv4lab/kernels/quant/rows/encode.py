@@ -20,6 +20,8 @@ from cutlass import Float32, Float64, Uint32
 from dsv4lab.formats import E2M1_MAX
 
 INFINITY_BITS, NAN_BITS = 0x7F800000, 0x7FC00000
+E2M1_MAX_BITS, E4M3_MAX_BITS = 0x40C00000, 0x43E00000  # 6, 448
+FP8_FLOOR_BITS, MXFP4_FLOOR_BITS = 0x38D1B717, 0x01C00000  # 1e-4, 6 * 2^-126
 LARGEST = 6.5  # a magnitude that is surely code 7
 _E4M3_MIN = 2.0**-9
 _LOW, _HIGH = 2.0**-60, 2.0**60  # scales between which nothing under- or overflows
@@ -227,15 +229,19 @@ def e8m0_ceil(bits: Any, max_code_bits: cutlass.Constexpr, floor_bits: cutlass.C
     """(byte, 2^-exponent) of the smallest power of two s with amax / s <= max_code; a NaN gives 255 and NaN."""
     byte, inverse = e8m0_of_number(min_u32(bits, Uint32(_F32_MAX_BITS)), max_code_bits, floor_bits)
     if bits > Uint32(INFINITY_BITS):
-        byte, inverse = Uint32(255), Uint32(0x7FC00000).bitcast(Float32)
+        byte, inverse = Uint32(255), Uint32(NAN_BITS).bitcast(Float32)
     return byte, inverse
 
 
 def e8m0_of_number(bits: Any, max_code_bits: int, floor_bits: int) -> tuple[Any, Any]:
-    """The same of an amax that is finite: a significand above the code's carries into the exponent."""
-    carry = 0x7FFFFF - (max_code_bits & 0x7FFFFF) + ((127 - (max_code_bits >> 23)) << 23)
-    byte = (max_u32(bits, Uint32(floor_bits)) + Uint32(carry & 0xFFFFFFFF)) >> 23
+    """The same of an amax that is finite."""
+    byte = e8m0_byte(max_u32(bits, Uint32(floor_bits)), max_code_bits)
     return byte, ((Uint32(254) - byte) << 23).bitcast(Float32)
+
+
+def e8m0_byte(bits: Any, max_code_bits: int) -> Any:
+    """The byte alone, of an amax that is large enough: a significand above the code's carries into the exponent."""
+    return (bits + Uint32((0x3FFFFFFF - max_code_bits) & 0xFFFFFFFF)) >> 23
 
 
 # ---- blocks of NVFP4 ---------------------------------------------------------------------------------------------------

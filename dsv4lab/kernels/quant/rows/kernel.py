@@ -45,8 +45,6 @@ _CARVEOUT = 8  # percent of the L1 for shared memory; named, or compiling with a
 _SHARED, _SHARED_CTA = 228 * 1024, 2048  # bytes of a multiprocessor; a CTA's beside what it keeps, 1 KiB reserved
 F32_TINY = 2.0**-126
 _VAST_BITS = 0x7E000000  # 2^125: half of a block's 1 / scale is a normal BF16 below
-_E2M1_MAX_BITS = 0x40C00000
-_MXFP4_FLOOR_BITS = 0x01C00000  # 6 * 2^-126
 
 
 class QuantizeRows(RowSources):
@@ -287,7 +285,7 @@ class QuantizeRows(RowSources):
                     lanes = config.group // CHUNK
                     words = self._words(part, 0)
                     bits = self._over_group(enc.amax_bits_of_bf16(words))
-                    byte, inverse = enc.e8m0_of_number(bits, blk.E4M3_MAX_BITS, blk.FP8_FLOOR_BITS)
+                    byte, inverse = enc.e8m0_of_number(bits, enc.E4M3_MAX_BITS, enc.FP8_FLOOR_BITS)
                     found = blk.e4m3_of_numbers(words, inverse, config.element)
                     near = near and bits < Uint32(enc.INFINITY_BITS)
                     if here:
@@ -444,7 +442,7 @@ class QuantizeRows(RowSources):
     def _group_scale(self, bits: Any) -> tuple[Any, Any, Any]:
         """Of MXFP4 or FP8: (bits of the largest magnitude of neighbouring threads, byte of the scale, 1 / scale)."""
         fp8, bits = self.config.out == "fp8", self._over_group(bits)
-        limit, floor = (blk.E4M3_MAX_BITS, blk.FP8_FLOOR_BITS) if fp8 else (_E2M1_MAX_BITS, _MXFP4_FLOOR_BITS)
+        limit, floor = (enc.E4M3_MAX_BITS, enc.FP8_FLOOR_BITS) if fp8 else (enc.E2M1_MAX_BITS, enc.MXFP4_FLOOR_BITS)
         return bits, *enc.e8m0_ceil(bits, limit, floor)
 
     def _over_group(self, bits: Any) -> Any:
