@@ -11,6 +11,7 @@ GROUP = WARP * LANE  # channels of a warp
 TOKENS = 8  # that a lane holds together: 16 loads of 16 bytes
 MAX_ELEMENTS = 2**31  # rows and ring places are 32 bits wide
 _MAX_WARPS = 32
+_MAX_EARLY = 15  # named barriers
 _MULTIPROCESSORS = 132
 _SHARED_BYTES = 228 * 1024  # the most of a multiprocessor, 1 KiB for each CTA among them
 _POOLERS = 8  # warps that share an entry of many tokens
@@ -114,7 +115,7 @@ class CompressConfig:
     @property
     def batch(self) -> int:
         """Rows that a thread moves together."""
-        return min(self.moved, 4)
+        return min(self.moved, 1 if self.early else 4)
 
     @property
     def units(self) -> int:
@@ -130,6 +131,12 @@ class CompressConfig:
     def long(self) -> bool:
         """A step of many tokens, whose entries are mostly all in it, and a CTA's one after the other."""
         return not self.held and self.teams == 1
+
+    @property
+    def early(self) -> int:
+        """Warps that load tokens before they know positions, each before another warp: half, in a step of many tokens."""
+        many = self.rows > self.teams if self.teams > 1 else self.long and self.rounds > 1
+        return self.warps // 2 if many else 0
 
     def check(self) -> None:
         """Raises ValueError naming the choice that cannot be."""
@@ -148,6 +155,8 @@ class CompressConfig:
             raise ValueError(f"warps must all pool one entry, or each {TOKENS} tokens and divide them, got {self.warps}")
         if self.slices > 1 and self.channels > self.threads:
             raise ValueError(f"warps must have a thread for each of {self.channels} channels, got {self.warps}")
+        if self.early and (self.warps % 2 or self.early > _MAX_EARLY):
+            raise ValueError(f"warps must be even and at most {2 * _MAX_EARLY} of many tokens, got {self.warps}")
         if self.rows < 1 or self.rows + self.moved > self.threads:
             raise ValueError(f"rows must be at least 1 and at most {self.threads} with those moved, got {self.rows}")
         if self.cluster > 1 and self.slices == 1:
@@ -161,9 +170,9 @@ class CompressConfig:
     def for_shape(cls, tokens: int, ratio: int, keys: KeyPlan, *, overlap: bool) -> CompressConfig:
         """A step's rows in pieces that complete a few entries each where they are one sequence's; fewer rows of short steps.
 
-        A long prefill is one wave of CTAs, as many as fit at once, or few: what a CTA waits for before its first entry
-        (positions) and after its last is paid once a wave. (Having L2 fetch tokens ahead made it slower.) In a decode step
-        neighbouring rows may all complete entries, which a CTA would make one after another, so rows are spread over all.
+        A long prefill is one wave of CTAs, or few: what a CTA waits for before its first entry and after its last is paid once
+        a wave. In a decode step neighbouring rows may all complete entries, which a CTA would make one after another, so rows
+        are spread over all.
         Raises ValueError.
         """
         config = cls(ratio, overlap, keys)
@@ -171,13 +180,13 @@ class CompressConfig:
         if config.span > TOKENS:
             # Eight warps share the many tokens and four CTAs the channels. In a decode step of few tokens eight CTAs do, half a
             # warp a token, so that a multiprocessor has half the bytes to take in and a lane takes all its tokens at once. Of
-            # many entries two CTAs of 16 warps do: those of 8192 tokens all fit at once. (H200, 4352, 6144, 8192, 16384 tokens:
-            # 8.6, 11.0, 12.0, 22.8 us, by eight CTAs 9.5, 11.4, 13.8, 23.5.)
+            # many tokens two CTAs of 16 warps do, and those of 8192 run at once. (H200, 600, 1024, 2048, 4096, 8192 tokens:
+            # 6.1, 5.9, 6.3, 7.4, 11.1 us, by four CTAs 5.2, 5.9, 6.4, 7.6, 14.)
             width = keys.dim // GROUP
             config = replace(config, rows=1, warps=_POOLERS, cluster=width, resident=2)
             if 2 * width * tokens <= _MULTIPROCESSORS:
                 config = replace(config, cluster=2 * width)
-            elif tokens > _MULTIPROCESSORS // width * ratio:
+            elif tokens > _MULTIPROCESSORS * TOKENS:
                 config = replace(config, warps=2 * _POOLERS, cluster=width // 2, resident=1)
         elif keys.dim > GROUP:  # an entry is a CTA's
             most = ratio * _ENTRIES

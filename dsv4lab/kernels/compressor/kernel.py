@@ -19,7 +19,9 @@ other tokens' numbers are nobody's in this step and go into the ring at any time
 (`_kinds`), so no thread waits for another.
 
 A lane's 16 loads are 64 of its 128 registers. All are on their way before anything waits: embeddings, norm weight and
-frequencies lie in shared memory (`_constants`), and so do a decode step's rows on their way into the ring (`_fetch`).
+frequencies lie in shared memory (`_constants`), and so do a decode step's rows on their way into the ring (`_fetch`). If all
+warps load at once, all data comes late and nothing is computed meanwhile. So in a step of many tokens half of a CTA's warps
+load before positions are known (`_guess`), and each lets one of the others load when its own tokens are there (`_follow`).
 
 Bytes: 8 width a token once, keys once; the tokens of the ring again from L2, 8 width more to write each. 8192 tokens of Flash:
 CSA 67 + 1.2 MB, index 16.8 + 0.3 MB, HCA 33.5 MB, and 16.8 MB of embeddings from L2. Start and end are about 4 us beside these:
@@ -36,20 +38,18 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32
 from cutlass.memory import SmemAllocator
 
 from dsv4lab.kernels._common.lanes import lowest
-from dsv4lab.kernels._common.ptx import copy_async, copy_or_zeros
+from dsv4lab.kernels._common.ptx import copy_async
 from dsv4lab.kernels.cache.key import KeyRow
 from dsv4lab.kernels.cache.plan import WARP
 from dsv4lab.kernels.compressor import pool
 from dsv4lab.kernels.compressor.config import LANE, TOKENS, CompressConfig
+from dsv4lab.kernels.compressor.rows import FIELDS, LAST, PLACE, POSITION, RING, ROW, SEQ, START, Rows
 from dsv4lab.kernels.quant.rows import encode as enc
 
 _ONCE = ".L1::no_allocate"  # what is read once needs no room in L1
-_FIELDS = 8  # of a row's description
-_ROW, _START, _POSITION, _LAST, _RING, _PLACE, _SEQ, _KINDS = range(_FIELDS)
-_FIRST_HALF, _SECOND_HALF = 1, 2
 
 
-class Compress:
+class Compress(Rows):
     """The kernel of one `CompressConfig`; numbers of tokens, sequences, ring places and pages are the call's."""
 
     def __init__(self, config: CompressConfig) -> None:
@@ -80,21 +80,8 @@ class Compress:
         i64; block_table (num_seqs, blocks) i32. M > 0.
         """
         plan = self.plan
-        self.kernel(
-            values,
-            scores,
-            ape,
-            state,
-            weight,
-            inv_freq,
-            pages,
-            positions,
-            seq_idx,
-            first_row,
-            last_position,
-            block_table,
-            eps,
-        ).launch(
+        plans = (positions, last_position, seq_idx, first_row)
+        self.kernel(values, scores, ape, state, weight, inv_freq, pages, plans, block_table, eps).launch(
             grid=[cute.ceil_div(positions.shape[0], plan.rows) * plan.cluster, 1, 1],
             block=[plan.threads, 1, 1],
             cluster=[plan.cluster, 1, 1] if plan.cluster > 1 else None,
@@ -114,10 +101,7 @@ class Compress:
         weight: Any,
         inv_freq: Any,
         pages: Any,
-        positions: Any,
-        seq_idx: Any,
-        first_row: Any,
-        last_position: Any,
+        plans: Any,
         block_table: Any,
         eps: Float32,
     ) -> None:
@@ -140,7 +124,7 @@ class Compress:
             layout = cute.make_layout((LANE, plan.threads, 2, plan.units, plan.moved))
             own_moved = memory.allocate_tensor(Float32, layout, byte_alignment=16)
         described = memory.allocate_tensor(
-            Int32, cute.make_layout((plan.rows + plan.moved, _FIELDS), stride=(_FIELDS, 1)), byte_alignment=16
+            Int32, cute.make_layout((plan.rows + plan.moved, FIELDS), stride=(FIELDS, 1)), byte_alignment=16
         )
         masks = memory.allocate_tensor(Uint32, cute.make_layout(plan.masks))
         pooled: Any = None
@@ -166,7 +150,7 @@ class Compress:
         self.pages, self.block_table, self.eps = pages, block_table, eps
         self.own_ape, self.own_moved, self.weights, self.freqs = own_ape, own_moved, weights, freqs
         self.described, self.pooled, self.parts, self.arrived = described, pooled, parts, arrived
-        self.count = Int32(positions.shape[0])
+        self.count = Int32(plans[0].shape[0])
         self.thread, self.warp, self.lane, self.rank = thread, warp, lane, rank
         side = plan.lanes * plan.groups
         self.piece = thread // side if plan.teams == 1 else Int32(0)  # of an entry's tokens, `rounds` times `TOKENS`
@@ -175,12 +159,15 @@ class Compress:
 
         if cutlass.const_expr(plan.settled):
             self._constants()
-        if cutlass.const_expr(plan.long):
-            self._ask((positions, seq_idx, first_row, last_position), block, grid)
         cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(not plan.settled):
             self._constants()
-        self._describe(positions, seq_idx, first_row, last_position, masks, block, grid)
+        self.z, self.a = (cute.make_rmem_tensor((LANE, TOKENS), Float32) for _ in range(2))
+        self.guess = Int32(-1)
+        if cutlass.const_expr(plan.early):
+            self._look(plans, block, grid)
+            self.guess = self._guess(block)
+        self._describe(plans, masks, block, grid)
         if cutlass.const_expr(plan.teams > 1):
             cute.arch.cp_async_wait_group(0)  # for embeddings, which warps with an entry each share
         cute.arch.barrier()
@@ -190,6 +177,8 @@ class Compress:
             self._move()
         if cutlass.const_expr(plan.cluster > 1):
             cute.arch.cluster_wait()  # all CTAs are there, and their barriers
+        if cutlass.const_expr(plan.early):
+            self._follow(memory.allocate_tensor(Float32, cute.make_layout(plan.early)))
         turn = Int32(0)
         for m in cutlass.range(plan.masks, unroll=1):
             left = masks[m]
@@ -231,173 +220,16 @@ class Compress:
             copy_async(target.toint(), self.inv_freq + Int64(self.lane * 4), 4)
         cute.arch.cp_async_commit_group()
 
-    # ---- rows ------------------------------------------------------------------------------------------------------------
-    @cute.jit
-    def _ask(self, plans: Any, block: Any, grid: Any) -> None:
-        """L2 for what a thread's row of `_describe` is, which all else waits for: whatever is there, nothing is read yet."""
-        row = self._row_of(block, grid)
-        if row < self.count and self.thread < self.plan.rows + self.plan.moved:
-            for plan in plans:
-                cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[plan.iterator.toint() + Int64(row) * 8])
-
-    def _row_of(self, block: Any, grid: Any) -> Any:
-        """A thread's: of those that this cluster looks through, then of those that this CTA moves, spread over the grid."""
-        plan = self.plan
-        own, moved = block // plan.cluster * plan.rows + self.thread, (self.thread - plan.rows) * grid + block
-        return cutlass.select_(self.thread >= plan.rows, moved, own)
-
-    @cute.jit
-    def _describe(
-        self, positions: Any, seq_idx: Any, first_row: Any, last_position: Any, masks: Any, block: Any, grid: Any
-    ) -> None:
-        """A thread a row."""
-        plan = self.plan
-        thread, described, count = self.thread, self.described, self.count
-        row = self._row_of(block, grid)
-        inside = row < count and thread < plan.rows + plan.moved
-        completes = Boolean(False)
-        near = cutlass.min(row, count - 1)
-        position, last = Int32(positions[near]), Int32(last_position[near])
-        seq, first = Int32(seq_idx[near]), Int32(first_row[near])
-        if inside:
-            start = position - (row - first)
-            completes = (position + 1) % plan.ratio == 0 and thread < plan.rows
-            place = position % self.ring
-            described[thread, _ROW] = row
-            described[thread, _START] = start
-            described[thread, _POSITION] = position
-            described[thread, _LAST] = last
-            described[thread, _RING] = seq * self.ring
-            described[thread, _PLACE] = place
-            described[thread, _SEQ] = seq
-            described[thread, _KINDS] = self._kinds(start, position, last)
-        elif thread < plan.rows + plan.moved:
-            for field in cutlass.range_constexpr(_FIELDS):  # as of row 0, nothing of which is to be moved
-                described[thread, field] = Int32(0)
-        mask = Uint32(cute.arch.vote_ballot_sync(completes))
-        if self.lane == 0 and self.warp < plan.masks:
-            masks[self.warp] = mask
-
-    @cute.jit
-    def _kinds(self, start: Any, position: Any, last: Any) -> Any:
-        """Which halves of a token's channels may go into the ring at any time: 1 the first, 2 the second.
-
-        None of a token that is not among the last R. Not those that lie where an entry of this step reads an older token.
-        """
-        plan = self.plan
-        older = position - (position - start + self.ring) // self.ring * self.ring  # in the ring before this step
-        found = Int32(0)
-        if position > last - self.ring:
-            completed = (older & -plan.ratio) + (plan.ratio - 1)  # the last token of the entry of its own block
-            second = completed >= start and completed <= last
-            following = completed + plan.ratio
-            first = older >= 0 and following >= start and following <= last
-            if cutlass.const_expr(not plan.overlap):
-                first = second
-            found = (Int32(0) if first else Int32(_FIRST_HALF)) | (Int32(0) if second else Int32(_SECOND_HALF))
-        return found
-
-    @cute.jit
-    def _move(self) -> None:
-        """The rows of this CTA into the ring, what of them may go there at any time, a few together."""
-        plan = self.plan
-        described = self.described
-        for w in cutlass.range(-(-plan.moved // WARP), unroll=1):
-            mine = w * WARP + self.lane
-            kinds = described[plan.rows + cutlass.min(mine, plan.moved - 1), _KINDS]
-            left = Uint32(cute.arch.vote_ballot_sync(kinds != 0 and mine < plan.moved))
-            at = plan.rows + w * WARP
-            while left != Uint32(0):
-                held = cute.make_rmem_tensor((LANE, plan.units, plan.batch), Float32)
-                there = cute.make_rmem_tensor((plan.units, plan.batch), Int64)
-                # Loads without a branch, so that they are on their way together; past the last row they read it again.
-                for b in cutlass.range_constexpr(plan.batch):
-                    some = left != Uint32(0)
-                    at = plan.rows + w * WARP + lowest(left) if some else at
-                    left = left & (left - 1) if some else left
-                    row, position, kinds = described[at, _ROW], described[at, _POSITION], described[at, _KINDS]
-                    place = described[at, _RING] + described[at, _PLACE]
-                    for u in cutlass.range_constexpr(plan.units):
-                        channel, is_score, half = self._unit(u)
-                        to = self._in_ring(place, channel) + (Int64(4 * plan.width) if is_score else Int64(0))
-                        there[u, b] = to if some and kinds & half != 0 else Int64(0)
-                        found = self._number(row, position, channel, is_score)
-                        for c in cutlass.range_constexpr(LANE):
-                            held[c, u, b] = found[c]
-                for b in cutlass.range_constexpr(plan.batch):
-                    for u in cutlass.range_constexpr(plan.units):
-                        if there[u, b] != 0:
-                            pool.store(there[u, b], [held[c, u, b] for c in range(LANE)])
-
-    @cute.jit
-    def _fetch(self) -> None:
-        """The rows of this CTA that go into the ring, few as they are, on their way into shared memory."""
-        plan, described = self.plan, self.described
-        for b in cutlass.range_constexpr(plan.moved):
-            row, position = described[plan.rows + b, _ROW], described[plan.rows + b, _POSITION]
-            kinds = described[plan.rows + b, _KINDS]
-            for u in cutlass.range_constexpr(plan.units):
-                channel, is_score, half = self._unit(u)
-                size = cutlass.select_(kinds & half != 0, Int32(16), Int32(0))  # of what may not go there nothing is read
-                for i, source in enumerate((self._number_at(row, channel, is_score), self._ape_at(position, channel))):
-                    copy_or_zeros(self.own_moved[None, self.thread, i, u, b].iterator.toint(), source, size, 16)
-        cute.arch.cp_async_commit_group()
-
-    @cute.jit
-    def _put_fetched(self) -> None:
-        """Those rows into the ring, what of them may go there."""
-        plan, described = self.plan, self.described
-        cute.arch.sync_warp()  # lanes that stored a scale, too: the warp waits as one
-        cute.arch.cp_async_wait_group(0)
-        for b in cutlass.range_constexpr(plan.moved):
-            kinds = described[plan.rows + b, _KINDS]
-            for u in cutlass.range_constexpr(plan.units):
-                channel, is_score, half = self._unit(u)
-                if kinds & half != 0:
-                    place = described[plan.rows + b, _RING] + described[plan.rows + b, _PLACE]
-                    to = self._in_ring(place, channel) + (Int64(4 * plan.width) if is_score else Int64(0))
-                    number, ape = (self.own_moved[None, self.thread, i, u, b] for i in range(2))
-                    pool.store(to, pool.plus(number, ape, is_score))
-
-    def _unit(self, u: int) -> tuple[Any, Any, Any]:
-        """(channel, whether it is a score's, the half) of a thread's unit of a row to be moved."""
-        unit, quarter = self.thread + u * self.plan.threads, self.plan.width // LANE
-        channel = unit % quarter * LANE
-        half = cutlass.select_(channel >= self.plan.keys.dim, Int32(_SECOND_HALF), Int32(_FIRST_HALF))
-        half = cutlass.select_(unit < 2 * quarter, half, Int32(0))  # threads may be more than vectors
-        return channel, unit >= quarter, half
-
-    @cute.jit
-    def _number(self, row: Any, position: Any, channel: Any, is_score: Any) -> Any:
-        """Four values of a token of this step, or its scores with their embeddings: what the ring holds of it."""
-        found = pool.load(self._number_at(row, channel, is_score))
-        return pool.plus(found, pool.load(self._ape_at(position, channel)), is_score)
-
-    @cute.jit
-    def _number_at(self, row: Any, channel: Any, is_score: Any) -> Any:
-        """The address of a token's values, or of its scores."""
-        start = self.scores if is_score else self.values
-        stride = self.score_stride if is_score else self.value_stride
-        return start + (Int64(row) * stride + channel) * 4
-
-    def _ape_at(self, position: Any, channel: Any) -> Any:
-        """The address of a token's embeddings."""
-        return self.ape + Int64((position & (self.plan.ratio - 1)) * self.plan.width + channel) * 4
-
-    def _in_ring(self, place: Any, channel: Any) -> Any:
-        """The address of values in the ring; their scores are `width` floats further."""
-        return self.state + (Int64(place) * (2 * self.plan.width) + channel) * 4
-
     # ---- entries ---------------------------------------------------------------------------------------------------------
     @cute.jit
     def _entry(self, at: Any, turn: Any) -> None:
         """The entry that a row completes, from its tokens to its record. turn: how many there were before it."""
         plan, keys = self.plan, self.plan.keys
         warp, lane, described = self.warp, self.lane, self.described
-        position = described[at, _POSITION]
+        position = described[at, POSITION]
         entry = position // plan.ratio
         column, columns = entry // keys.page_size, Int32(self.block_table.shape[1])
-        page = self.block_table[described[at, _SEQ], cutlass.min(column, columns - 1)]
+        page = self.block_table[described[at, SEQ], cutlass.min(column, columns - 1)]
         slot = page * keys.page_size + entry % keys.page_size
         slot = slot if page >= 0 and column < columns else Int32(-1)
 
@@ -483,19 +315,15 @@ class Compress:
         """The lane's tokens of round r: their parts, for its channels. at: the row that completes the entry."""
         plan, described = self.plan, self.described
         first = (self.piece * plan.rounds + r) * TOKENS
-        row, start, position, last = (described[at, field] for field in (_ROW, _START, _POSITION, _LAST))
+        row, start, position, last = (described[at, field] for field in (ROW, START, POSITION, LAST))
         back = plan.span - 1 - first
         oldest = position - back
-        z_row, a_row = (self._number_at(row, channel, Boolean(is_score)) for is_score in (True, False))
-        z = cute.make_rmem_tensor((LANE, TOKENS), Float32)
-        a = cute.make_rmem_tensor((LANE, TOKENS), Float32)
-        if Boolean(plan.long) and position - (plan.span - 1) >= start:  # the usual entry: all of it is in this step
-            z_step, a_step = z_row - Int64(back) * (self.score_stride * 4), a_row - Int64(back) * (self.value_stride * 4)
-            for held, step, stride in ((z, z_step, self.score_stride), (a, a_step, self.value_stride)):
-                for t in cutlass.range_constexpr(TOKENS):
-                    more = plan.keys.dim if plan.overlap and t >= plan.ratio else 0
-                    _keep(held, t, pool.load(step + 4 * more, _ONCE))
-                    step = step + stride * 4
+        z, a = self.z, self.a
+        if (
+            Boolean(plan.long or plan.early) and position - (plan.span - 1) >= start
+        ):  # the usual entry: all of it is in this step
+            if not plan.early or row != self.guess or r > 0:
+                self._load(row - back, channel)
             self._await_embeddings()
             for t in cutlass.range_constexpr(TOKENS):
                 for c in cutlass.range_constexpr(LANE):
@@ -508,6 +336,42 @@ class Compress:
         if oldest < start and last - oldest >= self.ring:
             self._renew(at, first, channel)
 
+    @cute.jit
+    def _guess(self, block: Any) -> Any:
+        """The first tokens of an early warp's first entry on their way, as if the step were one sequence's and began with an
+        entry; the row that then completes it, or -1.
+        """
+        plan = self.plan
+        begin = block // plan.cluster * plan.rows
+        row = (begin & -plan.ratio) + ((self.warp if plan.teams > 1 else 0) + 1) * plan.ratio - 1
+        found = Int32(-1)
+        if self.warp < plan.early and row >= plan.span - 1 and row < cutlass.min(begin + plan.rows, self.count):
+            self._load(row - (plan.span - 1) + self.piece * (plan.rounds * TOKENS), self.rank * plan.channels + self.local)
+            found = row
+        return found
+
+    @cute.jit
+    def _follow(self, shown: Any) -> None:
+        """An early warp lets another load when its own tokens are there: it stores the last, which waits for it."""
+        warp, early = self.warp, self.plan.early
+        if warp < early:
+            if self.guess >= 0 and self.lane == 0:
+                shown[warp] = self.a[LANE - 1, TOKENS - 1]
+            cute.arch.barrier_arrive(barrier_id=1 + warp, number_of_threads=2 * WARP)
+        else:
+            cute.arch.barrier(barrier_id=1 + warp - early, number_of_threads=2 * WARP)
+
+    @cute.jit
+    def _load(self, first: Any, channel: Any) -> None:
+        """A lane's tokens from a row on."""
+        plan = self.plan
+        for held, stride, is_score in ((self.z, self.score_stride, True), (self.a, self.value_stride, False)):
+            step = self._number_at(first, channel, Boolean(is_score))
+            for t in cutlass.range_constexpr(TOKENS):
+                more = plan.keys.dim if plan.overlap and t >= plan.ratio else 0
+                _keep(held, t, pool.load(step + 4 * more, _ONCE))
+                step = step + stride * 4
+
     def _await_embeddings(self) -> None:
         """All loads are on their way before anything waits: without the first line ptxas, short of registers, moves embeddings
         and sums between them, and the last loads wait for the first ones' data.
@@ -519,8 +383,8 @@ class Compress:
     def _load_apart(self, z: Any, a: Any, at: Any, r: Any, channel: Any) -> None:
         """The same tokens, each in this step, in the ring, or before the sequence, which is nowhere."""
         plan, described = self.plan, self.described
-        row, start, position = (described[at, field] for field in (_ROW, _START, _POSITION))
-        ring, place = described[at, _RING], described[at, _PLACE]
+        row, start, position = (described[at, field] for field in (ROW, START, POSITION))
+        ring, place = described[at, RING], described[at, PLACE]
         z_at, a_at, present, missing = [], [], [], []
         back = plan.span - 1 - (self.piece * plan.rounds + r) * TOKENS
         oldest = position - back
@@ -551,22 +415,6 @@ class Compress:
                 score = pool.without(score, missing[t], pool.MINUS_INFINITY)
                 _keep(a, t, pool.without([a[c, t] for c in range(LANE)], missing[t], 0.0))
             _keep(z, t, score)
-
-    @cute.jit
-    def _renew(self, at: Any, first: Any, channel: Any) -> None:
-        """Newer tokens in the places of those that `_round` has read in the ring."""
-        plan, described = self.plan, self.described
-        row, start, position, last = (described[at, field] for field in (_ROW, _START, _POSITION, _LAST))
-        for t in cutlass.range(TOKENS, unroll=1):
-            older = position - (plan.span - 1 - first) + t
-            newer = last - (last - older) % self.ring
-            if older >= 0 and older < start and newer >= start:
-                of = channel
-                if cutlass.const_expr(plan.overlap):
-                    of = channel + (Int32(plan.keys.dim) if t >= plan.ratio else Int32(0))
-                to = self._in_ring(described[at, _RING] + newer % self.ring, of)
-                pool.store(to, self._number(row + newer - position, newer, of, Boolean(False)))
-                pool.store(to + 4 * plan.width, self._number(row + newer - position, newer, of, Boolean(True)))
 
 
 def _swizzled(vector: Any) -> Any:

@@ -5,7 +5,7 @@ slot) is loaded at once; rows of slot -1 are computed like others and stored now
 rows need comes before, while the last kernel ends. 8192 rows are resident at once: 32 registers, 64 warps a multiprocessor.
 
 Bytes of a row of 512 BF16: 1024 read, 584 (fp8) or 384 (nvfp4) written; 8192 rows are 13.2 or 11.5 MB, 3.1 or 2.7 us at an
-H200's copy bandwidth of 4.2 TB/s. Instructions of a row in sm_90a's code: 290 (fp8), 321 (nvfp4), 245 (plain); 62 rows a
+H200's copy bandwidth of 4.2 TB/s. Instructions of a row in sm_90a's code: 297 (fp8), 326 (nvfp4), 249 (plain); 62 rows a
 multiprocessor take 2.5 us (fp8) or 2.8 us (nvfp4) to issue. sm_90a and sm_100a.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
@@ -55,7 +55,7 @@ class WriteKeys:
         key = self.plan.key
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
-        lane = cute.arch.lane_idx()
+        lane = thread % WARP
         row = block * self.plan.warps + cute.arch.make_warp_uniform(thread // WARP)
         cute.arch.griddepcontrol_launch_dependents()
         if cutlass.const_expr(not self.plan.settled):
@@ -63,11 +63,12 @@ class WriteKeys:
         weights, freq = self.row.load(weight.iterator.toint(), lane, key.weight), inv_freq[lane]
         if cutlass.const_expr(self.plan.settled):
             cute.arch.griddepcontrol_wait()
-        if row < x.shape[0]:
-            slot = Int32(slots[row])
-            # A slot is needed last. With a use up here (-1 is as good a position for nobody) it is loaded with the rest, not a
-            # memory latency after x has come.
-            position = Int32(positions[row]) | (slot >> 31)
-            values = self.row.load(x.iterator.toint() + Int64(row) * (4 * x.shape[1]), lane, key.element)
-            words, pair = self.row.key(values, weights, position, freq, eps, lane)
-            self.row.store(words, pair, pages, slot, lane)
+        # Not behind a branch, where addresses would come after the wait, and positions' after x's loads: behind x itself.
+        near = cutlass.min(row, x.shape[0] - 1)
+        slot = Int32(slots[near])
+        # A slot is needed last. With a use up here (-1 is as good a position for nobody) it is loaded with the rest, not a
+        # memory latency after x has come.
+        position = Int32(positions[near]) | (slot >> 31)
+        values = self.row.load(x.iterator.toint() + Int64(near) * (4 * x.shape[1]), lane, key.element)
+        words, pair = self.row.key(values, weights, position, freq, eps, lane)
+        self.row.store(words, pair, pages, slot if row < x.shape[0] else Int32(-1), lane)
