@@ -106,31 +106,9 @@ class MixedLinearSm90:
         slabs = cute.size(records, mode=[0]) // cute.size(alpha, mode=[0])
         inner = cute.FastDivmodDivisorV2(cute.ceil_div(slabs, plan.slabs))
         group = cute.FastDivmodDivisorV2(group_rows)
-        self.kernel(
-            load_x,
-            tma_x,
-            records,
-            alpha,
-            y,
-            peaks,
-            factor,
-            slots,
-            slot_weight,
-            tiles,
-            num_tiles,
-            given,
-            seed,
-            position,
-            more_records,
-            more_alpha,
-            slabs,
-            inner,
-            group,
-            top_k,
-            group_rows,
-            limit,
-            layout,
-        ).launch(
+        routed = (slots, slot_weight, tiles, num_tiles)
+        tensors = (records, alpha, y, peaks, factor, *routed, given, seed, position, more_records, more_alpha)
+        self.kernel(load_x, tma_x, tensors, slabs, inner, group, top_k, group_rows, limit, layout).launch(
             grid=[ctas, 1, 1],
             block=[plan.threads, 1, 1],
             cluster=[plan.cluster, 1, 1] if plan.cluster > 1 else None,
@@ -145,20 +123,7 @@ class MixedLinearSm90:
         self,
         load_x: Any,
         x: cute.Tensor,
-        records: cute.Tensor,
-        alpha: cute.Tensor,
-        y: cute.Tensor,
-        peaks: cute.Tensor,
-        factor: cute.Tensor,
-        slots: cute.Tensor,
-        slot_weight: cute.Tensor,
-        tiles: cute.Tensor,
-        num_tiles: cute.Tensor,
-        given: cute.Tensor,
-        seed: cute.Tensor,
-        position: cute.Tensor,
-        more_records: cute.Tensor,
-        more_alpha: cute.Tensor,
+        tensors: Any,
         slabs: Int32,
         inner: cute.FastDivmodDivisorV2,
         group: cute.FastDivmodDivisorV2,
@@ -167,6 +132,7 @@ class MixedLinearSm90:
         limit: Float32,
         layout: cute.ComposedLayout,
     ) -> None:
+        records, alpha, y, peaks, factor, slots, slot_weight, tiles, num_tiles, given, *draw, more_records, more_alpha = tensors
         plan = self.plan
         stages = plan.stages
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -215,38 +181,23 @@ class MixedLinearSm90:
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
 
+        work = (records, alpha, y, tiles, num_tiles, inner)
         if warp >= plan.warps:
             if cutlass.const_expr(plan.tokens >= 128):
                 cute.arch.setmaxregister_decrease(_FEW_REGISTERS)
             if warp == plan.warps:
-                self._load_weights(records, alpha, more_records, y, tiles, num_tiles, slabs, inner, shared_w, full, empty)
+                self._load_weights(work, more_records, slabs, shared_w, full, empty)
             elif warp == plan.warps + 1:
                 if cutlass.const_expr(plan.by_warp):
-                    self._load_rows(x, records, alpha, y, slots, tiles, num_tiles, inner, group, top_k, shared_x, full, empty)
+                    self._load_rows(work, x, slots, group, top_k, shared_x, full, empty)
                 else:
-                    self._load_boxes(load_x, x, records, alpha, y, tiles, num_tiles, inner, group, shared_x, full, empty)
+                    self._load_boxes(work, load_x, x, group, shared_x, full, empty)
         else:
             if cutlass.const_expr(plan.tokens >= 128):
                 cute.arch.setmaxregister_increase(_MANY_REGISTERS)
-            draw = (seed, position)
-            out = Epilogue(
-                plan,
-                y,
-                peaks,
-                alpha,
-                factor,
-                slots,
-                slot_weight,
-                given,
-                draw,
-                top_k,
-                group_rows,
-                limit,
-                sums,
-                shared,
-                shared + 1,
-            )
-            self._consume(out, records, alpha, more_alpha, y, tiles, num_tiles, inner, shared_x, shared_w, full, empty)
+            where = (slots, slot_weight, given, draw, top_k, group_rows, limit, sums, shared, shared + 1)
+            out = Epilogue(plan, y, peaks, alpha, factor, *where)
+            self._consume(work, out, more_alpha, shared_x, shared_w, full, empty)
 
     @cute.jit
     def _clear_past_the_end(self, x: Any, shared_x: Any) -> None:
@@ -340,20 +291,8 @@ class MixedLinearSm90:
 
     # ---- loads ---------------------------------------------------------------------------------------------------------
     @cute.jit
-    def _load_weights(
-        self,
-        records: Any,
-        alpha: Any,
-        more_records: Any,
-        y: Any,
-        tiles: Any,
-        num_tiles: Any,
-        slabs: Any,
-        inner: Any,
-        shared_w: Any,
-        full: Any,
-        empty: Any,
-    ) -> None:
+    def _load_weights(self, work: Any, more_records: Any, slabs: Any, shared_w: Any, full: Any, empty: Any) -> None:
+        records, alpha, y, tiles, num_tiles, inner = work
         plan = self.plan
         begin, stride, end, low, high = self._plan(records, y, num_tiles, inner)
         lane = cute.arch.lane_idx()
@@ -393,23 +332,9 @@ class MixedLinearSm90:
                 now = Int32(cute.arch.clock())
 
     @cute.jit
-    def _load_rows(
-        self,
-        x: Any,
-        records: Any,
-        alpha: Any,
-        y: Any,
-        slots: Any,
-        tiles: Any,
-        num_tiles: Any,
-        inner: Any,
-        group: Any,
-        top_k: Any,
-        shared_x: Any,
-        full: Any,
-        empty: Any,
-    ) -> None:
+    def _load_rows(self, work: Any, x: Any, slots: Any, group: Any, top_k: Any, shared_x: Any, full: Any, empty: Any) -> None:
         """A lane a token: its columns of a stage in one copy."""
+        records, alpha, y, tiles, num_tiles, inner = work
         plan = self.plan
         begin, stride, end, low, high = self._plan(records, y, num_tiles, inner)
         lane = cute.arch.lane_idx()
@@ -436,22 +361,9 @@ class MixedLinearSm90:
                 stage, phase = advance(plan.stages, stage, phase)
 
     @cute.jit
-    def _load_boxes(
-        self,
-        load_x: Any,
-        x: Any,
-        records: Any,
-        alpha: Any,
-        y: Any,
-        tiles: Any,
-        num_tiles: Any,
-        inner: Any,
-        group: Any,
-        shared_x: Any,
-        full: Any,
-        empty: Any,
-    ) -> None:
+    def _load_boxes(self, work: Any, load_x: Any, x: Any, group: Any, shared_x: Any, full: Any, empty: Any) -> None:
         """Boxes of up to 64 tokens, as many as the tile has."""
+        records, alpha, y, tiles, num_tiles, inner = work
         plan = self.plan
         chunks = plan.chunks
         boxes = plan.tokens // plan.box
@@ -488,21 +400,8 @@ class MixedLinearSm90:
 
     # ---- products ------------------------------------------------------------------------------------------------------
     @cute.jit
-    def _consume(
-        self,
-        out: Any,
-        records: Any,
-        alpha: Any,
-        more_alpha: Any,
-        y: Any,
-        tiles: Any,
-        num_tiles: Any,
-        inner: Any,
-        shared_x: Any,
-        shared_w: Any,
-        full: Any,
-        empty: Any,
-    ) -> None:
+    def _consume(self, work: Any, out: Any, more_alpha: Any, shared_x: Any, shared_w: Any, full: Any, empty: Any) -> None:
+        records, alpha, y, tiles, num_tiles, inner = work
         plan = self.plan
         begin, stride, end, low, high = self._plan(records, y, num_tiles, inner)
         total = cute.make_rmem_tensor((plan.sums,), Float32)
