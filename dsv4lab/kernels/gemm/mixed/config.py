@@ -116,8 +116,8 @@ class MixedConfig:
 
     @property
     def paced(self) -> bool:
-        """Whether a CTA's first stages are asked for one after the other: large ones of few tokens (H200: 7 % for Flash wo_a;
-        where stages are small, what it takes to know the time costs more).
+        """Whether a CTA's first stages are asked for one after the other: large ones of few tokens. Where stages are small,
+        what it takes to know the time costs more.
         """
         return self.by_warp and self.chunks >= 4
 

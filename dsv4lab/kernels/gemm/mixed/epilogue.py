@@ -5,9 +5,9 @@ stored 16 bytes a thread. Warpgroups do not wait for each other, so that one mul
 buffers, which take turns.
 
 By sums, where several hold a share of them: every warp writes its own in float32, then each thread adds up and finishes some.
-The CTAs of a cluster read each other's, each its share of the slice:
+The CTAs of a cluster send each other theirs (`st.async`: a fence of the cluster takes 0.3 us), each has some of the tokens:
 
-    ready   all CTAs of the cluster have written         read   all have read: the buffer may be written again
+    ready   all sums of its tokens are there         read   all CTAs have read: the buffers may be written again
 
 Where out is argmax, results themselves are not written, but for every token and part of the tile's rows the largest one and its
 row. They are those of a float32 y, to the bit; the lanes that have a token's compare theirs. Where out is sample, it is the
@@ -60,15 +60,6 @@ class Epilogue:
 
     def _sync(self) -> None:
         cute.arch.barrier(barrier_id=_BARRIER, number_of_threads=self.plan.warps * 32)
-
-    @cute.jit
-    def _tell(self, barrier: Any) -> None:
-        """Arrive on a barrier of every CTA of the cluster, once all warps of this one have come here."""
-        thread, _, _ = cute.arch.thread_idx()
-        self._sync()
-        if thread < self.plan.cluster:
-            cute.arch.fence_acq_rel_cluster()
-            cute.arch.mbarrier_arrive(barrier, thread)
 
     @cute.jit
     def store(self, total: Any, matrix: Any, row_tile: Any, first: Any, last: Any, turn: Any) -> Any:
@@ -160,63 +151,81 @@ class Epilogue:
         plan = self.plan
         thread, _, _ = cute.arch.thread_idx()
         lane, warp = thread % 32, thread // 32
-        pitch = plan.rows + PITCH_PAD
+        pitch, count = plan.rows + PITCH_PAD, plan.slice // plan.cluster
+        rank = Int32(0)
         if cutlass.const_expr(plan.cluster > 1):
+            rank = cute.arch.block_idx_in_cluster()
             cute.arch.mbarrier_wait(self.read, turn % 2 ^ 1)
         teams = plan.slabs // plan.per_warp
+        split = rank * plan.splits + warp // teams
         for p in cutlass.range_constexpr(plan.per_warp):
-            place = warp // teams * (plan.slice * pitch) + (warp % teams + p * teams) * 16 + lane // 4
             for i in cutlass.range_constexpr(plan.slice // 8):
                 for e in cutlass.range_constexpr(4):
-                    at = place + 8 * (e // 2) + (8 * i + 2 * (lane % 4) + e % 2) * pitch
-                    self.sums[at] = total[p * (plan.tokens // 2) + (s * plan.slice // 8 + i) * 4 + e]
-        low = Int32(0)
+                    token = 8 * i + 2 * (lane % 4) + e % 2
+                    column = (warp % teams + p * teams) * 16 + lane // 4 + 8 * (e // 2)
+                    at = (split * count + token % count) * pitch + column
+                    mine = total[p * (plan.tokens // 2) + (s * plan.slice // 8 + i) * 4 + e]
+                    if cutlass.const_expr(plan.cluster > 1):
+                        there = self.sums.iterator + at
+                        cute.arch.store_async_dsmem(there, mine.bitcast(Int32), self.ready, token // count)
+                    else:
+                        self.sums[at] = mine
         quads = plan.rows_out // 4
-        units = plan.slice * quads // plan.cluster
+        units = count * quads
         if cutlass.const_expr(plan.cluster > 1):
-            self._tell(self.ready)
+            if thread == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(self.ready, plan.cluster * plan.splits * count * plan.rows * 4)
             cute.arch.mbarrier_wait(self.ready, turn % 2)
-            cute.arch.fence_acq_rel_cluster()
-            low = cute.arch.block_idx_in_cluster() * units
         else:
             self._sync()
         threads = plan.warps * 32
-        for u in cutlass.range_constexpr((units + threads - 1) // threads):
+        shares = (units + threads - 1) // threads
+        values = cute.make_rmem_tensor((4, shares), Float32)
+        values.fill(0.0)
+        places = []
+        for u in cutlass.range_constexpr(shares):
             share = u * threads + thread
-            token, quad = (low + share) // quads, (low + share) % quads
-            row = first + s * plan.slice + token
+            token, quad = share // quads, share % quads
+            row = first + s * plan.slice + rank * count + token
             column = row_tile * plan.rows_out + 4 * quad
+            counts = share < units and row < last
+            inside = counts and column < (self.group_rows if plan.picks else self.y.shape[1])
+            places.append((counts, inside, row, column, quad))
+            if inside:
+                at = token * pitch
+                if cutlass.const_expr(plan.picks):
+                    value = self._added(at + 4 * quad, self.alpha[0, 0])
+                else:
+                    value = self._quad(matrix, row, column, quad, at)
+                for e in cutlass.range_constexpr(4):
+                    values[e, u] = value[e]
+        self._sync()  # sums are read
+        if thread < plan.cluster and cutlass.const_expr(plan.cluster > 1):
+            cute.arch.mbarrier_arrive(self.read, thread)
+        for u in cutlass.range_constexpr(shares):
+            counts, inside, row, column, quad = places[u]
+            value = values[None, u]
             if cutlass.const_expr(plan.picks):
-                self._store_largest(share < units and row < last, row, column, quad, token * pitch)
-            else:
-                inside = share < units and row < last and column < self.y.shape[1]
-                if cutlass.const_expr(plan.requant):
-                    self._store_block(inside, blocks, matrix, row, column, quad, token * pitch)
-                elif inside:
-                    self._store_quad(matrix, row, column, quad, token * pitch)
-        if cutlass.const_expr(plan.cluster > 1):
-            self._tell(self.read)
-        else:
-            self._sync()
+                self._store_largest(counts, inside, value, row, column, quad)
+            elif cutlass.const_expr(plan.requant):
+                self._store_block(inside, value, blocks, row, column)
+            elif inside:
+                self._store_quad(value, row, column)
         return turn + 1
 
     @cute.jit
-    def _store_quad(self, matrix: Any, row: Any, column: Any, quad: Any, offset: Any) -> None:
+    def _store_quad(self, value: Any, row: Any, column: Any) -> None:
         """Four neighbouring columns of one row of y."""
         result = cute.make_rmem_tensor((4,), self.y.element_type)
-        value = self._quad(matrix, row, column, quad, offset)
         result.store(value.load().to(self.y.element_type))
         cute.autovec_copy(result, cute.local_tile(self.y[row, None], (4,), (column // 4,)))
 
     @cute.jit
-    def _store_block(self, inside: Any, blocks: Any, matrix: Any, row: Any, column: Any, quad: Any, offset: Any) -> None:
+    def _store_block(self, inside: Any, value: Any, blocks: Any, row: Any, column: Any) -> None:
         """The same, quantised with the neighbouring lanes' columns. All lanes come here; inside: whether there are columns."""
         words = cute.make_rmem_tensor((2,), Uint32)
-        words.fill(0)
-        if inside:
-            value = self._quad(matrix, row, column, quad, offset)
-            for i in cutlass.range_constexpr(2):
-                words[i] = _pack(value[2 * i], value[2 * i + 1])
+        for i in cutlass.range_constexpr(2):
+            words[i] = _pack(value[2 * i], value[2 * i + 1])
         out = cute.make_rmem_tensor((2,), Uint32)
         mine = [words[0], words[1]]
         requantise.nvfp4_values(out, mine, requantise.largest_bits(mine, BLOCK // 4), blocks)
@@ -242,21 +251,20 @@ class Epilogue:
         return value
 
     @cute.jit
-    def _store_largest(self, counts: Any, row: Any, column: Any, quad: Any, offset: Any) -> None:
+    def _store_largest(self, counts: Any, inside: Any, value: Any, row: Any, column: Any, quad: Any) -> None:
         """Of four neighbouring columns, and of the other lanes' with the same row and part, the largest. All lanes come here.
 
         counts: whether the row is one. Columns past the last, group_rows, are none and leave 0, which is below every float.
         """
         plan = self.plan
         best = Uint64(0)
-        if counts and column < self.group_rows:
-            added = self._added(offset + 4 * quad, self.alpha[0, 0])
-            keys = [added[e] for e in range(4)]
+        if inside:
+            keys = [value[e] for e in range(4)]
             if cutlass.const_expr(plan.out == "sample"):
                 keys = keys_of(keys, column // 4, self.factor[row], *(t[row] for t in self.draw))
             best = largest_of([pack(image(keys[e]), column + e) for e in range(4)])
             if cutlass.const_expr(plan.out == "peaks"):
-                cute.autovec_copy(added, cute.local_tile(self.y[row, None], (4,), (column // 4,)))
+                cute.autovec_copy(value, cute.local_tile(self.y[row, None], (4,), (column // 4,)))
         lanes = plan.part_rows // 4  # a power of two: tokens begin at multiples of it
         best = largest_of_lanes(best, lanes)
         into, part = self.peaks if plan.out == "peaks" else self.y, column // plan.part_rows
@@ -267,15 +275,13 @@ class Epilogue:
     def _added(self, at: Any, gain: Any) -> Any:
         """Four neighbouring sums, over the splits of every CTA in turn, times the gain."""
         plan = self.plan
-        plane = plan.slice * (plan.rows + PITCH_PAD)
+        plane = plan.slice // plan.cluster * (plan.rows + PITCH_PAD)
         value = cute.make_rmem_tensor((4,), Float32)
         value.fill(0.0)
-        for rank in cutlass.range_constexpr(plan.cluster):
-            for split in cutlass.range_constexpr(plan.splits):
-                address = (self.sums.iterator + at + split * plane).toint()
-                part = _load_cluster(address, rank) if plan.cluster > 1 else _load(address)
-                for e in cutlass.range_constexpr(4):
-                    value[e] = value[e] + part[e]
+        for split in cutlass.range_constexpr(plan.cluster * plan.splits):
+            part = _load((self.sums.iterator + at + split * plane).toint())
+            for e in cutlass.range_constexpr(4):
+                value[e] = value[e] + part[e]
         for e in cutlass.range_constexpr(4):
             value[e] = value[e] * gain
         return value
@@ -316,20 +322,13 @@ class Epilogue:
 
     @cute.jit
     def leave(self, turn: Any) -> None:
-        """Nobody leaves while its sums are read."""
+        """Nobody leaves before the others have told it that they read."""
         cute.arch.mbarrier_wait(self.read, turn % 2 ^ 1)
 
 
 def _load(address: Any) -> Any:
     code = "ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];"
     return cute.arch.inline_ptx(code, write_only_types=[Float32] * 4, read_only_args=[address])
-
-
-def _load_cluster(address: Any, rank: int) -> Any:
-    """Four floats of another CTA's shared memory."""
-    code = "{ .reg .b32 there; mapa.shared::cluster.u32 there, {$r0}, {$r1}; "
-    code += "ld.shared::cluster.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [there]; }"
-    return cute.arch.inline_ptx(code, write_only_types=[Float32] * 4, read_only_args=[address, Int32(rank)])
 
 
 def _reciprocal(value: Any) -> Any:
