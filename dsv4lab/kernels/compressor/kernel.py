@@ -24,8 +24,8 @@ warps load at once, all data comes late and nothing is computed meanwhile. So in
 load before positions are known (`_guess`), and each lets one of the others load when its own tokens are there (`_follow`).
 
 Bytes: 8 width a token once, keys once; the tokens of the ring again from L2, 8 width more to write each. 8192 tokens of Flash:
-CSA 67 + 1.2 MB, index 16.8 + 0.3 MB, HCA 33.5 MB, and 16.8 MB of embeddings from L2. Start and end are about 4 us beside these:
-the kernel before, positions, first rows; the last entry's pooling and key. sm_90a and sm_100a.
+CSA 67 + 1.2 MB, index 16.8 + 0.3 MB, HCA 33.5 MB, and 16.8 MB of embeddings from L2. Start and end are 2 to 3 us beside these.
+sm_90a and sm_100a.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
