@@ -184,6 +184,16 @@ class MixedConfig:
         return min(self.rows, PART)
 
     @property
+    def sends(self) -> bool:
+        """Whether a cluster's CTAs send each other sums, which are few."""
+        return self.cluster > 1 and self.by_warp
+
+    @property
+    def kept(self) -> int:
+        """Tokens of a slice whose sums are in a CTA's memory."""
+        return self.slice // (self.cluster if self.sends else 1)
+
+    @property
     def sum_floats(self) -> int:
         """Of the epilogue's buffer."""
         if self.direct:

@@ -5,7 +5,8 @@ stored 16 bytes a thread. Warpgroups do not wait for each other, so that one mul
 buffers, which take turns.
 
 By sums, where several hold a share of them: every warp writes its own in float32, then each thread adds up and finishes some.
-The CTAs of a cluster send each other theirs (`st.async`: a fence of the cluster takes 0.3 us), each has some of the tokens:
+The CTAs of a cluster have some of the tokens each. Few sums they send each other (`st.async`: a fence of the cluster takes
+0.3 us); many they read in each other's memory, 16 bytes a thread:
 
     ready   all sums of its tokens are there         read   all CTAs have read: the buffers may be written again
 
@@ -157,27 +158,35 @@ class Epilogue:
             rank = cute.arch.block_idx_in_cluster()
             cute.arch.mbarrier_wait(self.read, turn % 2 ^ 1)
         teams = plan.slabs // plan.per_warp
-        split = rank * plan.splits + warp // teams
+        split = warp // teams + (rank * plan.splits if plan.sends else 0)
         for p in cutlass.range_constexpr(plan.per_warp):
             for i in cutlass.range_constexpr(plan.slice // 8):
                 for e in cutlass.range_constexpr(4):
                     token = 8 * i + 2 * (lane % 4) + e % 2
                     column = (warp % teams + p * teams) * 16 + lane // 4 + 8 * (e // 2)
-                    at = (split * count + token % count) * pitch + column
+                    at = (split * plan.kept + token % plan.kept) * pitch + column
                     mine = total[p * (plan.tokens // 2) + (s * plan.slice // 8 + i) * 4 + e]
-                    if cutlass.const_expr(plan.cluster > 1):
+                    if cutlass.const_expr(plan.sends):
                         there = self.sums.iterator + at
                         cute.arch.store_async_dsmem(there, mine.bitcast(Int32), self.ready, token // count)
                     else:
                         self.sums[at] = mine
         quads = plan.rows_out // 4
         units = count * quads
-        if cutlass.const_expr(plan.cluster > 1):
+        own = Int32(0)  # where a CTA's tokens begin
+        if cutlass.const_expr(plan.sends):
             if thread == 0:
                 cute.arch.mbarrier_arrive_and_expect_tx(self.ready, plan.cluster * plan.splits * count * plan.rows * 4)
             cute.arch.mbarrier_wait(self.ready, turn % 2)
         else:
             self._sync()
+            if cutlass.const_expr(plan.cluster > 1):
+                if thread < plan.cluster:
+                    cute.arch.fence_acq_rel_cluster()
+                    cute.arch.mbarrier_arrive(self.ready, thread)
+                cute.arch.mbarrier_wait(self.ready, turn % 2)
+                cute.arch.fence_acq_rel_cluster()
+                own = rank * count
         threads = plan.warps * 32
         shares = (units + threads - 1) // threads
         values = cute.make_rmem_tensor((4, shares), Float32)
@@ -192,7 +201,7 @@ class Epilogue:
             inside = counts and column < (self.group_rows if plan.picks else self.y.shape[1])
             places.append((counts, inside, row, column, quad))
             if inside:
-                at = token * pitch
+                at = (own + token) * pitch
                 if cutlass.const_expr(plan.picks):
                     value = self._added(at + 4 * quad, self.alpha[0, 0])
                 else:
@@ -275,11 +284,13 @@ class Epilogue:
     def _added(self, at: Any, gain: Any) -> Any:
         """Four neighbouring sums, over the splits of every CTA in turn, times the gain."""
         plan = self.plan
-        plane = plan.slice // plan.cluster * (plan.rows + PITCH_PAD)
+        plane = plan.kept * (plan.rows + PITCH_PAD)
         value = cute.make_rmem_tensor((4,), Float32)
         value.fill(0.0)
-        for split in cutlass.range_constexpr(plan.cluster * plan.splits):
-            part = _load((self.sums.iterator + at + split * plane).toint())
+        for i in cutlass.range_constexpr(plan.cluster * plan.splits):
+            reads = plan.cluster > 1 and not plan.sends
+            address = (self.sums.iterator + at + (i % plan.splits if reads else i) * plane).toint()
+            part = _load_cluster(address, i // plan.splits) if reads else _load(address)
             for e in cutlass.range_constexpr(4):
                 value[e] = value[e] + part[e]
         for e in cutlass.range_constexpr(4):
@@ -329,6 +340,13 @@ class Epilogue:
 def _load(address: Any) -> Any:
     code = "ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];"
     return cute.arch.inline_ptx(code, write_only_types=[Float32] * 4, read_only_args=[address])
+
+
+def _load_cluster(address: Any, rank: int) -> Any:
+    """Four floats of another CTA's shared memory."""
+    code = "{ .reg .b32 there; mapa.shared::cluster.u32 there, {$r0}, {$r1}; "
+    code += "ld.shared::cluster.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [there]; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Float32] * 4, read_only_args=[address, Int32(rank)])
 
 
 def _reciprocal(value: Any) -> Any:

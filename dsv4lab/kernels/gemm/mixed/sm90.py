@@ -157,7 +157,7 @@ class MixedLinearSm90:
                 for i in cutlass.range_constexpr(stages):
                     cute.arch.mbarrier_init(full + i, 2)
                     cute.arch.mbarrier_init(empty + i, plan.warps)
-                cute.arch.mbarrier_init(shared, 1)
+                cute.arch.mbarrier_init(shared, 1 if plan.sends else plan.cluster)
                 cute.arch.mbarrier_init(shared + 1, plan.cluster)
             cute.arch.mbarrier_init_fence()
         elif cutlass.const_expr(plan.by_warp):
