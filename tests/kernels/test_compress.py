@@ -220,6 +220,13 @@ def test_many_entries_of_one_cluster() -> None:
     simulated(scene, [[(s, 1) for s in range(4)]], schedule="lazy").check()
 
 
+def test_a_guess_is_for_a_warp_s_first_entry() -> None:
+    """Five entries come before the guessed one, so that it is its warp's second."""
+    scene = Scene(8, False, "index", "plain", False, 16, 40, seqs=9, lengths=[8] + [7] * 5 + [0] * 3)
+    scene.config = long_step(scene, 1200)
+    simulated(scene, [[(s, 1) for s in range(1, 9)] + [(0, 8)]]).check()
+
+
 @pytest.mark.parametrize(
     ("ratio", "overlap", "key", "cut", "tokens"),
     [(4, True, "index", [9, 1, 2, 3, 5], 10**6), (128, False, "kv", [58, 75], 10**6), (128, False, "kv", [58, 75], 1000)],

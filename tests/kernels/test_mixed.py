@@ -45,6 +45,7 @@ SHAPES = [
     (16, 96, 1024, replace(FEW, tokens=16, slabs=2, chunks=8, splits=8, per_warp=2)),
     (3, 200, 200, replace(FEW, slabs=8, splits=1)),  # K ends inside a tile of a pair
     (1, 328, 256, replace(FEW, slabs=8, splits=1)),  # CTAs without a tile
+    (13, 264, 1024, replace(FEW, tokens=16, cluster=4)),  # several tiles of a cluster
     (33, 128, 512, MixedConfig("nvfp4", "f32", 32, 8, 2, 2, cluster=2)),  # by warpgroups, two token tiles
     (70, 136, 328, MixedConfig("nvfp4", "f32", 64, 4, 1, 3)),  # one slice a stage
     (300, 128, 256, MixedConfig("nvfp4", "f32", 256, 8, 1, 3, (64, 224))),  # a narrow product for the second tile

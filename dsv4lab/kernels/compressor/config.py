@@ -12,6 +12,7 @@ TOKENS = 8  # that a lane holds together: 16 loads of 16 bytes
 MAX_ELEMENTS = 2**31  # rows and ring places are 32 bits wide
 _MAX_WARPS = 32
 _MAX_EARLY = 15  # named barriers
+_MANY = 1056  # tokens, of which fewer CTAs are faster
 _MULTIPROCESSORS = 132
 _SHARED_BYTES = 228 * 1024  # the most of a multiprocessor, 1 KiB for each CTA among them
 _POOLERS = 8  # warps that share an entry of many tokens
@@ -155,8 +156,8 @@ class CompressConfig:
             raise ValueError(f"warps must all pool one entry, or each {TOKENS} tokens and divide them, got {self.warps}")
         if self.slices > 1 and self.channels > self.threads:
             raise ValueError(f"warps must have a thread for each of {self.channels} channels, got {self.warps}")
-        if self.early and (self.warps % 2 or self.early > _MAX_EARLY):
-            raise ValueError(f"warps must be even and at most {2 * _MAX_EARLY} of many tokens, got {self.warps}")
+        if self.early > _MAX_EARLY:
+            raise ValueError(f"warps must be at most {2 * _MAX_EARLY} of many tokens, got {self.warps}")
         if self.rows < 1 or self.rows + self.moved > self.threads:
             raise ValueError(f"rows must be at least 1 and at most {self.threads} with those moved, got {self.rows}")
         if self.cluster > 1 and self.slices == 1:
@@ -186,7 +187,7 @@ class CompressConfig:
             config = replace(config, rows=1, warps=_POOLERS, cluster=width, resident=2)
             if 2 * width * tokens <= _MULTIPROCESSORS:
                 config = replace(config, cluster=2 * width)
-            elif tokens > _MULTIPROCESSORS * TOKENS:
+            elif tokens > _MANY:
                 config = replace(config, warps=2 * _POOLERS, cluster=width // 2, resident=1)
         elif keys.dim > GROUP:  # an entry is a CTA's
             most = ratio * _ENTRIES

@@ -80,8 +80,8 @@ class Compress(Rows):
         i64; block_table (num_seqs, blocks) i32. M > 0.
         """
         plan = self.plan
-        plans = (positions, last_position, seq_idx, first_row)
-        self.kernel(values, scores, ape, state, weight, inv_freq, pages, plans, block_table, eps).launch(
+        known = (positions, last_position, seq_idx, first_row)
+        self.kernel(values, scores, ape, state, weight, inv_freq, pages, known, block_table, eps).launch(
             grid=[cute.ceil_div(positions.shape[0], plan.rows) * plan.cluster, 1, 1],
             block=[plan.threads, 1, 1],
             cluster=[plan.cluster, 1, 1] if plan.cluster > 1 else None,
@@ -101,7 +101,7 @@ class Compress(Rows):
         weight: Any,
         inv_freq: Any,
         pages: Any,
-        plans: Any,
+        known: Any,
         block_table: Any,
         eps: Float32,
     ) -> None:
@@ -150,7 +150,7 @@ class Compress(Rows):
         self.pages, self.block_table, self.eps = pages, block_table, eps
         self.own_ape, self.own_moved, self.weights, self.freqs = own_ape, own_moved, weights, freqs
         self.described, self.pooled, self.parts, self.arrived = described, pooled, parts, arrived
-        self.count = Int32(plans[0].shape[0])
+        self.count = Int32(known[0].shape[0])
         self.thread, self.warp, self.lane, self.rank = thread, warp, lane, rank
         side = plan.lanes * plan.groups
         self.piece = thread // side if plan.teams == 1 else Int32(0)  # of an entry's tokens, `rounds` times `TOKENS`
@@ -165,9 +165,9 @@ class Compress(Rows):
         self.z, self.a = (cute.make_rmem_tensor((LANE, TOKENS), Float32) for _ in range(2))
         self.guess = Int32(-1)
         if cutlass.const_expr(plan.early):
-            self._look(plans, block, grid)
+            self._look(known, block, grid)
             self.guess = self._guess(block)
-        self._describe(plans, masks, block, grid)
+        self._describe(known, masks, block, grid)
         if cutlass.const_expr(plan.teams > 1):
             cute.arch.cp_async_wait_group(0)  # for embeddings, which warps with an entry each share
         cute.arch.barrier()
@@ -234,15 +234,16 @@ class Compress(Rows):
         slot = slot if page >= 0 and column < columns else Int32(-1)
 
         channel = self.rank * plan.channels + self.local
+        guess = self.guess if turn < plan.teams else Int32(-1)  # for the first entry alone are its tokens still there
         found = cute.make_rmem_tensor((3, LANE), Float32)
         if cutlass.const_expr(plan.rounds == 1):
-            self._round(found, at, 0, channel)
+            self._round(found, at, 0, channel, guess)
         else:
             part = cute.make_rmem_tensor((3, LANE), Float32)
             for c in cutlass.range_constexpr(LANE):
                 found[0, c], found[1, c], found[2, c] = Float32(pool.LOWEST), Float32(0.0), Float32(0.0)
             for r in cutlass.range(plan.rounds, unroll=1):
-                self._round(part, at, r, channel)
+                self._round(part, at, r, channel, guess)
                 for c in cutlass.range_constexpr(LANE):
                     both = [(held[0, c], held[1, c], held[2, c]) for held in (found, part)]
                     found[0, c], found[1, c], found[2, c] = pool.joined(both)
@@ -311,7 +312,7 @@ class Compress(Rows):
         self.key.store(words, pair, self.pages, slot, self.lane)
 
     @cute.jit
-    def _round(self, part: Any, at: Any, r: Any, channel: Any) -> None:
+    def _round(self, part: Any, at: Any, r: Any, channel: Any, guess: Any) -> None:
         """The lane's tokens of round r: their parts, for its channels. at: the row that completes the entry."""
         plan, described = self.plan, self.described
         first = (self.piece * plan.rounds + r) * TOKENS
@@ -322,7 +323,7 @@ class Compress(Rows):
         if (
             Boolean(plan.long or plan.early) and position - (plan.span - 1) >= start
         ):  # the usual entry: all of it is in this step
-            if not plan.early or row != self.guess or r > 0:
+            if not plan.early or row != guess or r > 0:
                 self._load(row - back, channel)
             self._await_embeddings()
             for t in cutlass.range_constexpr(TOKENS):

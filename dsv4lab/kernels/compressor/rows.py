@@ -45,19 +45,19 @@ class Rows:
         return cutlass.select_(self.thread >= plan.rows, moved, own)
 
     @cute.jit
-    def _look(self, plans: Any, block: Any, grid: Any) -> None:
+    def _look(self, known: Any, block: Any, grid: Any) -> None:
         """What is known of a thread's row on its way to where its description will be. Not into registers: such loads share a
         scoreboard with those of tokens after them, and who waits for positions would wait for tokens.
         """
         row = self._row_of(block, grid)
         if row < self.count and self.thread < self.plan.rows + self.plan.moved:
             to = self.described[self.thread, None].iterator.toint()
-            for i, plan in enumerate(plans):
-                copy_async(to + 8 * i, plan.iterator.toint() + Int64(row) * 8, 8)
+            for i, one in enumerate(known):
+                copy_async(to + 8 * i, one.iterator.toint() + Int64(row) * 8, 8)
         cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def _describe(self, plans: Any, masks: Any, block: Any, grid: Any) -> None:
+    def _describe(self, known: Any, masks: Any, block: Any, grid: Any) -> None:
         """A thread a row."""
         plan = self.plan
         thread, described, count = self.thread, self.described, self.count
@@ -68,7 +68,7 @@ class Rows:
         if cutlass.const_expr(plan.early):
             cute.arch.cp_async_wait_group(0)
         else:
-            position, last, seq, first = (Int32(known[cutlass.min(row, count - 1)]) for known in plans)
+            position, last, seq, first = (Int32(one[cutlass.min(row, count - 1)]) for one in known)
         if inside:
             if cutlass.const_expr(plan.early):
                 position, last, seq, first = (described[thread, 2 * i] for i in range(4))

@@ -8,7 +8,7 @@ By sums, where several hold a share of them: every warp writes its own in float3
 The CTAs of a cluster have some of the tokens each. Few sums they send each other (`st.async`: a fence of the cluster takes
 0.3 us); many they read in each other's memory, 16 bytes a thread:
 
-    ready   all sums of its tokens are there         read   all CTAs have read: the buffers may be written again
+    ready   what a CTA adds up is there         read   all CTAs have read: the buffers may be written again
 
 Where out is argmax, results themselves are not written, but for every token and part of the tile's rows the largest one and its
 row. They are those of a float32 y, to the bit; the lanes that have a token's compare theirs. Where out is sample, it is the
@@ -209,7 +209,9 @@ class Epilogue:
                 for e in cutlass.range_constexpr(4):
                     values[e, u] = value[e]
         self._sync()  # sums are read
-        if thread < plan.cluster and cutlass.const_expr(plan.cluster > 1):
+        if cutlass.const_expr(plan.cluster > 1) and thread < plan.cluster:
+            if cutlass.const_expr(not plan.sends):
+                cute.arch.fence_acq_rel_cluster()
             cute.arch.mbarrier_arrive(self.read, thread)
         for u in cutlass.range_constexpr(shares):
             counts, inside, row, column, quad = places[u]

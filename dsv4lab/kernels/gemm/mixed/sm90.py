@@ -34,7 +34,7 @@ from dsv4lab.kernels.gemm.mixed.layout import SLAB, TILE, record_words
 from dsv4lab.kernels.gemm.mixed.multiply import advance, multiply_by_warp, multiply_by_warpgroup
 
 _BEGINNINGS = 4  # places along K where tiles of weight rows begin
-_PACE = 20  # bytes a cycle at which an empty ring is filled; a CTA's share of the memory is 8 or 17
+_PACE = 20  # bytes a cycle at which an empty ring is filled; a CTA's share of the memory is 8 or 16
 _CARVEOUT = 100  # percent of the L1 for shared memory; named, or compiling with a minimum of CTAs would ask for a device
 _FEW_REGISTERS, _MANY_REGISTERS = 40, 232  # of loading and of multiplying threads, where a tile's sums need them
 
@@ -323,8 +323,8 @@ class MixedLinearSm90:
 
     @cute.jit
     def _pause(self, born: Any, step: Any, first: Any) -> None:
-        """Until a step of the first tile's first round is due, at little more than a CTA's share of the memory. An empty ring
-        that is asked for at once arrives all at once, its first stage with its last; and tokens, asked for later, behind it.
+        """Until a step of the first tile's first round is due. An empty ring that is asked for at once arrives all at once, its
+        first stage with its last, and behind them tokens, which are asked for later.
         """
         if first and step < self.plan.stages:
             now = Int32(cute.arch.clock())
