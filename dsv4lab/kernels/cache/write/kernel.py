@@ -5,7 +5,7 @@ slot) is loaded at once; rows of slot -1 are computed like others and stored now
 rows need comes before, while the last kernel ends. 8192 rows are resident at once: 32 registers, 64 warps a multiprocessor.
 
 Bytes of a row of 512 BF16: 1024 read, 584 (fp8) or 384 (nvfp4) written; 8192 rows are 13.2 or 11.5 MB, 3.1 or 2.7 us at an
-H200's copy bandwidth of 4.2 TB/s. Instructions of a row in sm_90a's code: 297 (fp8), 326 (nvfp4), 249 (plain); 62 rows a
+H200's copy bandwidth of 4.2 TB/s. Instructions of a row in sm_90a's code: 297 (fp8), 330 (nvfp4), 249 (plain); 62 rows a
 multiprocessor take 2.5 us (fp8) or 2.8 us (nvfp4) to issue. sm_90a and sm_100a.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
