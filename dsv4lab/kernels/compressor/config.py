@@ -130,14 +130,13 @@ class CompressConfig:
 
     @property
     def long(self) -> bool:
-        """A step of many tokens, whose entries are mostly all in it, and a CTA's one after the other."""
-        return not self.held and self.teams == 1
+        """A step of many tokens, whose entries are mostly all in it."""
+        return not self.held
 
     @property
     def early(self) -> int:
-        """Warps that load tokens before they know positions, each before another warp: half, in a step of many tokens."""
-        many = self.rows > self.teams if self.teams > 1 else self.long and self.rounds > 1
-        return self.warps // 2 if many else 0
+        """Warps that load tokens before they know positions, each before another warp: half, where all would load at once."""
+        return self.warps // 2 if self.long and (self.teams > 1 or self.rounds > 1) else 0
 
     def check(self) -> None:
         """Raises ValueError naming the choice that cannot be."""

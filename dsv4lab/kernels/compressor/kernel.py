@@ -164,10 +164,11 @@ class Compress(Rows):
             self._constants()
         self.z, self.a = (cute.make_rmem_tensor((LANE, TOKENS), Float32) for _ in range(2))
         self.guess = Int32(-1)
+        row = self._row_of(block, grid)
         if cutlass.const_expr(plan.early):
-            self._look(known, block, grid)
+            self._look(known, row)
             self.guess = self._guess(block)
-        self._describe(known, masks, block, grid)
+        self._describe(known, masks, row)
         if cutlass.const_expr(plan.teams > 1):
             cute.arch.cp_async_wait_group(0)  # for embeddings, which warps with an entry each share
         cute.arch.barrier()
@@ -320,9 +321,7 @@ class Compress(Rows):
         back = plan.span - 1 - first
         oldest = position - back
         z, a = self.z, self.a
-        if (
-            Boolean(plan.long or plan.early) and position - (plan.span - 1) >= start
-        ):  # the usual entry: all of it is in this step
+        if Boolean(plan.long) and position - (plan.span - 1) >= start:  # the usual entry: all of it is in this step
             if not plan.early or row != guess or r > 0:
                 self._load(row - back, channel)
             self._await_embeddings()

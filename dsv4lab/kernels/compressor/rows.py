@@ -45,11 +45,10 @@ class Rows:
         return cutlass.select_(self.thread >= plan.rows, moved, own)
 
     @cute.jit
-    def _look(self, known: Any, block: Any, grid: Any) -> None:
+    def _look(self, known: Any, row: Any) -> None:
         """What is known of a thread's row on its way to where its description will be. Not into registers: such loads share a
         scoreboard with those of tokens after them, and who waits for positions would wait for tokens.
         """
-        row = self._row_of(block, grid)
         if row < self.count and self.thread < self.plan.rows + self.plan.moved:
             to = self.described[self.thread, None].iterator.toint()
             for i, one in enumerate(known):
@@ -57,11 +56,10 @@ class Rows:
         cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def _describe(self, known: Any, masks: Any, block: Any, grid: Any) -> None:
+    def _describe(self, known: Any, masks: Any, row: Any) -> None:
         """A thread a row."""
         plan = self.plan
         thread, described, count = self.thread, self.described, self.count
-        row = self._row_of(block, grid)
         inside = row < count and thread < plan.rows + plan.moved
         completes = Boolean(False)
         position = last = seq = first = Int32(0)

@@ -173,10 +173,9 @@ class Epilogue:
                         self.sums[at] = mine
         quads = plan.rows_out // 4
         units = count * quads
-        own = Int32(0)  # where a CTA's tokens begin
         if cutlass.const_expr(plan.sends):
             if thread == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(self.ready, plan.cluster * plan.splits * count * plan.rows * 4)
+                cute.arch.mbarrier_arrive_and_expect_tx(self.ready, 4 * plan.splits * plan.slice * plan.rows)
             cute.arch.mbarrier_wait(self.ready, turn % 2)
         else:
             self._sync()
@@ -186,7 +185,6 @@ class Epilogue:
                     cute.arch.mbarrier_arrive(self.ready, thread)
                 cute.arch.mbarrier_wait(self.ready, turn % 2)
                 cute.arch.fence_acq_rel_cluster()
-                own = rank * count
         threads = plan.warps * 32
         shares = (units + threads - 1) // threads
         values = cute.make_rmem_tensor((4, shares), Float32)
@@ -194,14 +192,14 @@ class Epilogue:
         places = []
         for u in cutlass.range_constexpr(shares):
             share = u * threads + thread
-            token, quad = share // quads, share % quads
-            row = first + s * plan.slice + rank * count + token
+            token, quad = rank * count + share // quads, share % quads
+            row = first + s * plan.slice + token
             column = row_tile * plan.rows_out + 4 * quad
             counts = share < units and row < last
             inside = counts and column < (self.group_rows if plan.picks else self.y.shape[1])
             places.append((counts, inside, row, column, quad))
             if inside:
-                at = (own + token) * pitch
+                at = token % plan.kept * pitch
                 if cutlass.const_expr(plan.picks):
                     value = self._added(at + 4 * quad, self.alpha[0, 0])
                 else:
@@ -286,11 +284,10 @@ class Epilogue:
     def _added(self, at: Any, gain: Any) -> Any:
         """Four neighbouring sums, over the splits of every CTA in turn, times the gain."""
         plan = self.plan
-        plane = plan.kept * (plan.rows + PITCH_PAD)
+        plane, reads = plan.kept * (plan.rows + PITCH_PAD), plan.cluster > 1 and not plan.sends
         value = cute.make_rmem_tensor((4,), Float32)
         value.fill(0.0)
         for i in cutlass.range_constexpr(plan.cluster * plan.splits):
-            reads = plan.cluster > 1 and not plan.sends
             address = (self.sums.iterator + at + (i % plan.splits if reads else i) * plane).toint()
             part = _load_cluster(address, i // plan.splits) if reads else _load(address)
             for e in cutlass.range_constexpr(4):
