@@ -30,9 +30,9 @@ HEAD = MixConfig(80, 4, False, "bf16", warps=1, ahead=2, finish=1, ring=2)  # fi
 ONE = MixConfig(256, 24, False, "bf16", warps=4, ahead=1, finish=4, ring=1, split=2)
 
 # Clusters of 16 CTAs: two stages, so that every place is used again; blocks of `fn` in registers and in shared memory.
-TOGETHER = TogetherConfig(2048, 24, False, "bf16", warps=4, held=72, collapse=8, stages=2)
-TOGETHER_POST = TogetherConfig(1024, 24, True, "f32", warps=4, held=72, collapse=4, stages=3)
-TOGETHER_HEAD = TogetherConfig(1024, 4, False, "bf16", warps=8, held=24, collapse=8, stages=2)
+TOGETHER = TogetherConfig(2048, 24, False, "bf16", warps=4, held=64, collapse=8, stages=2)
+TOGETHER_POST = TogetherConfig(1024, 24, True, "f32", warps=4, held=64, collapse=4, stages=3)
+TOGETHER_HEAD = TogetherConfig(1024, 4, False, "bf16", warps=8, held=16, collapse=8, stages=2)
 
 Mix = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -415,7 +415,7 @@ def _compiled_together(config: TogetherConfig, runtime: Runtime) -> Callable[...
 
         rows, shared, results = _examples(config, cute.sym_int())
         fn = fake(cutlass.Uint32, config.columns // BLOCK, config.block_words // 4, 32, 4)
-        unit = fake(cutlass.Float32, config.outputs, align=4)
+        unit = fake(cutlass.Float32, config.rows, align=4)
         return Together(config), (*rows, fn, unit, *shared, *results, cutlass.Int32(RANKS), fake_stream())
 
     return cache.kernel("dsv4lab.kernels.mhc.together", config, build, runtime)

@@ -25,9 +25,8 @@ _ONE_FINISH, _ONE_SPLIT = 4, 8  # warps of a finishing CTA and finishing CTAs of
 _ONE_TOKENS = 8  # up to which one kernel is faster: 16 are slower (H200)
 SHARED_BYTES = 227 * 1024  # that a CTA may have
 _FINISH_BYTES = 192 * 1024  # of a finishing CTA, so that a projecting one, of 30 kB, fits beside it
-_HELD_REGISTERS, _HELD_WITH_POST = 144, 128  # of a thread of `together` that projects, for `fn`
-_OTHER_REGISTERS = (56, 40)  # of one that collapses, of one that neither does nor projects
-_MORE_REGISTERS = (72, 48)  # likewise, where `fn` leaves them: with fewer the head's kernels spill
+_HELD_REGISTERS = 128  # of a thread of `together` that projects, for `fn`
+_OTHER_REGISTERS = (56, 56)  # of one that collapses, of one that neither does nor projects
 _MANY_WARPS = 132 * 16  # as for the gather of experts' rows
 _ELEMENTS = ("bf16", "f32")
 _INTEGERS = ("i32", "i64")
@@ -228,9 +227,14 @@ class TogetherConfig:
         return -(-self.blocks // self.warps)
 
     @property
+    def rows(self) -> int:
+        """Outputs that there are products for: of a row of comb, whose softmax does not change with it, not the first."""
+        return self.outputs - STREAMS * (self.outputs > STREAMS)
+
+    @property
     def tiles(self) -> int:
-        """Products side by side: 8 outputs each."""
-        return -(-self.outputs // 8)
+        """Sums side by side: 8 outputs each, of the last 4 outputs in two parts."""
+        return -(-self.rows // 8)
 
     @property
     def parts(self) -> int:
@@ -238,9 +242,15 @@ class TogetherConfig:
         return HALVES if self.scaled else PARTS
 
     @property
+    def order(self) -> list[int]:
+        """The tile that each product of a stream's block adds to, the smallest part first: see `prepare_fragments`."""
+        last = self.tiles - 1
+        return [n for part in reversed(range(self.parts)) for n in [*range(last), *[last][part % 2 :]]]
+
+    @property
     def block_words(self) -> int:
         """32-bit words of a block of `fn` that a lane has."""
-        return STREAMS * self.parts * self.tiles * 2
+        return STREAMS * len(self.order) * 2
 
     @property
     def shared_vectors(self) -> tuple[int, int]:
@@ -269,7 +279,7 @@ class TogetherConfig:
     @property
     def vectors(self) -> int:
         """16-byte messages with the sums of a token, and with the products of its streams, four times four."""
-        return -(-self.outputs // 4) + STREAMS
+        return self.rows // 4 + STREAMS
 
     @property
     def passes(self) -> int:
@@ -286,7 +296,7 @@ class TogetherConfig:
 
         Projecting ones have what the others leave of what a CTA starts with: as many for each thread, in eights, as there are.
         """
-        collapse, service = _OTHER_REGISTERS if self.held > _HELD_REGISTERS * 2 // 3 else _MORE_REGISTERS
+        collapse, service = _OTHER_REGISTERS
         whole = 65536 // self.threads // 8 * 8 * (self.threads // WARP)
         return min((whole - service * 4 - collapse * self.collapse) // self.warps // 8 * 8, 232), collapse, service
 
@@ -352,7 +362,7 @@ class TogetherConfig:
             return None
         one = cls(columns, outputs, post, weight, min(8, -(-blocks // 4) * 4), 1, 4, 1)
         one = replace(one, scaled=one.per_warp * one.block_words > _HELD_REGISTERS)  # three BF16 have no room
-        one = replace(one, held=min(one.per_warp * one.block_words, _HELD_WITH_POST if post else _HELD_REGISTERS))
+        one = replace(one, held=min(one.per_warp * one.block_words, _HELD_REGISTERS))
         choices = [replace(one, buffers=buffers) for buffers in (MIXERS, 1)]
         for least in (4, 3, 2):  # a second place for sums is worth a fifth or later stage, not the fourth (H200)
             for choice in choices:

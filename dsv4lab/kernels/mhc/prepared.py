@@ -47,20 +47,32 @@ def prepare(fn: torch.Tensor) -> torch.Tensor:
 
 
 def prepare_fragments(fn: torch.Tensor, *, scaled: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """fn (N, 4 D) f32 -> (D / 16, words / 4, 32, 4) i32, and what each output is to be multiplied by (N,) f32.
+    """fn (N, 4 D) f32 -> (D / 16, words / 4, 32, 4) i32, and what each of its rows is to be multiplied by (20 or 4,) f32.
 
-    As three BF16; or, scaled, as two FP16: an output's numbers are then scaled by a power of two, so that the largest lies in
-    2^14 .. 2^15. Lane (g, q) has, of output 8 n + g and stream j, columns 2 q, 2 q + 1 and 8 + 2 q, 9 + 2 q of the block:
-    fragments as `ldmatrix` has the streams'. Words run over (stream, part, tile of 8 outputs, half); rows past N are zero.
+    A softmax does not change when all its logits are less the first: of comb's rows the first `fn` is taken from the other
+    three, and is left out. As three BF16; or, scaled, as two FP16: a row's numbers are then scaled by a power of two, so that
+    the largest lies in 2^14 .. 2^15. Lane (g, q) has, of row 8 n + g and stream j, columns 2 q, 2 q + 1 and 8 + 2 q, 9 + 2 q of
+    the block: fragments as `ldmatrix` has the streams'. Words run over (stream, product, half), products from the smallest
+    part to the largest, 8 rows each; the last 4 rows are in one product with those of the next smaller part, or with zeros.
     """
-    exponent = torch.full((fn.shape[0],), 15, device=fn.device)
+    rows = fn.double()
+    if fn.shape[0] > STREAMS:
+        comb = rows[2 * STREAMS :].unflatten(0, (STREAMS, STREAMS))
+        rows = torch.cat([rows[: 2 * STREAMS], (comb[:, 1:] - comb[:, :1]).flatten(0, 1)])
+    exponent = torch.full((rows.shape[0],), 15, device=fn.device)
     count, dtype = PARTS, torch.bfloat16
     if scaled:  # as if all zeros were below 2^-100, so that the powers of two remain float32
-        exponent = torch.frexp(fn.abs().amax(1).double()).exponent.clamp(min=-100)
+        exponent = torch.frexp(rows.abs().amax(1)).exponent.clamp(min=-100)
         count, dtype = HALVES, torch.float16
-    parts = _parts(torch.ldexp(fn.double(), (15 - exponent)[:, None]), count, dtype).unflatten(-1, (2, 4, 2))
-    # (part, tile, g, stream, block, half, q, pair) -> (block, stream, part, tile, half, g, q, pair)
-    words = _words(parts.permute(4, 3, 0, 1, 5, 2, 6, 7))
+    parts = _parts(torch.ldexp(rows, (15 - exponent)[:, None]), count, dtype)
+    parts = torch.cat([parts, torch.zeros_like(parts[:1])])
+    products = []
+    for part in reversed(range(count)):
+        products += list(parts[part, :-1])
+        if part % 2 == 0:
+            products.append(torch.cat([parts[part, -1, :4], parts[part + 1, -1, :4]]))
+    # (product, g, stream, block, half, q, pair) -> (block, stream, product, half, g, q, pair)
+    words = _words(torch.stack(products).unflatten(-1, (2, 4, 2)).permute(3, 2, 0, 4, 1, 5, 6))
     return words, torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 15)
 
 

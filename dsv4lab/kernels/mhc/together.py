@@ -291,13 +291,22 @@ class Together:
         plan, mail, place = self.plan, sending.mail, sending.place
         lane = cute.arch.lane_idx()
         output = cutlass.min(lane, plan.outputs - 1)
-        factor, offset = enc.mul(scale[cutlass.min(output // STREAMS, 2)], unit[output]), base[output]
+        slot, factor, offset = output, scale[cutlass.min(output // STREAMS, 2)], base[output]
+        if output >= 2 * STREAMS:  # of comb: all logits of a row less the first, which is 0
+            slot, offset = output - output // STREAMS + 1, offset - base[output // STREAMS * STREAMS]
+            if output % STREAMS == 0:
+                factor = Float32(0.0)
+        factor = enc.mul(factor, unit[cutlass.min(slot, plan.rows - 1)])
         first, step, mine = self._mine(place, new_post.shape[0] if self.whole else Int32(0))
-        places = [output, 4 * (plan.vectors - STREAMS) + lane % LOGITS]
+        places = [slot, plan.rows + lane % LOGITS]
         for i in cutlass.range(mixer, place.count, MIXERS, unroll=1):
             sending.send(i)
             mail.wait(SUMS, i)
-            total, product = (enc.tree(enc.add, [mail.sums[n, r, mail.turn(i)] for r in range(RANKS)]) for n in places)
+            halves = [
+                [enc.tree(enc.add, [mail.sums[n, r, mail.turn(i)] for r in range(h, h + RANKS // 2)]) for n in places]
+                for h in (0, RANKS // 2)
+            ]
+            total, product = (enc.add(*pair) for pair in zip(*halves, strict=True))
             if lane == 0 and i + mail.count < place.count:
                 mail.expect(SUMS, i)
             square = enc.tree(enc.add, [cute.arch.shuffle_sync(product, (STREAMS + 1) * j) for j in range(STREAMS)])

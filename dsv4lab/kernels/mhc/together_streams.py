@@ -177,6 +177,8 @@ class Projecting(Warp):
         for step in cutlass.range_constexpr(STREAMS * plan.per_warp):
             self.multiply(held, rows, up, total, stage, step // STREAMS, step % STREAMS)
             self.square(pairs, gram, stage, turn, step // plan.per_warp, step % plan.per_warp)
+        for at in cutlass.range_constexpr(4 * plan.tiles - 4, 4 * plan.tiles):  # parts of the last rows
+            total[at] = enc.add(total[at], cute.arch.shuffle_sync_bfly(total[at], 2))
         for r in cutlass.range_constexpr(2):
             for n in cutlass.range_constexpr(plan.tiles):
                 pair = [
@@ -208,12 +210,10 @@ class Projecting(Warp):
             if cutlass.const_expr(plan.scaled):
                 for i in cutlass.range_constexpr(4):
                     a[i] = val.pack_f16(*(enc.mul(half, up[i % 2]) for half in val.halves(a[i])))
-            width = plan.parts * plan.tiles * 2
+            width = len(plan.order) * 2
             b = self.words(held, (k * STREAMS + stream) * width, width)
-            for part in cutlass.range_constexpr(plan.parts - 1, -1, -1):  # the smaller first
-                for n in cutlass.range_constexpr(plan.tiles):
-                    at = (part * plan.tiles + n) * 2
-                    val.mma(total, 4 * n, a, b[at : at + 2], "f16" if plan.scaled else "bf16")
+            for at, n in enumerate(plan.order):
+                val.mma(total, 4 * n, a, b[2 * at : 2 * at + 2], "f16" if plan.scaled else "bf16")
 
     @cute.jit
     def square(self, pairs: Any, gram: Any, stage: Any, turn: Any, four: cutlass.Constexpr, k: cutlass.Constexpr) -> None:
@@ -378,15 +378,15 @@ class Sending:
         sums = self.memory.sums[None, 0, 0, i % plan.buffers].iterator.toint()
         target, barrier = mail.sums[None, self.place.rank, mail.turn(i)].iterator.toint(), mail.barrier(SUMS, i).toint()
         self.summed.wait_full(i)
-        for item in cutlass.range(lane, TILE * plan.vectors, WARP, unroll=1):
-            token, v = item // plan.vectors, item % plan.vectors
-            place = sums + item * 16
-            if cutlass.const_expr(plan.pitch != 4 * plan.vectors):  # the outputs are half of a product's
-                at = v if v < plan.vectors - STREAMS else v + plan.pitch // 4 - plan.vectors
-                place = sums + token * (plan.pitch * 4) + at * 16
+        for k in cutlass.range_constexpr(-(-TILE * plan.vectors // WARP)):
+            item = k * WARP + lane
+            token, v = cutlass.min(item // plan.vectors, TILE - 1), item % plan.vectors
+            at = cutlass.select_(v < plan.vectors - STREAMS, v, v + plan.pitch // 4 - plan.vectors)
+            place = sums + token * (plan.pitch * 4) + at * 16
             parts = [[w.bitcast(Float32) for w in load_words(place + w * (TILE * plan.pitch * 4))] for w in range(plan.warps)]
             four = [enc.tree(enc.add, [part[e] for part in parts]) for e in range(4)]
-            val.send_four(target + v * 16, barrier, token, four)
+            if item < TILE * plan.vectors:
+                val.send_four(target + v * 16, barrier, token, four)
         cute.arch.sync_warp()
         if lane == 0:
             cute.arch.mbarrier_arrive(self.summed.empty(i))
