@@ -378,15 +378,26 @@ class Sending:
         sums = self.memory.sums[None, 0, 0, i % plan.buffers].iterator.toint()
         target, barrier = mail.sums[None, self.place.rank, mail.turn(i)].iterator.toint(), mail.barrier(SUMS, i).toint()
         self.summed.wait_full(i)
-        for k in cutlass.range_constexpr(-(-TILE * plan.vectors // WARP)):
+        chunks = [(k, w) for k in range(-(-TILE * plan.vectors // WARP)) for w in range(0, plan.warps, 4)]
+        four, ahead = None, self.load(sums, lane, *chunks[0])
+        for n in cutlass.range_constexpr(len(chunks)):
+            (k, w), parts = chunks[n], ahead
+            if cutlass.const_expr(n + 1 < len(chunks)):  # on its way while these are added
+                ahead = self.load(sums, lane, *chunks[n + 1])
+            found = [enc.tree(enc.add, [part[e].bitcast(Float32) for part in parts]) for e in range(4)]
+            four = found if w == 0 else [enc.add(four[e], found[e]) for e in range(4)]
             item = k * WARP + lane
-            token, v = cutlass.min(item // plan.vectors, TILE - 1), item % plan.vectors
-            at = cutlass.select_(v < plan.vectors - STREAMS, v, v + plan.pitch // 4 - plan.vectors)
-            place = sums + token * (plan.pitch * 4) + at * 16
-            parts = [[w.bitcast(Float32) for w in load_words(place + w * (TILE * plan.pitch * 4))] for w in range(plan.warps)]
-            four = [enc.tree(enc.add, [part[e] for part in parts]) for e in range(4)]
-            if item < TILE * plan.vectors:
-                val.send_four(target + v * 16, barrier, token, four)
+            if cutlass.const_expr(w + 4 == plan.warps):
+                if item < TILE * plan.vectors:
+                    val.send_four(target + item % plan.vectors * 16, barrier, item // plan.vectors, four)
         cute.arch.sync_warp()
         if lane == 0:
             cute.arch.mbarrier_arrive(self.summed.empty(i))
+
+    def load(self, sums: Any, lane: Any, k: int, w: int) -> list[Any]:
+        """A lane's k-th four numbers, of four warps from the w-th on."""
+        plan, item = self.plan, cutlass.min(k * WARP + lane, TILE * self.plan.vectors - 1)
+        token, v = item // plan.vectors, item % plan.vectors
+        at = cutlass.select_(v < plan.vectors - STREAMS, v, v + plan.pitch // 4 - plan.vectors)
+        place = sums + token * (plan.pitch * 4) + at * 16
+        return [load_words(place + n * (TILE * plan.pitch * 4)) for n in range(w, w + 4)]
