@@ -26,7 +26,6 @@ _ONE_TOKENS = 8  # up to which one kernel is faster: 16 are slower (H200)
 SHARED_BYTES = 227 * 1024  # that a CTA may have
 _FINISH_BYTES = 192 * 1024  # of a finishing CTA, so that a projecting one, of 30 kB, fits beside it
 _HELD_REGISTERS = 128  # of a thread of `together` that projects, for `fn`
-_OTHER_REGISTERS = (64, 48)  # of one that collapses, of one that neither does nor projects
 _MANY_WARPS = 132 * 16  # as for the gather of experts' rows
 _ELEMENTS = ("bf16", "f32")
 _INTEGERS = ("i32", "i64")
@@ -296,7 +295,7 @@ class TogetherConfig:
 
         Projecting ones have what the others leave of what a CTA starts with: as many for each thread, in eights, as there are.
         """
-        collapse, service = _OTHER_REGISTERS
+        collapse, service = 64, 48
         whole = 65536 // self.threads // 8 * 8 * (self.threads // WARP)
         return min((whole - service * 4 - collapse * self.collapse) // self.warps // 8 * 8, 232), collapse, service
 

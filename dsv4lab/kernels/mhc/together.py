@@ -22,11 +22,11 @@ so that the tile there before has been collapsed by the whole CTA; for which all
 had taken its sums.
 
 Numbers: `fn` is three BF16, whose sum is all of it; or, where those have no room, two FP16 whose sum has 22 bits, scaled by a
-power of two for each output: then a block of streams is scaled by a power of two for each token and warp, which makes a BF16 an
+power of two for each row: then a block of streams is scaled by a power of two for each token and warp, which makes a BF16 an
 FP16 without loss down to 2^-28 of the largest. A product's sum runs over one warp's columns; all others are in float32, too.
 
 Bytes: streams (and y) once, x (and new streams) once: Flash 336 MB (674 MB with `post`) for 8192 tokens. Flops of the tensor
-core: 9.7 G multiply-adds for `fn` (11.3 G for Pro, scaled) and 2.1 G (3.8 G) for the streams' products, some 40 us beside 80.
+core: 8.6 G multiply-adds for `fn` (9.4 G for Pro, scaled) and 2.1 G (3.8 G) for the streams' products, some 40 us beside 80.
 
 Without `from __future__ import annotations`: CuTeDSL reads the annotations themselves.
 """
@@ -192,8 +192,7 @@ class Together:
             cute.arch.mbarrier_init_fence()
         for i in cutlass.range(thread, plan.slice, plan.threads, unroll=1):
             held_weight[i] = weight[place.rank * plan.slice + i]
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
+        cute.arch.cluster_arrive()  # while they wait, projecting warps load `fn`, before streams that nobody could project yet
         cute.arch.griddepcontrol_launch_dependents()
 
         project_registers, collapse_registers, service_registers = plan.registers
@@ -204,9 +203,11 @@ class Together:
             Projecting(plan, place, mail, room, ring, made, warp).run(fn, summed, out.shape[0])
         elif warp < others:
             cute.arch.setmaxregister_decrease(collapse_registers)
+            cute.arch.cluster_wait()
             Collapsing(plan, place, mail, room, ring, made, warp - plan.warps).run(out, store_x, x, new)
         else:
             cute.arch.setmaxregister_decrease(service_registers)
+            cute.arch.cluster_wait()
             if warp == others:
                 self._load(load_x, streams, load_y, y, post, comb, x, added, given, ring, place)
             elif warp == others + 1:
@@ -302,11 +303,7 @@ class Together:
         for i in cutlass.range(mixer, place.count, MIXERS, unroll=1):
             sending.send(i)
             mail.wait(SUMS, i)
-            halves = [
-                [enc.tree(enc.add, [mail.sums[n, r, mail.turn(i)] for r in range(h, h + RANKS // 2)]) for n in places]
-                for h in (0, RANKS // 2)
-            ]
-            total, product = (enc.add(*pair) for pair in zip(*halves, strict=True))
+            total, product = (enc.tree(enc.add, [mail.sums[n, r, mail.turn(i)] for r in range(RANKS)]) for n in places)
             if lane == 0 and i + mail.count < place.count:
                 mail.expect(SUMS, i)
             square = enc.tree(enc.add, [cute.arch.shuffle_sync(product, (STREAMS + 1) * j) for j in range(STREAMS)])

@@ -98,6 +98,7 @@ class Projecting(Warp):
         """All tiles."""
         held = cute.make_rmem_tensor((self.plan.held,), Uint32)
         self.take(fn, held)
+        cute.arch.cluster_wait()
         rows = cute.make_rmem_tensor((STREAMS,), Int32)
         for j in cutlass.range_constexpr(STREAMS):
             rows[j] = self.row(self.lane % 16, j)
@@ -387,9 +388,8 @@ class Sending:
             found = [enc.tree(enc.add, [part[e].bitcast(Float32) for part in parts]) for e in range(4)]
             four = found if w == 0 else [enc.add(four[e], found[e]) for e in range(4)]
             item = k * WARP + lane
-            if cutlass.const_expr(w + 4 == plan.warps):
-                if item < TILE * plan.vectors:
-                    val.send_four(target + item % plan.vectors * 16, barrier, item // plan.vectors, four)
+            if cutlass.const_expr(w + 4 == plan.warps) and item < TILE * plan.vectors:
+                val.send_four(target + item % plan.vectors * 16, barrier, item // plan.vectors, four)
         cute.arch.sync_warp()
         if lane == 0:
             cute.arch.mbarrier_arrive(self.summed.empty(i))
