@@ -444,11 +444,11 @@ def accuracy_fields(y: torch.Tensor, want: torch.Tensor, cublas: torch.Tensor | 
 
 
 def finite(value: Any) -> Any:
-    """For JSON, which has no NaN and no infinity; what is measured has six digits at most; tuples become lists."""
+    """For JSON, which has no NaN and no infinity; what is measured has five digits at most; tuples become lists."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
-        return value if value.is_integer() else float(f"{value:.6g}")
+        return value if value.is_integer() else float(f"{value:.5g}")
     if isinstance(value, Mapping):
         return {key: finite(part) for key, part in value.items()}
     return [finite(part) for part in value] if isinstance(value, (list, tuple)) else value
