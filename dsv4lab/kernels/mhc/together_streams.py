@@ -380,7 +380,8 @@ class Sending:
         target, barrier = mail.sums[None, self.place.rank, mail.turn(i)].iterator.toint(), mail.barrier(SUMS, i).toint()
         self.summed.wait_full(i)
         chunks = [(k, w) for k in range(-(-TILE * plan.vectors // WARP)) for w in range(0, plan.warps, 4)]
-        four, ahead = None, self.load(sums, lane, *chunks[0])
+        four: list[Any] = []
+        ahead = self.load(sums, lane, *chunks[0])
         for n in cutlass.range_constexpr(len(chunks)):
             (k, w), parts = chunks[n], ahead
             if cutlass.const_expr(n + 1 < len(chunks)):  # on its way while these are added
