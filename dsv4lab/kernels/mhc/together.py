@@ -21,8 +21,8 @@ There are as many places for messages as stages, and nobody is farther ahead: a 
 so that the tile there before has been collapsed by the whole CTA; for which all CTAs had sent that tile's coefficients, and so
 had taken its sums.
 
-Numbers: `fn` is three BF16, whose sum is all of it; or, where those have no room, two FP16 whose sum has 22 bits, scaled by a
-power of two for each row: then a block of streams is scaled by a power of two for each token and warp, which makes a BF16 an
+Numbers: `fn` is three BF16, whose sum is all of it, of comb's differences 24 bits; where those have no room two FP16, 22 bits,
+scaled by a power of two for each row: then a block of streams is scaled by one for each token and warp, which makes a BF16 an
 FP16 without loss down to 2^-28 of the largest. A product's sum runs over one warp's columns; all others are in float32, too.
 
 Bytes: streams (and y) once, x (and new streams) once: Flash 336 MB (674 MB with `post`) for 8192 tokens. Flops of the tensor
@@ -293,9 +293,12 @@ class Together:
         lane = cute.arch.lane_idx()
         output = cutlass.min(lane, plan.outputs - 1)
         slot, factor, offset = output, scale[cutlass.min(output // STREAMS, 2)], base[output]
-        if output >= 2 * STREAMS:  # of comb: all logits of a row less the first, which is 0
-            slot, offset = output - output // STREAMS + 1, offset - base[output // STREAMS * STREAMS]
-            if output % STREAMS == 0:
+        if output >= 2 * STREAMS:  # of comb: a row's logits less the first one's product and the largest base
+            row = output // STREAMS * STREAMS
+            slot = cutlass.max(output, row + 1) - output // STREAMS + 1
+            largest = [cute.arch.fmax(base[row + k], base[row + k + 1]) for k in (0, 2)]
+            offset = offset - cute.arch.fmax(*largest)
+            if output == row:
                 factor = Float32(0.0)
         factor = enc.mul(factor, unit[cutlass.min(slot, plan.rows - 1)])
         first, step, mine = self._mine(place, new_post.shape[0] if self.whole else Int32(0))
