@@ -459,18 +459,10 @@ def test_clusters_fit(columns: int) -> None:
     assert TogetherConfig.for_shape(8192, 1024 + 512, 24, False, "bf16") is None
     assert TogetherConfig.for_shape(1, 4096, 24, True, "bf16") is not None
     assert TogetherConfig.for_shape(8, 7168, 24, True, "bf16") is None
-    for wrong in (
-        dict(columns=1000),
-        dict(warps=5),
-        dict(held=148),
-        dict(held=70),
-        dict(buffers=3),
-        dict(collapse=6),
-        dict(stages=1),
-        dict(stages=60),
-    ):
+    wrong = dict(columns=1000, warps=5, held=70, buffers=3, collapse=6)
+    for name, value in [*wrong.items(), ("held", 148), ("stages", 1), ("stages", 60)]:
         with pytest.raises(ValueError, match="must"):
-            replace(TOGETHER, **wrong).check()
+            replace(TOGETHER, **{name: value}).check()
 
 
 def test_bad_input_is_refused_and_none_is_nothing() -> None:
