@@ -259,7 +259,7 @@ def test_experts_in_the_simulator(simulated: None, tmp_path: Path) -> None:
     rows = {row["shape"]: row for row in rows_of(place.path)}
     whole = rows["tiny layer"]
     assert whole["relative_error"] < 0.02 and whole["error_over_cublas"] < 2 and whole["peer_experts"] == 8
-    assert whole["bytes"] == pytest.approx((whole["experts_hit"] + 1) * model.expert_bytes, rel=1e-4)
+    assert whole["bytes"] == common.finite((whole["experts_hit"] + 1) * model.expert_bytes)
     assert set(rows) == {f"tiny {part}" for part in PARTS}
     assert not [row["reason"] for row in rows.values() if "reason" in row]
 

@@ -242,9 +242,8 @@ class TogetherConfig:
 
     @property
     def order(self) -> list[int]:
-        """The tile that each product of a stream's block adds to, the smallest part first: see `prepare_fragments`."""
-        last = self.tiles - 1
-        return [n for part in reversed(range(self.parts)) for n in [*range(last), *[last][part % 2 :]]]
+        """The tile that each product of a stream's block adds to."""
+        return [tile for _, tile in products(self.tiles, self.parts)]
 
     @property
     def block_words(self) -> int:
@@ -368,6 +367,11 @@ class TogetherConfig:
                 if choice.most_stages >= least:
                     return replace(choice, stages=min(choice.most_stages, 8))
         return None
+
+
+def products(tiles: int, parts: int) -> list[tuple[int, int]]:
+    """Of a stream's block: part and tile of `fn`, the smallest part first. The last tile's 4 rows have the next part beside."""
+    return [(part, tile) for part in reversed(range(parts)) for tile in range(tiles) if tile < tiles - 1 or part % 2 == 0]
 
 
 def _check_mix(outputs: int, post: bool, weight: str) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from dsv4lab.kernels._common.kept import kept
-from dsv4lab.kernels.mhc.config import BLOCK, HALVES, PARTS, STREAMS, WARP
+from dsv4lab.kernels.mhc.config import BLOCK, HALVES, PARTS, STREAMS, WARP, products
 
 
 def _parts(numbers: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -52,8 +52,7 @@ def prepare_fragments(fn: torch.Tensor, *, scaled: bool) -> tuple[torch.Tensor, 
     A softmax does not change when all its logits are less the first: of comb's rows the first `fn` is taken from the other
     three, and is left out. As three BF16; or, scaled, as two FP16: a row's numbers are then scaled by a power of two, so that
     the largest lies in 2^14 .. 2^15. Lane (g, q) has, of row 8 n + g and stream j, columns 2 q, 2 q + 1 and 8 + 2 q, 9 + 2 q of
-    the block: fragments as `ldmatrix` has the streams'. Words run over (stream, product, half), products from the smallest
-    part to the largest, 8 rows each; the last 4 rows are in one product with those of the next smaller part, or with zeros.
+    the block: fragments as `ldmatrix` has the streams'. Words run over (stream, product, half): see `products`.
     """
     rows = fn.double()
     if fn.shape[0] > STREAMS:
@@ -66,13 +65,11 @@ def prepare_fragments(fn: torch.Tensor, *, scaled: bool) -> tuple[torch.Tensor, 
         count, dtype = HALVES, torch.float16
     parts = _parts(torch.ldexp(rows, (15 - exponent)[:, None]), count, dtype)
     parts = torch.cat([parts, torch.zeros_like(parts[:1])])
-    products = []
-    for part in reversed(range(count)):
-        products += list(parts[part, :-1])
-        if part % 2 == 0:
-            products.append(torch.cat([parts[part, -1, :4], parts[part + 1, -1, :4]]))
+    last = parts.shape[1] - 1
+    parts[:-1, last, 4:] = parts[1:, last, :4]
+    found = torch.stack([parts[at] for at in products(last + 1, count)])
     # (product, g, stream, block, half, q, pair) -> (block, stream, product, half, g, q, pair)
-    words = _words(torch.stack(products).unflatten(-1, (2, 4, 2)).permute(3, 2, 0, 4, 1, 5, 6))
+    words = _words(found.unflatten(-1, (2, 4, 2)).permute(3, 2, 0, 4, 1, 5, 6))
     return words, torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 15)
 
 

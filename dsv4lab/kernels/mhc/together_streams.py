@@ -399,6 +399,6 @@ class Sending:
         """A lane's k-th four numbers, of four warps from the w-th on."""
         plan, item = self.plan, cutlass.min(k * WARP + lane, TILE * self.plan.vectors - 1)
         token, v = item // plan.vectors, item % plan.vectors
-        at = cutlass.select_(v < plan.vectors - STREAMS, v, v + plan.pitch // 4 - plan.vectors)
+        at = cutlass.select_(v < plan.vectors - STREAMS, v, v + 1)  # behind the last tile's second half
         place = sums + token * (plan.pitch * 4) + at * 16
         return [load_words(place + n * (TILE * plan.pitch * 4)) for n in range(w, w + 4)]
