@@ -392,18 +392,20 @@ def _one_wave(out: str, m: int, n: int, k: int, paired: bool, scaled: str, group
 
     Up to 4 tokens, and 8 of some: two CTAs a multiprocessor, where their tiles have two slabs, or four, and fit. Where tokens
     are as many bytes as weights, tiles twice as large, and two CTAs for each. Flash's and Pro's wq_b, short and with many rows:
-    stages as short as still hold all of K, or slabs in pairs from 5 tokens on.
+    stages as short as still hold all of K, or slabs in pairs from 5 tokens on. Flash's wo_a of 3 to 8: 16 warps.
     """
     tokens, steps = 8 if m <= 8 else 16, k // TILE
 
     def tiles(slabs: int) -> int:
         return -(-n // (slabs * SLAB)) * groups
 
-    def plan(slabs: int, cluster: int, per_warp: int, limit: int, most: tuple[int, ...] = (8, 4, 2, 1)) -> MixedConfig:
+    def plan(
+        slabs: int, cluster: int, per_warp: int, limit: int, most: tuple[int, ...] = (8, 4, 2, 1), warps: int = 8
+    ) -> MixedConfig:
         """With the longest stages of which there are enough."""
         how = dict(per_warp=per_warp, cluster=cluster, paired=paired, scaled=scaled)
         tries = [
-            with_stages(MixedConfig("nvfp4", out, tokens, slabs, c, 2, splits=min(8 * per_warp // slabs, c), **how), limit)  # type: ignore[arg-type]
+            with_stages(MixedConfig("nvfp4", out, tokens, slabs, c, 2, splits=min(warps * per_warp // slabs, c), **how), limit)  # type: ignore[arg-type]
             for c in (chunks_for(k, chunks) for chunks in most)
         ]
         least = 3 if limit == SHARED_BYTES else 4
@@ -413,6 +415,8 @@ def _one_wave(out: str, m: int, n: int, k: int, paired: bool, scaled: str, group
         if m > 4:
             return plan(16, 1, 2, SHARED_BYTES, (4, 2, 1))
         return plan(8, 1, 1, HALF_SHARED_BYTES, (2, 1)) if tiles(16) <= _MULTIPROCESSORS else None
+    if 2 < m <= 8 and steps == 64 and _ENOUGH <= tiles(4) <= _MULTIPROCESSORS and n % (4 * SLAB) == 0:
+        return plan(4, 1, 1, SHARED_BYTES, warps=16)
     sizes = [s for s in (2, 4, 8, 16) if groups == 1 or n % (s * SLAB) == 0]
     largest = 4 if m <= 4 else 2 if m <= 8 and 64 <= steps < 128 else 0
     pairs = [s for s in sizes if s <= largest and _MULTIPROCESSORS < tiles(s) <= 2 * _MULTIPROCESSORS]
