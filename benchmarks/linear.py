@@ -159,7 +159,7 @@ def call_linear(shape: Shape, weight: Ready, x: torch.Tensor) -> torch.Tensor | 
     """What is measured."""
     if isinstance(weight, tuple):
         if shape.beside:
-            return operations.call("two_linears", x, *pack_all(*weight), act=shape.act)  # type: ignore[no-any-return]
+            return operations.call("two_linears", x, *pack_all(*weight), act=shape.act, out_dtype=None)  # type: ignore[no-any-return]
         return operations.call("linear", x, *flat(weight[0]), shape.act, shape.out)  # type: ignore[no-any-return]
     return linear(x, weight, out_dtype=shape.out, limit=LIMIT if shape.paired else None)
 

@@ -54,7 +54,7 @@ def test_a_weight_with_wrong_parts(name: str, part: str, change: Callable[[Any],
         lambda: kernels.linear_sm100(X, name, *parts, "nvfp4", None),
         lambda: kernels.grouped_linear_sm90(X[:, None], name, *parts, "none"),
         lambda: kernels.two_linears_sm90(
-            X, f"{name},{name}", *([torch.empty(0) if t is None else t] * 2 for t in parts), act="none"
+            X, f"{name},{name}", *([torch.empty(0) if t is None else t] * 2 for t in parts), act="none", out_dtype=None
         ),
     ):
         with pytest.raises((TypeError, ValueError), match=message):

@@ -35,8 +35,7 @@ class Compressor(nn.Module):
     def forward(self, x: torch.Tensor, batch: Batch, inv_freq: torch.Tensor, state: torch.Tensor, pages: torch.Tensor) -> None:
         """x (M, D): pools the entries that the step completes, writes them to `pages`, moves the tokens into the ring."""
         ops.compress(
-            self.wkv(x, out_dtype=torch.float32),
-            self.wgate(x, out_dtype=torch.float32),
+            *both(self.wkv, self.wgate, x, torch.float32),
             self.ape,
             state,
             self.norm.weight,

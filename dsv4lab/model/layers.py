@@ -52,12 +52,14 @@ class Linear(_PackedModule):
         return ops.linear(x, self.weight, act=self.numerics.act(self.format), out_dtype=out_dtype)
 
 
-def both(first: Linear, second: Linear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What two linears make of one x, which is quantised once where they quantise alike."""
+def both(
+    first: Linear, second: Linear, x: torch.Tensor, out_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What two linears make of one x, in one operation where they quantise it alike."""
     act = first.numerics.act(first.format)
-    if act == "none" or act != second.numerics.act(second.format):
-        return first(x), second(x)
-    return ops.two_linears(x, first.weight, second.weight, act=act)
+    if act != second.numerics.act(second.format):
+        return first(x, out_dtype), second(x, out_dtype)
+    return ops.two_linears(x, first.weight, second.weight, act=act, out_dtype=out_dtype)
 
 
 def share_input_scale(first: _PackedModule, second: _PackedModule) -> None:

@@ -35,7 +35,11 @@ def linear(x: Tensor, weight: PackedWeight, *, act: str, out_dtype: Optional[tor
     return _linear(x, *flat(weight), act, out_dtype)
 
 
-@operator(fake=lambda x, fmts, codes, *_, **__: tuple(x.new_empty((x.shape[0], c.shape[0])) for c in codes))
+@operator(
+    fake=lambda x, fmts, codes, *_, out_dtype, **__: tuple(
+        x.new_empty((x.shape[0], c.shape[0]), dtype=out_dtype or x.dtype) for c in codes
+    )
+)
 def _two_linears(
     x: Tensor,
     fmts: str,
@@ -45,13 +49,16 @@ def _two_linears(
     input_scale: list[Tensor],
     *,
     act: str,
+    out_dtype: Optional[torch.dtype],
 ) -> tuple[Tensor, Tensor]:
-    return _gemm.two_linears(x, *weights_of(fmts, codes, scale, global_scale, input_scale), act=act)
+    return _gemm.two_linears(x, *weights_of(fmts, codes, scale, global_scale, input_scale), act=act, out_dtype=out_dtype)
 
 
-def two_linears(x: Tensor, first: PackedWeight, second: PackedWeight, *, act: str) -> tuple[Tensor, Tensor]:
+def two_linears(
+    x: Tensor, first: PackedWeight, second: PackedWeight, *, act: str, out_dtype: Optional[torch.dtype] = None
+) -> tuple[Tensor, Tensor]:
     """See `reference.gemm.two_linears`."""
-    return _two_linears(x, *pack_all(first, second), act=act)
+    return _two_linears(x, *pack_all(first, second), act=act, out_dtype=out_dtype)
 
 
 @operator(fake=lambda x, fmt, codes, *_: x.new_empty((x.shape[0], x.shape[1], codes.shape[0] // x.shape[1])))

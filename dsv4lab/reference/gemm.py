@@ -48,12 +48,11 @@ def linear(x: torch.Tensor, weight: PackedWeight, *, act: str, out_dtype: torch.
     return matmul_rows(quantize_activation(x, act, weight.input_scale).float(), w).to(out_dtype or x.dtype)
 
 
-def two_linears(x: torch.Tensor, first: PackedWeight, second: PackedWeight, *, act: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear` of one x with two weights, (M, N1) and (M, N2) like x: what a kernel quantises once for both.
-
-    Raises as that.
-    """
-    return linear(x, first, act=act), linear(x, second, act=act)
+def two_linears(
+    x: torch.Tensor, first: PackedWeight, second: PackedWeight, *, act: str, out_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear` of one x with two weights, (M, N1) and (M, N2): what a kernel quantises once for both. Raises as that."""
+    return linear(x, first, act=act, out_dtype=out_dtype), linear(x, second, act=act, out_dtype=out_dtype)
 
 
 def grouped_linear(x: torch.Tensor, weight: PackedWeight, *, act: str) -> torch.Tensor:

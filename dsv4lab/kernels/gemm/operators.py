@@ -10,9 +10,9 @@ import torch
 from dsv4lab.formats import BF16, FP8_BLOCK, NVFP4, PackedWeight, get_format, to_atom128x4, weights_of
 from dsv4lab.kernels._common.elements import FLOATS, dense
 from dsv4lab.kernels.entry import Entry
-from dsv4lab.kernels.gemm.mixed.api import linear
-from dsv4lab.kernels.gemm.mixed.layout import GROUP_ROWS, K_PAD, PLANES
-from dsv4lab.kernels.gemm.mixed.prepared import prepared
+from dsv4lab.kernels.gemm.mixed.api import linear, two_linears
+from dsv4lab.kernels.gemm.mixed.layout import GROUP_ROWS, K_PAD, PLANES, SLAB
+from dsv4lab.kernels.gemm.mixed.prepared import prepared, prepared_two
 from dsv4lab.kernels.gemm.w4a4.api import K_MULTIPLE, N_MULTIPLE, linear_w4a4
 from dsv4lab.kernels.quant.rows.api import activation_values, quantize_nvfp4
 
@@ -69,17 +69,24 @@ def two_linears_sm90(
     fmts: str,
     *parts: list[torch.Tensor],
     act: str,
+    out_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`two_linears` on Hopper: x is quantised once, but for NVFP4 whose given scales are not one and the same tensor."""
-    first, second = weights_of(fmts, *parts)
+    """`two_linears` on Hopper: x is quantised once, but for NVFP4 whose given scales are not one and the same tensor; and one
+    launch multiplies by both weights, where they have one format and no global scales.
+    """
+    (first, second), out = weights_of(fmts, *parts), out_dtype or x.dtype
     if act == "none" and x.dtype == torch.float32:
-        y, z = (_exact(x, prepared(w)).to(x.dtype) for w in (first, second))
+        y, z = (_exact(x, prepared(w)).to(out) for w in (first, second))
         return y, z
     values, factor = activations(x, act, first.input_scale)
-    y = linear(values, prepared(first), out_dtype=x.dtype, factor=factor, factor_of=factor_of(first.input_scale))
+    of, rows = factor_of(first.input_scale), first.codes.shape[0]
+    alike = first.format == second.format and first.codes.shape[1:] == second.codes.shape[1:]
+    if alike and first.global_scale is None and act != "nvfp4" and rows % SLAB == 0:
+        return two_linears(values, prepared_two(first, second), rows, out_dtype=out, factor=factor, factor_of=of)
+    y = linear(values, prepared(first), out_dtype=out, factor=factor, factor_of=of)
     if act == "nvfp4" and not _same(first.input_scale, second.input_scale):
         values, factor = activations(x, act, second.input_scale)
-    return y, linear(values, prepared(second), out_dtype=x.dtype, factor=factor, factor_of=factor_of(second.input_scale))
+    return y, linear(values, prepared(second), out_dtype=out, factor=factor, factor_of=factor_of(second.input_scale))
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -125,10 +132,11 @@ def two_linears_sm100(
     fmts: str,
     *parts: list[torch.Tensor],
     act: str,
+    out_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`two_linears` with NVFP4 weights and activations, one after the other."""
     y, z = (
-        linear_sm100(x, w.format.name, w.codes, w.scale, w.global_scale, w.input_scale, act, None)  # type: ignore[arg-type]
+        linear_sm100(x, w.format.name, w.codes, w.scale, w.global_scale, w.input_scale, act, out_dtype)  # type: ignore[arg-type]
         for w in weights_of(fmts, *parts)
     )
     return y, z
@@ -256,9 +264,10 @@ def _two_refused(refuses: Callable[..., str | None]) -> Callable[..., str | None
         fmts: str,
         *parts: list[torch.Tensor],
         act: str,
+        out_dtype: torch.dtype | None,
     ) -> str | None:
         of = ((w.format.name, w.codes, w.scale, w.global_scale, w.input_scale) for w in weights_of(fmts, *parts))
-        return next((why for part in of if (why := refuses(x, *part, act, None))), None)
+        return next((why for part in of if (why := refuses(x, *part, act, out_dtype))), None)
 
     return refuse
 

@@ -69,6 +69,44 @@ def linear(
     depend on timing. config: compile-time choices, by default `config.choose`'s.
     Raises ValueError on shapes, TypeError on dtypes. Source: `reference.gemm.linear`, `grouped_linear`, `reference.moe.expert`.
     """
+    return _products(x, weight, weight.shape[1], out_dtype, factor, factor_of, limit, requant, config)[0]
+
+
+def two_linears(
+    x: torch.Tensor,
+    weight: PreparedWeight,
+    rows: int,
+    *,
+    out_dtype: torch.dtype,
+    factor: torch.Tensor | None = None,
+    factor_of: str = "row",
+    config: MixedConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear` of two matrices, one behind the other: the first `rows` of N, a multiple of 16, and the others; no groups.
+
+    -> (M, rows), (M, N - rows). Raises as that. Source: `reference.gemm.two_linears`.
+    """
+    if not 0 < rows < weight.shape[1] or rows % SLAB or x.dim() != 2:
+        raise ValueError(
+            f"rows must be a multiple of {SLAB} below N={weight.shape[1]} and x (M, K), got {rows}, {tuple(x.shape)}"
+        )
+    y, z = _products(x, weight, rows, out_dtype, factor, factor_of, None, None, config)
+    assert z is not None
+    return y, z
+
+
+def _products(
+    x: torch.Tensor,
+    weight: PreparedWeight,
+    first_rows: int,
+    out_dtype: torch.dtype,
+    factor: torch.Tensor | None,
+    factor_of: str,
+    limit: float | None,
+    requant: torch.Tensor | None,
+    config: MixedConfig | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of the first rows of the weight, and of the others, if there are any."""
     matrices, n, k = weight.shape
     groups = x.shape[1] if x.dim() == 3 else 1
     _check_x(x, out_dtype, (groups, k) if x.dim() == 3 else (k,))
@@ -82,21 +120,22 @@ def linear(
             f"got K={k}, N={n}"
         )
     m = x.shape[0]
-    y = torch.empty((m, groups, n // groups) if x.dim() == 3 else (m, n), dtype=out_dtype, device=x.device)
+    y = torch.empty((m, groups, n // groups) if x.dim() == 3 else (m, first_rows), dtype=out_dtype, device=x.device)
+    second = y.new_empty(m, n - first_rows) if first_rows < n else None
     if not y.numel():
-        return y
+        return y, second
     padded = weight.records.shape[1] * TILE
     scaled = "no" if factor is None else factor_of
     rows = n // groups * (2 if weight.paired else 1)  # of a group: a tile must not have rows of two
     if config is None:
         config = choose(weight.format, ELEMENT[out_dtype], m, rows, padded, paired=weight.paired, scaled=scaled, groups=groups)
-        config = replace(config, requant=requant is not None)
+        config = replace(config, requant=requant is not None, two=second is not None)
     if groups > 1 and rows % config.rows:
         raise ValueError(f"config must have rows that divide the {rows} of a group, got {config.rows}")
     factor = factor.reshape(-1) if factor is not None else None
     group_rows = rows if groups > 1 else weight.records.shape[0] * SLAB
-    _launch(config, x.view(m, -1), weight, y.view(m, -1), factor, None, None, group_rows, limit, requant)
-    return y
+    _launch(config, x.view(m, -1), weight, y.view(m, -1), factor, None, None, group_rows, limit, requant, second=second)
+    return y, second
 
 
 def partial_argmax(x: torch.Tensor, weight: PreparedWeight, *, config: MixedConfig | None = None) -> torch.Tensor:
@@ -277,11 +316,12 @@ def _launch(
     draws: Draws | None = None,
     beside: PreparedWeight | None = None,
     peaks: torch.Tensor | None = None,
+    second: torch.Tensor | None = None,
 ) -> None:
-    flags = (config.format, config.paired, config.scaled != "no", config.slotted, config.grouped)
-    want = (weight.format, weight.paired, factor is not None, slots is not None, tiles is not None)
+    flags = (config.format, config.paired, config.scaled != "no", config.slotted, config.grouped, config.two)
+    want = (weight.format, weight.paired, factor is not None, slots is not None, tiles is not None, second is not None)
     if flags != want:
-        raise ValueError(f"config must have (format, paired, scaled, slotted, grouped) = {want}, got {flags}")
+        raise ValueError(f"config must have (format, paired, scaled, slotted, grouped, two) = {want}, got {flags}")
     out = ELEMENT.get(y.dtype, "argmax" if draws is None else "sample") if peaks is None else "peaks"
     if config.out != out:
         raise ValueError(f"config must have out = {out}, got {config.out!r}")
@@ -305,6 +345,7 @@ def _launch(
         weight.records,
         weight.alpha,
         y,
+        y if second is None else second,
         i64[None] if peaks is None else peaks,
         draws.temperature if draws else f32[:1] if factor is None else factor,
         slots.slots if slots and slots.slots is not None else i32[:1],
@@ -346,14 +387,14 @@ def _compiled(config: MixedConfig, runtime: Runtime) -> Callable[..., Any]:
         free = cute.sym_int
         results = {"bf16": cutlass.BFloat16, "f32": f32, "peaks": f32}
         if config.out in results:
-            result = fake(results[config.out], free(), free(divisibility=8))
+            made = [fake(results[config.out], free(), free(divisibility=8)) for _ in range(2)]
         else:
-            result = fake(cutlass.Int64, free(), free(), align=8)
+            made = [fake(cutlass.Int64, free(), free(), align=8) for _ in range(2)]
         examples = (
             fake(cutlass.BFloat16, free(), free(divisibility=8)),
             fake(i32, free(), free(divisibility=2), record_words(config.format)),
             fake(f32, free(), 2, align=4),
-            result,
+            *made,
             fake(cutlass.Int64, free(), free(), align=8),
             fake(f32, free(), align=4),
             fake(i32, free(), align=4),

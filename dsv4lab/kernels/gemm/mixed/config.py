@@ -52,6 +52,7 @@ class MixedConfig:
     gather: x has a row for each token, not for each slot. paired: clamped SwiGLU of gate and up rows. scaled: whether products
     have a factor, one a "row", a "matrix" or, of slots, a "token". early: weights do not wait for the kernel before.
     requant: where warps multiply, whether the results of a pair leave as the NVFP4 values that they are quantised to.
+    two: two matrices lie one behind the other, each with a result of its own.
     """
 
     format: str
@@ -73,6 +74,7 @@ class MixedConfig:
     scaled: str = "no"
     early: bool = True
     requant: bool = False
+    two: bool = False
 
     @property
     def rows(self) -> int:
@@ -251,6 +253,8 @@ class MixedConfig:
                 "beside needs a single configuration whose results stay as they are, of factors a row or token, "
                 f"got single={self.single}, requant={self.requant} and scaled={self.scaled!r}"
             )
+        if self.two and (self.picks or self.paired or self.grouped):
+            raise ValueError(f"two needs plain products, got out={self.out!r}, paired={self.paired} and grouped={self.grouped}")
         if self.grouped and self.cluster > 1:
             raise ValueError(f"cluster must be 1 for a grouped configuration, got {self.cluster}")
         self._check_requant()

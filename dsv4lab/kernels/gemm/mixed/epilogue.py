@@ -45,6 +45,7 @@ class Epilogue:
 
     plan: cutlass.Constexpr
     y: Any
+    second: Any
     peaks: Any
     alpha: Any
     factor: Any
@@ -58,6 +59,11 @@ class Epilogue:
     sums: Any
     ready: Any
     read: Any
+
+    @property
+    def _columns(self) -> Any:
+        """Of all results."""
+        return self.y.shape[1] + (self.second.shape[1] if self.plan.two else 0)
 
     def _sync(self) -> None:
         cute.arch.barrier(barrier_id=_BARRIER, number_of_threads=self.plan.warps * 32)
@@ -110,8 +116,12 @@ class Epilogue:
             token, unit = (u * 128 + mine) // units, (u * 128 + mine) % units
             row = start + token
             column = row_tile * plan.rows_out + group * columns + unit * 8
-            if row < last and column < self.y.shape[1]:
-                _copy_16(self.y[row, None].iterator + column, buffer + token * plan.direct_pitch + unit * 16)
+            if row < last and column < self._columns:
+                source = buffer + token * plan.direct_pitch + unit * 16
+                if cutlass.const_expr(plan.two) and column >= self.y.shape[1]:
+                    _copy_16(self.second[row, None].iterator + (column - self.y.shape[1]), source)
+                else:
+                    _copy_16(self.y[row, None].iterator + column, source)
         return turn + 1
 
     @cute.jit
@@ -196,7 +206,7 @@ class Epilogue:
             row = first + s * plan.slice + token
             column = row_tile * plan.rows_out + 4 * quad
             counts = share < units and row < last
-            inside = counts and column < (self.group_rows if plan.picks else self.y.shape[1])
+            inside = counts and column < (self.group_rows if plan.picks else self._columns)
             places.append((counts, inside, row, column, quad))
             if inside:
                 at = token % plan.kept * pitch
@@ -227,7 +237,10 @@ class Epilogue:
         """Four neighbouring columns of one row of y."""
         result = cute.make_rmem_tensor((4,), self.y.element_type)
         result.store(value.load().to(self.y.element_type))
-        cute.autovec_copy(result, cute.local_tile(self.y[row, None], (4,), (column // 4,)))
+        if cutlass.const_expr(self.plan.two) and column >= self.y.shape[1]:
+            cute.autovec_copy(result, cute.local_tile(self.second[row, None], (4,), ((column - self.y.shape[1]) // 4,)))
+        else:
+            cute.autovec_copy(result, cute.local_tile(self.y[row, None], (4,), (column // 4,)))
 
     @cute.jit
     def _store_block(self, inside: Any, value: Any, blocks: Any, row: Any, column: Any) -> None:

@@ -66,6 +66,7 @@ class MixedLinearSm90:
         records: cute.Tensor,
         alpha: cute.Tensor,
         y: cute.Tensor,
+        second: cute.Tensor,
         peaks: cute.Tensor,
         factor: cute.Tensor,
         slots: cute.Tensor,
@@ -85,7 +86,7 @@ class MixedLinearSm90:
     ) -> None:
         """x (rows, columns) bf16; records (E * slabs, tiles, words) i32; alpha (E, 2) f32; y (M, N) bf16 or f32, or (M, parts)
         i64 for argmax and sample, whose group_rows is N and which has temperatures for factors and seed, position (M,) i64;
-        peaks (M, ceil(N / 128)) i64, beside f32 y, with group_rows as there.
+        second: like y, of the rows behind y's, if two; peaks (M, ceil(N / 128)) i64, beside f32 y, with group_rows as there.
 
         factor: (M,) f32, of groups (M, G), of slots (tokens,), of matrices (E,); given (E,) f32: global scales of results;
         slots (M,) i32, slot_weight (slots,) f32 and top_k if slotted;
@@ -107,7 +108,7 @@ class MixedLinearSm90:
         inner = cute.FastDivmodDivisorV2(cute.ceil_div(slabs, plan.slabs))
         group = cute.FastDivmodDivisorV2(group_rows)
         routed = (slots, slot_weight, tiles, num_tiles)
-        tensors = (records, alpha, y, peaks, factor, *routed, given, seed, position, more_records, more_alpha)
+        tensors = (records, alpha, y, second, peaks, factor, *routed, given, seed, position, more_records, more_alpha)
         self.kernel(load_x, tma_x, tensors, slabs, inner, group, top_k, group_rows, limit, layout).launch(
             grid=[ctas, 1, 1],
             block=[plan.threads, 1, 1],
@@ -132,7 +133,8 @@ class MixedLinearSm90:
         limit: Float32,
         layout: cute.ComposedLayout,
     ) -> None:
-        records, alpha, y, peaks, factor, slots, slot_weight, tiles, num_tiles, given, *draw, more_records, more_alpha = tensors
+        records, alpha, y, second, peaks, factor, slots, slot_weight, tiles, num_tiles, given, *rest = tensors
+        *draw, more_records, more_alpha = rest
         plan = self.plan
         stages = plan.stages
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -196,7 +198,7 @@ class MixedLinearSm90:
             if cutlass.const_expr(plan.tokens >= 128):
                 cute.arch.setmaxregister_increase(_MANY_REGISTERS)
             where = (slots, slot_weight, given, draw, top_k, group_rows, limit, sums, shared, shared + 1)
-            out = Epilogue(plan, y, peaks, alpha, factor, *where)
+            out = Epilogue(plan, y, second, peaks, alpha, factor, *where)
             self._consume(work, out, more_alpha, shared_x, shared_w, full, empty)
 
     @cute.jit
