@@ -131,6 +131,7 @@ def test_choices_fit_and_cover_the_model(n: int, k: int, fmt: str) -> None:
         assert config.shared_bytes <= SHARED_BYTES and k % (64 * config.chunks) == 0
         assert not config.alternates or k // 64 % (2 * config.cluster) == 0
         assert (m <= config.tokens) == (m <= 16) or m > 16
+        assert config.stages >= (3 if config.tokens >= 128 else 2)
 
 
 def test_few_tokens_take_what_was_measured() -> None:
