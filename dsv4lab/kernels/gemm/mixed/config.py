@@ -285,7 +285,7 @@ def chunks_for(k: int, most: int) -> int:
 
 
 def _fed(config: MixedConfig, limit: int) -> MixedConfig:
-    """As many stages as fit. Of 128 and 192 tokens two are too few, as of FP8 and BF16: shorter ones then (H200: 15 to 33 % less)."""
+    """As many stages as fit. Of 128 and 192 tokens two are too few, so shorter ones (H200: FP8, BF16 15 to 33 % less)."""
     found = with_stages(config, limit)
     if found.stages < 3 and config.tokens >= 128 and config.chunks == 2:
         return with_stages(replace(config, chunks=1), limit)
