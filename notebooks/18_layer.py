@@ -61,7 +61,7 @@ for i, name in enumerate(names):
     lab.check_that(f"{name}: operations without a kernel", len(missing), "==", 0)
 
 # %% [markdown]
-# The first two products, `wq_a` and `wkv`, read the same rows: `two_linears` quantises them once, for both.
+# The first two products, `wq_a` and `wkv`, read the same rows: `two_linears` quantises them once, and multiplies them in one launch.
 
 # %%
 attn, few = model.layers[1].attn, inputs["1 CSA"][:tokens]
@@ -304,7 +304,7 @@ for shape in (layer_table.shape_of(kind, "decode 1") for kind in (SWA, CSA, HCA)
 # ## Findings
 #
 # - Layer by layer and step by step, kernels follow the reference to the last bits of BF16; what they store is the same.
-# - A decode step is 13 to 25 launches, of sizes that no position changes; one plan serves all steps, and so does one graph.
+# - A decode step is 12 to 22 launches, of sizes that no position changes; one plan serves all steps, and so does one graph.
 # - Many of them are small; CSA quantises the query's row twice.
 #
 # **Next:** [19 · Hyper-connections](19_hyper_connections.ipynb)

@@ -152,7 +152,7 @@ def test_replays_without_names_give_way_to_launches(
         )
         done: list[dict[str, Any]] = []
         layers.measure(bench(tmp_path / "rows.jsonl"), SHAPES["swa"][:1], "w4a16", done, "cpu")
-        assert done[0]["traced"] == "launches" and done[0]["foreign"] == [] and len(done[0]["parts"]) == 20
+        assert done[0]["traced"] == "launches" and done[0]["foreign"] == [] and len(done[0]["parts"]) == 19
 
 
 def test_a_layer_that_cannot_be_made_has_rows_with_the_reason(tmp_path: Path) -> None:

@@ -55,10 +55,15 @@ def test_each_is_the_linear_s(fmts: str, act: str, dtype: torch.dtype, given: An
 
 
 @pytest.mark.parametrize("m", [1, 9, 40, 300])
-@pytest.mark.parametrize(("fmt", "out"), [("fp8_block", torch.float32), ("bf16", torch.bfloat16), ("bf16", torch.float32)])
-def test_each_has_its_own_columns(fmt: str, out: torch.dtype, m: int) -> None:
-    """By warps and warpgroups, through sums and directly; a tile has rows of both matrices."""
+@pytest.mark.parametrize(
+    ("fmt", "out", "octaves"),
+    [("fp8_block", torch.float32, 3), ("mxfp4", torch.float32, -3), ("bf16", torch.bfloat16, 0), ("bf16", torch.float32, 0)],
+)
+def test_each_has_its_own_columns(fmt: str, out: torch.dtype, octaves: int, m: int) -> None:
+    """By warps and warpgroups, through sums and directly; a tile has rows of both matrices, the second's scales so far off."""
     x, pair = rows(m), weights(f"{fmt},{fmt}")
+    if (scale := pair[1].scale) is not None:
+        scale.view(torch.uint8).add_(octaves)
     with ops.backend("sim", arch=ARCH, checks=sim.Checks(races=True)) as run:
         found = ops.two_linears(x, *pair, act="none", out_dtype=out)
     assert len(run.launches) == 1
@@ -66,6 +71,15 @@ def test_each_has_its_own_columns(fmt: str, out: torch.dtype, m: int) -> None:
         want = x.double() @ quant.dequantize(w).double().t()
         assert y.dtype == out and y.is_contiguous() and y.shape == want.shape
         assert float((y - want).abs().max() / want.abs().max()) < (2.0**-8 if out == torch.bfloat16 else 2.0**-20)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_nan_in_either_stays_visible(which: int) -> None:
+    pair = weights("fp8_block,fp8_block")
+    assert pair[which].scale is not None
+    pair[which].scale.view(torch.uint8)[0, 0] = 255
+    with ops.backend("sim", arch=ARCH):
+        assert ops.two_linears(rows(2), *pair, act="none")[which].isnan().all()
 
 
 def test_no_rows_and_what_is_refused() -> None:

@@ -110,7 +110,7 @@ def test_every_operation_of_a_layer_has_a_kernel(kind: str) -> None:
         attention(torch.randn(7 + 130, CONFIG.hidden_size).bfloat16(), plan(cache, seqs, [7, 130], fixed=True), mine)
     made = ops.implementations()
     assert {call.name: made[call.name] for call in calls if "sm_90a" not in made[call.name]} == {}
-    names = {"linear", "rmsnorm", "q_norm_rope", "cache_write", "attention", "inverse_rope", "grouped_linear"}
+    names = {"linear", "two_linears", "rmsnorm", "q_norm_rope", "cache_write", "attention", "inverse_rope", "grouped_linear"}
     names |= {"compress"} if kind != SWA else set()
     names |= {"index_query", "index_scores", "index_topk"} if kind == CSA else set()
     assert {call.name for call in calls} == names

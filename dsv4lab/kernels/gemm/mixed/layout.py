@@ -79,10 +79,11 @@ class PreparedWeight:
         return self.records.nbytes + self.alpha.nbytes
 
 
-def prepare(weight: PackedWeight, up: PackedWeight | None = None) -> PreparedWeight:
+def prepare(weight: PackedWeight, up: PackedWeight | None = None, top: torch.Tensor | None = None) -> PreparedWeight:
     """Reorder a matrix (N, K), or a stack (E, N, K): nvfp4, mxfp4, fp8_block with power-of-two scales, or bf16.
 
-    up: a second one of the same shape and format; gate and up rows then take turns. N % 8 == 0, K % 8 == 0.
+    up: a second one of the same shape and format; gate and up rows then take turns. N % 8 == 0, K % 8 == 0. top (E,): s_max,
+    where it is to be larger than the matrix's own.
     Raises ValueError on formats, shapes and missing parts, TypeError on dtypes, as float32 scales of fp8_block.
     """
     for part in (weight, up):
@@ -101,13 +102,23 @@ def prepare(weight: PackedWeight, up: PackedWeight | None = None) -> PreparedWei
     name = first.format.name
     if first.scale is not None and first.scale.element_size() > 1:
         raise TypeError(f"scale of an {name} weight must be float8_e8m0fnu, got {first.scale.dtype}: powers of two only")
-    tops = torch.stack([_largest_exponent(part) for part in parts], dim=1)  # (E, 1 or 2)
+    tops = torch.stack([_largest_exponent(part) if top is None else top for part in parts], dim=1)  # (E, 1 or 2)
     alpha = torch.stack([_alpha(part, tops[:, i]) for i, part in enumerate(parts)], dim=1)
     codes = _rows(torch.stack([_codes(part) for part in parts], dim=1), first.format.codes_per_byte, k)
     scales = _rows(torch.stack([_scales(part, tops[:, i]) for i, part in enumerate(parts)], dim=1), _SCALE_COLUMNS[name], k)
     chunks = zip(codes.split(_ROWS_AT_ONCE), scales.split(_ROWS_AT_ONCE), strict=True)
     records = torch.cat([_records(c, s, name) for c, s in chunks])
     return PreparedWeight(name, records, alpha.expand(-1, 2).contiguous(), (matrices, n, k), up is not None)
+
+
+def prepare_two(first: PackedWeight, second: PackedWeight) -> PreparedWeight:
+    """(N1, K) and (N2, K) of one format without global scales, one behind the other, with one alpha. N1 % 16 == 0."""
+    for part in (first, second):
+        part.check()
+    top = torch.maximum(*(_largest_exponent(_stack(part)) for part in (first, second)))
+    a, b = (prepare(part, top=top) for part in (first, second))
+    alpha = torch.maximum(a.alpha, b.alpha)  # of which either may be NaN
+    return PreparedWeight(a.format, torch.cat([a.records, b.records]), alpha, (1, a.shape[1] + b.shape[1], a.shape[2]))
 
 
 _WORD = {NVFP4.name: torch.uint8, MXFP4.name: torch.uint8, FP8_BLOCK.name: torch.uint8, BF16.name: torch.int16}

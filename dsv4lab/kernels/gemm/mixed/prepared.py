@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
-
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels._common.kept import kept
-from dsv4lab.kernels.gemm.mixed.layout import PreparedWeight, prepare
+from dsv4lab.kernels.gemm.mixed.layout import PreparedWeight, prepare, prepare_two
 
 
 def prepared(weight: PackedWeight, up: PackedWeight | None = None) -> PreparedWeight:
@@ -19,11 +15,6 @@ def prepared(weight: PackedWeight, up: PackedWeight | None = None) -> PreparedWe
 
 
 def prepared_two(first: PackedWeight, second: PackedWeight) -> PreparedWeight:
-    """Likewise of two weights (N1, K), (N2, K) of one format without global scales: one behind the other. N1 % 16 == 0."""
-
-    def make() -> PreparedWeight:
-        a, b = prepare(first), prepare(second)
-        return replace(a, records=torch.cat([a.records, b.records]), shape=(1, a.shape[1] + b.shape[1], a.shape[2]))
-
+    """Likewise `layout.prepare_two`."""
     tensors = [t for w in (first, second) for name, t in w.tensors().items() if name != "input_scale"]
-    return kept((id(first.codes), id(second.codes), "two"), tensors, make)
+    return kept((id(first.codes), id(second.codes), "two"), tensors, lambda: prepare_two(first, second))
