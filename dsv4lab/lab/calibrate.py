@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dsv4lab import ops
 from dsv4lab.formats import NVFP4, PackedWeight
+from dsv4lab.model.attention import Attention, Compressor
 from dsv4lab.model.checkpoint.inventory import matrix_format, parameters
 from dsv4lab.model.layers import Linear
 from dsv4lab.model.model import Model
@@ -24,6 +25,8 @@ from dsv4lab.model.mtp import MTPBlock
 from dsv4lab.reference.moe import clamped_swiglu
 
 _EXPERT = re.compile(r"(?P<layer>.*)\.ffn\.experts\.\d+\.(?P<matrix>w[123])\.weight$")
+# Their first input is that of two matrices, which are one operation and no calls of modules.
+_TOGETHER: dict[type, tuple[str, ...]] = {Attention: (".wq_a", ".wkv"), Compressor: (".wkv", ".wgate")}
 _CHUNK_TOKENS = 1024  # tokens of text run as one prompt; longer ones cost more and show the matrices nothing new
 
 
@@ -55,7 +58,7 @@ def measure_input_amax(model: Model, token_ids: Sequence[int], *, layout: str, p
     handles = [
         module.register_forward_pre_hook(_hook(name, module, seen))
         for name, module in model.named_modules()
-        if isinstance(module, Linear | Experts)
+        if isinstance(module, Linear | Experts | Attention | Compressor)
     ]
     for name, module in model.named_modules():
         if isinstance(module, MTPBlock):
@@ -105,7 +108,8 @@ def _unreached_experts(found: dict[str, float], wanted: set[str]) -> dict[str, f
 
 def _hook(name: str, module: torch.nn.Module, seen: _Amax) -> Any:
     def linear(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        seen.see(f"{name}.weight", args[0])
+        for leaf in _TOGETHER.get(type(module), ("",)):
+            seen.see(f"{name}{leaf}.weight", args[0])
 
     def expert(
         prefix: str, x: torch.Tensor, matrices: Sequence[PackedWeight], limit: float, row_weight: torch.Tensor | None

@@ -218,7 +218,7 @@ def test_bad_input_is_refused() -> None:
         call(x)
     with pytest.raises(ValueError, match="limit must be given for a paired weight alone"):
         call(x, limit=1.0)
-    with pytest.raises(ValueError, match=r"config must have \(format, paired, scaled, slotted, grouped\)"):
+    with pytest.raises(ValueError, match=r"config must have \(format, paired, scaled, slotted, grouped, two\)"):
         call(x, config=replace(FEW, format="bf16"))
     with pytest.raises(ValueError, match=r"N % 8 == 0 and K % 8 == 0, got \(12, 128\)"):
         prepare(random_weight("nvfp4", 12, 128, seed=0))
