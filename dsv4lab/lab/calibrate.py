@@ -25,7 +25,7 @@ from dsv4lab.model.mtp import MTPBlock
 from dsv4lab.reference.moe import clamped_swiglu
 
 _EXPERT = re.compile(r"(?P<layer>.*)\.ffn\.experts\.\d+\.(?P<matrix>w[123])\.weight$")
-# Their first input is that of two matrices, which are one operation and no calls of modules.
+# Their first input is two matrices', which are one operation, no calls of modules.
 _TOGETHER: dict[type, tuple[str, ...]] = {Attention: (".wq_a", ".wkv"), Compressor: (".wkv", ".wgate")}
 _CHUNK_TOKENS = 1024  # tokens of text run as one prompt; longer ones cost more and show the matrices nothing new
 

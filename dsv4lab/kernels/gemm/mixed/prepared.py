@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dsv4lab.formats import PackedWeight
 from dsv4lab.kernels._common.kept import kept
 from dsv4lab.kernels.gemm.mixed.layout import PreparedWeight, prepare, prepare_two
@@ -9,12 +11,14 @@ from dsv4lab.kernels.gemm.mixed.layout import PreparedWeight, prepare, prepare_t
 
 def prepared(weight: PackedWeight, up: PackedWeight | None = None) -> PreparedWeight:
     """`layout.prepare` of a weight, or of a gate-up pair, from memory where nothing has changed since. Raises as `prepare`."""
-    weights = [weight] if up is None else [weight, up]
-    tensors = [t for w in weights for name, t in w.tensors().items() if name != "input_scale"]  # what `prepare` reads
-    return kept(tuple(id(w.codes) for w in weights), tensors, lambda: prepare(weight, up))
+    return _kept([weight] if up is None else [weight, up], lambda: prepare(weight, up))
 
 
 def prepared_two(first: PackedWeight, second: PackedWeight) -> PreparedWeight:
-    """Likewise `layout.prepare_two`."""
-    tensors = [t for w in (first, second) for name, t in w.tensors().items() if name != "input_scale"]
-    return kept((id(first.codes), id(second.codes), "two"), tensors, lambda: prepare_two(first, second))
+    """`prepare_two`, likewise."""
+    return _kept([first, second], lambda: prepare_two(first, second), "two")
+
+
+def _kept(weights: list[PackedWeight], make: Callable[[], PreparedWeight], *how: str) -> PreparedWeight:
+    tensors = [t for w in weights for name, t in w.tensors().items() if name != "input_scale"]  # what is read
+    return kept((*(id(w.codes) for w in weights), *how), tensors, make)
