@@ -51,7 +51,7 @@ class Core:
     def execute(self, unit: Unit, group: Group, block: Block, left: int) -> tuple[int, int]:
         """Execute one block. Returns (next instruction, what is left of the turn), (-1, ...) when the group must stop."""
         lanes, mask, stats = unit.lanes, group.mask, self.machine.stats
-        if self.machine.observers.instructions:
+        if self.machine.observers.follows:
             last = block.end + 1 if block.kind == "branch" else block.end
             self.machine.observers.executed(lanes, block.start, last)
         if block.runs:
@@ -118,7 +118,7 @@ class Core:
             active = np.count_nonzero(p)
             if not active:
                 self.machine.stats.instructions += lanes.warps
-                if self.machine.observers.instructions:
+                if self.machine.observers.follows:
                     self.machine.observers.executed(lanes, at, at + 1)
                 return None
             if active != (lanes.n if mask is None else np.count_nonzero(mask)):
@@ -143,7 +143,7 @@ class Core:
         if lanes.cta.in_flight and not action.owner:
             self._check_in_flight(at, at + 1, lanes)
         self.machine.resumed = group.wait if group.wait is not None and group.wait.kind != "converge" else None
-        if self.machine.observers.instructions:
+        if self.machine.observers.follows:
             self.machine.observers.executed(lanes, at, at + 1)
         try:
             result = action.run(lanes, mask)

@@ -272,10 +272,8 @@ class Machine:
         """Run until some cluster is finished."""
         stale, seen = 0, -1
         while not self._finish_clusters():
-            ready = [unit for unit in self.units if unit.poll()]
-            if ready:
-                before = self.progress
-                self._turn(ready)
+            before = self.progress
+            if self._turn():
                 if self.progress != before:
                     self.spun = 0
                 elif self.spun > _SUSPICIOUS:
@@ -308,18 +306,31 @@ class Machine:
         elif polling or self.spun > _SPIN_LIMIT:
             raise Deadlock(self._report("warps spin without any barrier or asynchronous operation making progress"))
 
-    def _turn(self, ready: list[Unit]) -> None:
-        if self.schedule.kind != "random":
-            if self.schedule.batch and len(ready) > 1 and not self.observers:
-                ready = self._merge(ready)
-            for unit in ready:
-                self._run(unit)
-            return
-        choice = self.schedule.below(len(ready) + min(len(self.queues), 4))
-        if choice < len(ready):
-            self._run(ready[choice])
-        else:
-            self.perform(list(self.queues)[self.schedule.below(len(self.queues))])
+    def _turn(self) -> bool:
+        """Every unit that can go on gets a turn, in a random schedule one unit or operation; False where all units wait."""
+        if self.schedule.kind == "random" and self._choose():
+            return True
+        ready = [unit for unit in self.units if unit.poll()]
+        if self.schedule.kind == "random":
+            ready = [ready[self.schedule.below(len(ready))]] if ready else []
+        elif self.schedule.batch and len(ready) > 1 and not self.observers:
+            ready = self._merge(ready)
+        for unit in ready:
+            self._run(unit)
+        return bool(ready)
+
+    def _choose(self) -> bool:
+        """Choose again where a unit waits, which leaves the others equal chances, rather than ask all; False after a while."""
+        units, operations = len(self.units), min(len(self.queues), 4)
+        for _ in range(units // 4 + 1):
+            choice = self.schedule.below(units + operations)
+            if choice >= units:
+                self.perform(list(self.queues)[choice - units])
+                return True
+            if self.units[choice].poll():
+                self._run(self.units[choice])
+                return True
+        return False
 
     def _finish_clusters(self) -> bool:
         finished = [c for c in self.clusters if not c.live_threads]

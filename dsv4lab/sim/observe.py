@@ -139,7 +139,7 @@ Origin = Site | Operation  # who acts on an mbarrier
 class Observer:
     """Handlers of events; each does nothing here. `wants` says which costly events are needed.
 
-    "access": `access`. "touch": the reads and writes of operations. "executed": `executed`. They are costly, so
+    "access": `access`. "touch": the reads and writes of operations. "executed", "followed": `executed`. They are costly, so
     they are told only where wanted.
     """
 
@@ -159,7 +159,10 @@ class Observer:
         """The last lanes of a warp exited."""
 
     def executed(self, cta: Cta, warp: int, start: int, end: int) -> None:
-        """A warp executes instructions start .. end - 1, told before their events; one that may wait, each time it is tried."""
+        """A warp executes instructions start .. end - 1; one that may wait, each time it is tried.
+
+        Told before their events; to those who want it "followed", maybe later than they are executed.
+        """
 
     # memory
 
@@ -230,13 +233,15 @@ class Observers(list[Observer]):
     operation: Operation | None = None
     accesses = False  # whether any wants Access events; so with the reads and writes of operations
     touches = False
-    instructions = False
+    instructions = False  # as they are executed
+    follows = False
 
     def begin(self, machine: Machine) -> None:
         """A launch begins: see what is wanted."""
         self.machine, self.operation, self._serial = machine, None, 0
         wanted = frozenset().union(*(observer.wants for observer in self))
         self.accesses, self.touches, self.instructions = (what in wanted for what in ("access", "touch", "executed"))
+        self.follows = self.instructions or "followed" in wanted
 
     def executed(self, w: Lanes, start: int, end: int) -> None:
         """The warps of a window execute instructions start .. end - 1."""

@@ -45,7 +45,7 @@ _KEPT = 64  # generations of a named barrier after which no warp can still be ab
 class RaceChecker(Observer):
     """Raises DataRace or MissingFence at the first race; with `collect`, goes on and appends each to `findings` once."""
 
-    wants = frozenset({"access", "touch", "executed"})
+    wants = frozenset({"access", "touch", "followed"})
 
     def __init__(self, collect: bool = False) -> None:
         self.collect = collect

@@ -25,7 +25,7 @@ _Effect = tuple[frozenset[int], int, int]  # slots that are accessed; or, if emp
 class WgmmaFences(Observer):
     """Raises MissingFence; with `collect`, goes on and appends each to `findings` once."""
 
-    wants = frozenset({"executed"})
+    wants = frozenset({"followed"})
 
     def __init__(self, collect: bool = False) -> None:
         self.collect = collect

@@ -128,6 +128,7 @@ def _floating() -> list[str]:
         out += [f"fma.rn.{t} {d}, {a}, {b}, {c};", f"neg.{t} {d}, {a};", f"abs.{t} {d}, {a};"]
         out += [f"{op}{nan}.{t} {d}, {a}, {b};" for op in ("min", "max") for nan in ("", ".NaN")]
         out += [f"{op}{nan}.{t} {d}, {a}, {b}, {c};" for op in ("min", "max") for nan in ("", ".NaN")]
+        out += [f"max{nan}.xorsign.abs.{t} {d}, {a}, {b};" for nan in ("", ".NaN")]
         if half:
             out += [f"fma.rn.relu.{t} {d}, {a}, {b}, {c};", f"fma.rn.sat.{t} {d}, {a}, {b}, {c};"]
         else:
@@ -139,7 +140,7 @@ def _floating() -> list[str]:
         "ex2.approx.f32 %r20, %r10;",
     ]
     out += [f"{op}.rn.f64 %d20, %d10, %d11;" for op in ("add", "sub", "mul", "div")] + ["copysign.f32 %r20, %r10, %r11;"]
-    out += ["neg.f64 %d20, %d10;", "abs.f64 %d20, %d10;"]
+    out += ["neg.f64 %d20, %d10;", "abs.f64 %d20, %d10;", "fma.rn.f64 %d20, %d10, %d11, %d12;"]
     for t in ("f16", "bf16"):
         out += [f"{op}.rn.f32.{t} %r20, %h10, %r11;" for op in ("add", "sub")] + [f"fma.rn.f32.{t} %r20, %h10, %h11, %r12;"]
     names = ("eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan")
@@ -172,7 +173,13 @@ def _conversions() -> list[str]:
             for t, x in (("f32", "r"), ("f64", "d"), ("f16", "h"), ("bf16", "h")):
                 out += [f"cvt.{r}.{source}.{t} {a.replace('10', '20')}, %{x}10;" for r in ("rni", "rzi", "rmi", "rpi")]
     out += ["cvt.rzi.ftz.s32.f32 %r20, %r10;", "cvt.rni.f32.f32 %r20, %r10;", "cvt.rmi.f32.f32 %r20, %r10;"]
-    out += ["cvt.f32.f16 %r20, %h10;", "cvt.f32.bf16 %r20, %h10;", "cvt.f64.f32 %d20, %r10;", "cvt.rn.f32.f64 %r20, %d10;"]
+    out += [
+        "cvt.f32.f16 %r20, %h10;",
+        "cvt.f32.bf16 %r20, %h10;",
+        "cvt.f64.f32 %d20, %r10;",
+        "cvt.f64.bf16 %d20, %h10;",
+        "cvt.rn.f32.f64 %r20, %d10;",
+    ]
     out += [
         "cvt.rn.f16.f32 %h20, %r10;",
         "cvt.rn.bf16.f32 %h20, %r10;",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -176,10 +177,11 @@ def _wait(d: Decoder, i: Instruction, f: Form, what: str) -> Action:
         give_up = resumed is not None and resumed.expired
         if not some and not give_up and not (resumed is None and machine.schedule.chance(_SPURIOUS)):
             pairs = list(zip(barriers, wanted, strict=True))
+            one = partial(barriers[0].passed, wanted[0])
             return Wait(
                 what,
                 f"waits for parity {wanted[0]} of {barriers[0]}",
-                lambda: any(b.passed(p) for b, p in pairs),
+                one if len(pairs) == 1 else lambda: any(b.passed(p) for b, p in pairs),
                 subject=barriers[0],
                 timed=True,
             )

@@ -87,6 +87,7 @@ FROM_FLOAT(bf16, u16, bf16_to_f32, 0)
 UNARY(f16_to_single, float, u16, canonical(f16_to_f32(x)))
 UNARY(bf16_to_single, float, u16, bf16_to_f32(x))
 UNARY(f32_to_double, double, float, x)
+UNARY(bf16_to_double, double, u16, (double)bf16_to_f32(x))
 UNARY(f64_to_single, float, double, (float)x)
 UNARY(f32_integral, float, float, canonical((float)integral(SINGLE_READ(x), s->variant)))
 
@@ -216,6 +217,7 @@ const Entry convert_entries[] = {
     BYTES(s8, 32), FLOAT_NAMES(u16), FLOAT_NAMES(s16), FLOAT_NAMES(u32), FLOAT_NAMES(s32), FLOAT_NAMES(u64), FLOAT_NAMES(s64),
     FROM_NAMES(f32), FROM_NAMES(f64), FROM_NAMES(f16), FROM_NAMES(bf16),
     {"cvt.f32.f16", f16_to_single}, {"cvt.f32.bf16", bf16_to_single}, {"cvt.f64.f32", f32_to_double},
+    {"cvt.f64.bf16", bf16_to_double},
     {"cvt.f32.f64", f64_to_single}, {"integral.f32", f32_integral}, {"pack.narrow", pack_narrow}, {"pair.f16", pair_f16},
     {"pair.bf16", pair_bf16}, {"cvt.f16.f32", single_to_f16}, {"cvt.bf16.f32", single_to_bf16}, {"cvt.bf16.f16", f16_to_bf16},
     {"cvt.f16.bf16", bf16_to_f16}, {"encode.f32", single_encoded}, {"cvt.tf32.f32", single_to_tf32},

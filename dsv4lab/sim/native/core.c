@@ -56,11 +56,20 @@ static int watched(const Program *program, s64 pc, const u8 *watch)
     return 0;
 }
 
+static void ran(Progress *progress, s64 from, s64 to)
+{
+    if (!progress->runs || from == to)
+        return;
+    progress->runs[progress->used][0] = from;
+    progress->runs[progress->used++][1] = to;
+}
+
 /* Execute lanes first .. first + n - 1 from progress->pc until the turn is over or an instruction must be declined.
  *
  * limit: the turn also ends where a block ends at or behind this instruction. watch: slots that belong to a wgmma in flight, or
  * NULL; instructions that touch them are declined, moves only if `moves_too`. see: traffic that observers want to see and that
- * is declined for them. Returns DONE or DECLINED; progress->pc is the next instruction, or the declined one.
+ * is declined for them. Returns DONE, DECLINED, or FULL where there is no room for another run; progress->pc is the next
+ * instruction, or the declined one.
  */
 int native_run(const Cta *cta, s64 first, s64 n, s64 limit, const u8 *mask, const u8 *watch, int moves_too, int see,
                Progress *progress)
@@ -69,7 +78,8 @@ int native_run(const Cta *cta, s64 first, s64 n, s64 limit, const u8 *mask, cons
     const Frame frame = {cta, cta->rows, (s32)first, (s32)n}, *f = &frame;
     const s64 warps = n / WARP;
     const s32 lanes = lanes_of(mask, f->n);
-    s64 pc = progress->pc, left = progress->left, count = 0;
+    s64 pc = progress->pc, left = progress->left, count = 0, from = pc;
+    progress->used = 0;
     int result = DONE;
     u8 chosen[MOST_LANES];
     while (left > 0) {
@@ -93,8 +103,12 @@ int native_run(const Cta *cta, s64 first, s64 n, s64 limit, const u8 *mask, cons
                 result = DECLINED;
                 break;
             }
-            pc = active ? s->k : pc + 1;
             over = 1;
+            pc++;
+            if (active && pc != s->k) {
+                ran(progress, from, pc);
+                from = pc = s->k;
+            }
         } else {
             if (active) {
                 if (s->kind == STOP) {
@@ -117,8 +131,13 @@ int native_run(const Cta *cta, s64 first, s64 n, s64 limit, const u8 *mask, cons
             left--;
             if (pc >= limit)
                 break;
+            if (progress->runs && progress->used == progress->room - 1) {
+                result = FULL;
+                break;
+            }
         }
     }
+    ran(progress, from, pc);
     progress->pc = pc;
     progress->left = left;
     progress->count = count;

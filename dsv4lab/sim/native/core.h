@@ -10,7 +10,7 @@
 #include <string.h>
 
 enum { WARP = 32, MOST_LANES = 1024 };
-enum { DONE = 0, DECLINED = 1 };
+enum { DONE = 0, DECLINED = 1, FULL = 2 };
 enum { PLAIN = 0, BRANCH = 1, STOP = 2 }; /* Step.kind */
 
 typedef uint8_t u8;
@@ -79,9 +79,13 @@ typedef struct {
     s64 check_reads;         /* shared memory must have been written before it is read */
 } Cta;
 
-/* Where execution stands, and the warp-instructions it took. */
+/* Where execution stands, the warp-instructions it took, and the way it went: runs of instructions, each from its first to behind
+ * its last; NULL if nobody wants to know.
+ */
 typedef struct {
     s64 pc, left, count;
+    s64 (*runs)[2];
+    s64 room, used;
 } Progress;
 
 /* The lanes that execute. */

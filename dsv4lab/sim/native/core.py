@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Array = NDArray
 _LANES = 1024
+_DONE, _FULL = 0, 2  # of core.h
+_RUNS = 256  # of instructions, until observers are told
 
 
 def at(array: Array) -> int:
@@ -62,7 +64,14 @@ class _Cta(ctypes.Structure):
 class _Progress(ctypes.Structure):
     """Progress of core.h."""
 
-    _fields_ = (("pc", ctypes.c_int64), ("left", ctypes.c_int64), ("count", ctypes.c_int64))
+    _fields_ = (
+        ("pc", ctypes.c_int64),
+        ("left", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("runs", ctypes.c_void_p),
+        ("room", ctypes.c_int64),
+        ("used", ctypes.c_int64),
+    )
 
 
 class NativeProgram:
@@ -137,6 +146,8 @@ class NativeCore(Core):
         ranges = [(a.base + a.lead, a.base + a.size) for a in machine.memory.allocations]
         self._ranges = np.array(ranges or [(0, 0)], np.uint64)
         self._see = (bytecode.FENCE if machine.observers else 0) | (bytecode.MEMORY if machine.observers.accesses else 0)
+        self._runs = np.zeros((_RUNS, 2), np.int64)
+        self._progress.runs, self._progress.room = (at(self._runs) if machine.observers.follows else None), _RUNS
         self._watch = np.zeros(len(machine.compiled.widths), np.uint8)
         self._watch_at = at(self._watch)
         self._watched: set[frozenset[int]] = set()
@@ -191,11 +202,16 @@ class NativeCore(Core):
             if watch is not None:
                 moves = any(key[0] == "wgmma" for key in machine.queues if isinstance(key, tuple))
             progress.pc, progress.left = pc, left
-            declined = self._run(cta, lanes.first, lanes.n, limit, mask_at, watch, moves, self._see, self._where)
+            ended = self._run(cta, lanes.first, lanes.n, limit, mask_at, watch, moves, self._see, self._where)
             pc, left = progress.pc, progress.left
             machine.stats.instructions += progress.count
-            if not declined:
+            if progress.used:
+                for start, end in self._runs[: progress.used].tolist():
+                    machine.observers.executed(lanes, start, end)
+            if ended == _DONE:
                 break
+            if ended == _FULL:
+                continue
             if self.declined is not None:
                 self.declined[pc] = self.declined.get(pc, 0) + 1
             pc, left = self.execute(unit, group, singles[pc], left)

@@ -227,6 +227,10 @@ def _minmax(d: Decoder, i: Instruction, f: Form) -> Code | None:
         return _integer(d, i, f)
     count = len(i.operands) - 1
     name = f"{f.family}{'nan' if f.has('NaN') else ''}{'3' if count == 3 else ''}"
+    if f.has("xorsign"):
+        if not f.has("abs") or count != 2:
+            return None
+        name += "cross"
     return _arithmetic(d, i, f, count, name)
 
 

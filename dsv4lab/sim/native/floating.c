@@ -29,6 +29,8 @@ static inline float greatest(float x, float y)
 }
 static inline float least_nan(float x, float y) { return x != x || y != y ? as_float(0x7FFFFFFF) : least(x, y); }
 static inline float greatest_nan(float x, float y) { return x != x || y != y ? as_float(0x7FFFFFFF) : greatest(x, y); }
+/* .xorsign.abs: of magnitudes, with the product's sign. */
+static inline float crossed(float out, float x, float y) { return out == out && signbit(x) != signbit(y) ? -out : out; }
 
 /* float32, with modifiers; packed pairs are two elements a lane. */
 #define SINGLE(name, parts, sources, expression)                                                     \
@@ -102,6 +104,8 @@ EVERY(min3, 3, least(least(x, y), z))
 EVERY(max3, 3, greatest(greatest(x, y), z))
 EVERY(minnan3, 3, least_nan(least_nan(x, y), z))
 EVERY(maxnan3, 3, greatest_nan(greatest_nan(x, y), z))
+EVERY(maxcross, 2, crossed(greatest(fabsf(x), fabsf(y)), x, y))
+EVERY(maxnancross, 2, crossed(greatest_nan(fabsf(x), fabsf(y)), x, y))
 
 /* 2^x as numfmt.exp2 computes it, operation for operation. */
 static double power_of_two(double x)
@@ -128,6 +132,7 @@ BINARY(add_f64, double, double, double, x + y)
 BINARY(sub_f64, double, double, double, x - y)
 BINARY(mul_f64, double, double, double, x * y)
 BINARY(div_f64, double, double, double, x / y)
+TERNARY(fma_f64, double, double, double, double, fma(x, y, z))
 
 /* Half-precision first operands, float32 the last one and the result. */
 #define MIXED(name, narrow, sources, read, expression)                                          \
@@ -210,8 +215,9 @@ COMPARES(setp_f64, double, )
 const Entry float_entries[] = {
     SIX(add, add), SIX(sub, sub), SIX(mul, mul), SIX(fma, fma), TWO(div, div), SIX(min, min), SIX(max, max),
     SIX(minnan, minnan), SIX(maxnan, maxnan), SIX(min3, min3), SIX(max3, max3), SIX(minnan3, minnan3), SIX(maxnan3, maxnan3),
+    SIX(maxcross, maxcross), SIX(maxnancross, maxnancross),
     {"rcp.f32", rcp_f32}, {"ex2.f32", ex2_f32}, {"sqrt.f32", sqrt_f32}, {"rsqrt.f32", rsqrt_f32},
-    {"add.f64", add_f64}, {"sub.f64", sub_f64}, {"mul.f64", mul_f64}, {"div.f64", div_f64},
+    {"add.f64", add_f64}, {"sub.f64", sub_f64}, {"mul.f64", mul_f64}, {"div.f64", div_f64}, {"fma.f64", fma_f64},
     {"mixed.add.f16", mixed_add_f16}, {"mixed.sub.f16", mixed_sub_f16}, {"mixed.fma.f16", mixed_fma_f16},
     {"mixed.add.bf16", mixed_add_bf16}, {"mixed.sub.bf16", mixed_sub_bf16}, {"mixed.fma.bf16", mixed_fma_bf16},
     SIGNS(neg), SIGNS(abs), {"copysign.f32", copysign_f32},
