@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import subprocess
@@ -113,6 +114,19 @@ def test_the_key_has_all_that_matters(folder: Path, tmp_path: Path, monkeypatch:
     cache._loaded.clear()
     get()
     assert len(done) == 6 and len(list(folder.glob("*.kernel"))) == 6
+
+
+def test_places_in_sources_are_the_compiler_s() -> None:
+    from cutlass._mlir_helpers import op
+
+    ask, frame = op._fast_frameinfo, inspect.currentframe()
+    cache._remember_places()
+    assert op._fast_frameinfo is not ask or "remembered" in ask.__qualname__  # else nothing is gained
+    for _ in range(2):
+        found = [op._fast_frameinfo(frame)]
+        found += [op._fast_frameinfo(frame)]
+        assert [one.lineno for one in found] == [frame.f_lineno - 2, frame.f_lineno - 1]
+        assert op._find_user_frame(frame) is frame
 
 
 def test_the_fingerprint_follows_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

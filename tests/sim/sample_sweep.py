@@ -77,7 +77,7 @@ def load_samples(file: Path = _HERE / "nvidia_samples.toml") -> list[Sample]:
         raise ValueError(f"the kind of a note must be one of {', '.join(KINDS)}, which is not so for {', '.join(wrong)}")
     found = []
     for family in data["family"]:
-        for line in family["runs"]:
+        for line in (family.get("folder", "") + run for run in family["runs"]):
             path, *arguments = line.split()
             known = tuple(note for note in notes if note.match in line)
             sample = Sample(family["name"], family["arch"], path, tuple(arguments), family.get("required", True), (), known)

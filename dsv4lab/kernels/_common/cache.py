@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 from dsv4lab.kernels._common.launch import Runtime, give_name
@@ -217,6 +218,7 @@ def _compile(build: Build, arch: str) -> Compiled:
     """Compile for an architecture, whatever this machine has."""
     import cutlass.cute as cute
 
+    _remember_places()
     function, examples = build()
     with tempfile.TemporaryDirectory(prefix="dsv4lab-") as scratch:
         kept = f"--keep-ptx --keep-cubin --generate-line-info --dump-dir={scratch}"
@@ -226,6 +228,30 @@ def _compile(build: Build, arch: str) -> Compiled:
         target = Path(scratch) / "kernel.o"
         made.export_to_c(str(target), function_name=_SYMBOL)
         return Compiled(target.read_bytes(), bytes(made.artifacts.CUBIN), str(made.artifacts.PTX))
+
+
+@cache
+def _remember_places() -> None:
+    """CuTeDSL asks where in the sources every operation of a trace stands, and searches a function's tables for it each time.
+
+    The answers depend on the code and the place in it alone, so they are kept: a sixth of a compile.
+    """
+    from cutlass._mlir_helpers import op
+
+    def remembered(ask: Callable[[FrameType], Any]) -> Callable[[FrameType], Any]:
+        known: dict[tuple[int, int], tuple[CodeType, Any]] = {}  # with the code, so that no other has its identity
+
+        def answer(frame: FrameType) -> Any:
+            key = id(frame.f_code), frame.f_lasti
+            if key not in known:
+                known[key] = frame.f_code, ask(frame)
+            return known[key][1]
+
+        return answer
+
+    for name in ("_fast_frameinfo", "_is_framework_stack_frame"):
+        if hasattr(op, name):  # without them it is only slower
+            setattr(op, name, remembered(getattr(op, name)))
 
 
 def _link(host_code: bytes, libraries: tuple[str, ...]) -> Callable[..., Any]:
