@@ -17,7 +17,7 @@ PROMPT ?= def __init__(self
 PYTEST_ARGS ?= -q -n 2
 LAB_ARGS ?=
 BENCH_ARGS ?=
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
 # Prints the first interpreter that is new enough and can make environments; otherwise says what was found.
 define FIND_PYTHON

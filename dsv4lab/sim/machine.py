@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -325,7 +325,7 @@ class Machine:
         for _ in range(units // 4 + 1):
             choice = self.schedule.below(units + operations)
             if choice >= units:
-                self.perform(list(self.queues)[choice - units])
+                self.perform(next(islice(self.queues, choice - units, None)))
                 return True
             if self.units[choice].poll():
                 self._run(self.units[choice])

@@ -110,14 +110,14 @@ def test_the_call_takes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- in the simulator --------------------------------------------------------------------------------------------------
 CASES = [
     # blocks that follow each other, in two CTAs; entries in all places
-    ("fp8", "visible", [(8190, 50)], 4, "lazy"),
+    ("fp8", "visible", [(8190, 30)], 4, "lazy"),
     # the first tokens of a sequence; fewer heads than a tile
     ("nvfp4", "window", [(5, 5)], 8, "random"),
     # sequences of one query and of several, some without entries: everything anew
     ("fp8", "visible", [(127, 3), (128, 1), (129, 8), (1300, 2), (640, 5)], 64, "random"),
     # two tiles of heads, of which the second is 8; plain records; fewer units than CTAs at the end
     ("plain", "visible", [(5000, 3), (1, 1)], 72, "lazy"),
-    ("fp8", "window", [(400, 30), (300, 10)], 72, "random"),
+    ("fp8", "window", [(400, 16), (300, 6)], 72, "random"),
 ]
 
 
@@ -127,7 +127,7 @@ def test_any_queries(
     record: str, kind: str, sequences: list[tuple[int, int]], heads: int, schedule: str, ordered: bool
 ) -> None:
     if not ordered:  # everything anew for every query
-        sequences = [(tokens, min(queries, 12)) for tokens, queries in sequences]
+        sequences = [(tokens, min(queries, 8)) for tokens, queries in sequences]
     case = make_case(record, kind, sequences, heads)
     case = in_order(case) if ordered else case
     judge(case, simulated(case, schedule=schedule, checks=sim.Checks(races=True)))
@@ -148,7 +148,7 @@ def test_tables_may_be_wider_than_what_is_seen() -> None:
 
 
 def test_other_windows() -> None:
-    case = make_case("fp8", "visible", [(1000, 20)], 4)
+    case = make_case("fp8", "visible", [(1000, 9)], 4)
     for window in (1, 20, 64):
         other = replace(case, how=case.how | dict(window=window))
         judge(other, simulated(other))
